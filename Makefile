@@ -1,0 +1,58 @@
+# Needs CPython (>= 3.10) with pip and venv, make and git; everything else goes into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two stamps in one environment, so that the demo does not wait for the tools of development.
+BASE := $(VENV)/.base
+FULL := $(VENV)/.full
+# Bytecode is compiled at the first import: most of what is installed is never imported.
+INSTALL := $(BIN)/python -m pip install -qq --no-compile -c constraints.txt
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types docs check clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST))
+
+venv: $(FULL)  ## Create .venv with the pinned versions
+
+# PyTorch first and alone: it is by far the largest, and whichever build of the pinned version pip is
+# set up to find (CPU or CUDA) is then kept by all that follows.
+$(BASE): pyproject.toml constraints.txt
+	@echo "creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "installing PyTorch (large: this may take minutes) ..."
+	@$(INSTALL) torch
+	@echo "installing pyro-iw and what its examples need ..."
+	@$(INSTALL) -e '.[examples]'
+	@touch $@
+
+$(FULL): $(BASE)
+	@echo "installing the tools for tests, lint, types and docs ..."
+	@$(INSTALL) -e '.[examples,test,docs,dev]'
+	@touch $@
+
+demo: $(BASE)  ## Train a VAE with five bounds on real images (under two minutes)
+	@$(BIN)/python examples/demo.py
+
+test: $(FULL)  ## Run the whole test suite
+	@$(BIN)/python -m pytest --durations=10 $(PYTEST_ARGS)
+
+lint: $(FULL)  ## Check style and formatting with ruff
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(FULL)  ## Check types with mypy
+	@$(BIN)/mypy
+
+docs: $(FULL)  ## Build the documentation; warnings are errors
+	@echo "building docs/_build/html"
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+check: lint types test docs  ## All of lint, types, test and docs
+
+clean:  ## Remove .venv and everything generated
+	rm -rf $(VENV) build dist *.egg-info docs/_build results
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,16 @@
+"""Importance-weighted variational bounds for any Pyro model/guide pair."""
+
+from .bounds import Bound
+from .elbo import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, ImportanceWeightedELBO
+from .particles import Particles
+
+__all__ = [
+    "CIWAE_ELBO",
+    "IWAE_ELBO",
+    "MIWAE_ELBO",
+    "PIWAE_ELBO",
+    "Bound",
+    "ImportanceWeightedELBO",
+    "Particles",
+]
+__version__ = "0.1.0"

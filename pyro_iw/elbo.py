@@ -1,0 +1,374 @@
+r"""The public losses: drop-in replacements for :class:`~pyro.infer.Trace_ELBO` in ``SVI``.
+
+Each glues together three steps and speaks Pyro's protocol: :mod:`~pyro_iw.traces` and
+:mod:`~pyro_iw.particles` run model and guide and read off the log-weights, :mod:`~pyro_iw.bounds` turns them
+into a bound and particle weights, :mod:`~pyro_iw.estimators` turns those into gradients. ``loss``,
+``loss_and_grads`` and ``differentiable_loss`` are one computation, so for one seed they agree to the last
+bit.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.infer.elbo import ELBO
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor
+
+from . import bounds
+from .bounds import Bound
+from .estimators import Boundary, Estimate, get_estimator
+from .particles import Particles, collect, read_sites
+from .traces import TraceRunner
+
+__all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "ImportanceWeightedELBO"]
+
+
+class ImportanceWeightedELBO(ELBO):
+    r"""Base class: any :class:`~pyro_iw.bounds.Bound` as a Pyro loss.
+
+    Use it directly for a bound of your own. Log-weights are averaged per *cell* of the plates common to all
+    sample sites of model and guide; the loss is minus the sum of the cells' bounds, each times N / B where
+    its plate is a minibatch of B out of N.
+
+    Arguments:
+        bound: the bound on the log evidence, over S = M K particles.
+        estimator: how the guide's gradient is estimated: ``"reparam"`` (total derivative along
+            reparameterised particles), or ``"auto"``: that, where every guide site allows it.
+        plates: name or names of the plates whose cells get an importance weight each; ``()`` for one
+            joint weight; None for the plates common to all sample sites.
+        kl_weight: :math:`\beta` in :math:`\ell = \log p(x \mid z) + \beta\,(\log p(z) - \log q(z \mid x))`; a
+            number >= 0, or a callable of the number of gradient steps taken so far (:attr:`steps`).
+            Unless :math:`\beta = 1` the loss is no bound; :meth:`loss` always evaluates at 1.
+        vectorize_particles: run all particles in one pass under a plate on the leftmost batch dim, which
+            model and guide must broadcast over; otherwise one by one.
+        max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
+            once if infinite.
+        strict_enumeration_warning: whether to warn of sites marked for sequential enumeration, which are
+            sampled.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> class Median(pyro_iw.Bound):  # the middle of M independent IWAE bounds
+        ...     def value(self, log_w):
+        ...         return (log_w.logsumexp(1) - math.log(self.K)).median(0).values
+        >>> ImportanceWeightedELBO(Median(M=3, K=8))
+        ImportanceWeightedELBO(Median(M=3, K=8))
+    """
+
+    def __init__(
+        self,
+        bound: Bound,
+        *,
+        estimator: str = "auto",
+        plates: str | Sequence[str] | None = None,
+        kl_weight: float | Callable[[int], float] = 1.0,
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = math.inf,
+        strict_enumeration_warning: bool = True,
+    ) -> None:
+        if not isinstance(bound, Bound):
+            raise ValueError(f"bound must be a pyro_iw.Bound, got {bound!r}")
+        super().__init__(
+            num_particles=bound.num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=vectorize_particles,
+            strict_enumeration_warning=strict_enumeration_warning,
+        )
+        if not callable(kl_weight):
+            _check_kl_weight(kl_weight)
+        self.bound = bound
+        self.estimator = estimator
+        self.plates = plates
+        self.kl_weight = kl_weight
+        #: Number of gradient steps taken: calls of ``loss_and_grads`` and, with gradients enabled, of
+        #: ``differentiable_loss``. Set it to go on with a ``kl_weight`` schedule.
+        self.steps = 0
+        self._estimator = get_estimator(estimator)
+        self._runner = TraceRunner(vectorize_particles, max_plate_nesting, check=read_sites)
+        self._warned: set[str] = set()
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Minus the bound, in nats, without gradients.
+
+        Arguments:
+            model: the model (a callable with Pyro primitives).
+            guide: the guide.
+            args: positional arguments of both.
+            kwargs: keyword arguments of both.
+
+        Raises:
+            ValueError: if a log-weight is NaN or +inf, naming the site.
+        """
+        with torch.no_grad():
+            particles, estimate = self._estimate(model, guide, args, kwargs, kl_weight=1.0)
+            loss = estimate.loss.item()
+            self._check_finite(loss, particles, estimate)
+        return loss
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Minus the bound, in nats, leaving gradients in the parameters' ``.grad``.
+
+        Arguments and errors are those of :meth:`loss`; also ``ValueError`` where the estimator does not
+        cover a site of the guide.
+        """
+        particles, estimate = self._estimate(model, guide, args, kwargs, self._next_kl_weight())
+        if is_validation_enabled():
+            self._check_finite(estimate.loss.item(), particles, estimate)
+        if estimate.loss.requires_grad:
+            estimate.loss.backward()
+        loss = estimate.loss.item()
+        if not is_validation_enabled():
+            # Validation looks before the backward pass, at the price of waiting for the device there.
+            self._check_finite(loss, particles, estimate)
+        self.steps += 1
+        return loss
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """Minus the bound, in nats, as a scalar whose ``.backward()`` gives the estimator's gradients.
+
+        Arguments and errors are those of :meth:`loss_and_grads`; NaN and +inf are looked for only where
+        Pyro's validation is on. It can be differentiated once.
+        """
+        particles, estimate = self._estimate(model, guide, args, kwargs, self._next_kl_weight())
+        if is_validation_enabled():
+            self._check_finite(estimate.loss.item(), particles, estimate)
+        if torch.is_grad_enabled():
+            self.steps += 1
+        return estimate.loss
+
+    def particles(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Particles:
+        """Draw S = M K particles and return their log-weights, of shape ``[S, *cells]``, in nats.
+
+        Arguments are those of :meth:`loss`.
+
+        Example:
+            >>> def model(x):
+            ...     with pyro.plate("data", len(x)):
+            ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            >>> def guide(x):
+            ...     with pyro.plate("data", len(x)):
+            ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+            >>> IWAE_ELBO(K=5).particles(model, guide, torch.zeros(3)).log_weights.shape
+            torch.Size([5, 3])
+        """
+        return self._draw(model, guide, args, kwargs, 1.0, None)
+
+    def _estimate(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict, kl_weight: float
+    ) -> tuple[Particles, Estimate]:
+        gradients = torch.is_grad_enabled()
+        boundary = self._estimator.boundary(self.bound) if gradients else None
+        particles = self._draw(model, guide, args, kwargs, kl_weight, boundary)
+        if gradients:
+            self._estimator.check(particles)
+        return particles, self._estimator.estimate(particles, self.bound, boundary)
+
+    def _draw(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: dict,
+        kl_weight: float,
+        boundary: Boundary | None,
+    ) -> Particles:
+        traces = self._runner.run(model, guide, args, kwargs, self.bound.num_particles, boundary)
+        particles = collect(traces, self.plates, self.bound.is_linear, kl_weight, self._warn_once)
+        if self.strict_enumeration_warning:
+            for site in particles.sites:
+                if site.role == "guide" and site.message["infer"].get("enumerate") == "sequential":
+                    self._warn_once(
+                        f"Site {site.name!r} is marked for sequential enumeration, but is sampled. Remove "
+                        "its infer={'enumerate': 'sequential'} or pass strict_enumeration_warning=False."
+                    )
+        return particles
+
+    def _next_kl_weight(self) -> float:
+        if not callable(self.kl_weight):
+            return self.kl_weight
+        return _check_kl_weight(self.kl_weight(self.steps))
+
+    def _check_finite(self, loss: float, particles: Particles, estimate: Estimate) -> None:
+        """Warn of a bound of -inf, refuse NaN and +inf; name the site each arose at."""
+        if math.isfinite(loss):
+            return
+        log_w, bound = particles.log_weights, estimate.bound
+        if bool(log_w.isnan().any()) or bool((log_w == math.inf).any()):
+            site = (
+                particles.first_site(torch.isnan)
+                or particles.first_site(torch.isposinf)
+                or particles.first_site(torch.isneginf, role="guide")
+            )
+            kind = "NaN" if bool(log_w.isnan().any()) else "+inf"
+            count = int((log_w.isnan() | (log_w == math.inf)).sum())
+            raise ValueError(
+                f"{count} of {log_w.numel()} log-weights are {kind} (first at site {site}). No gradient "
+                "step should be taken on them: look for a NaN in the data or the parameters, a scale of 0, "
+                "or too large a learning rate."
+            )
+        if bool(torch.isneginf(bound).any()):
+            site = particles.first_site(torch.isneginf) or particles.first_site(torch.isposinf, "guide")
+            cells = int(torch.isneginf(bound).sum())
+            warnings.warn(
+                f"The bound is -inf in {cells} of {bound.numel()} cell(s): no particle has a positive "
+                f"density there (first at site {site}). These cells give no gradient.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Any:
+        """Model and guide trace of one particle, as Pyro's own ELBOs give them."""
+        runner = TraceRunner(vectorize=False)
+        return runner.run(model, guide, args, kwargs, num_particles=1).pairs[0]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.bound!r})"
+
+
+class _NamedELBO(ImportanceWeightedELBO):
+    """A loss named after its bound and built from the bound's own arguments."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({bounds.describe(self.bound)})"
+
+
+class IWAE_ELBO(_NamedELBO):
+    r"""Importance-weighted bound of K particles.
+
+    .. math::
+        \mathcal L = \sum_n \log \frac1K \sum_{k=1}^K w_{nk}, \qquad
+        w_{nk} = \frac{p_\theta(x_n, z_{nk})}{q_\phi(z_{nk} \mid x_n)}
+
+    The sum is over the cells of the kept plates. It tightens as K grows, while the signal-to-noise ratio
+    of the guide's gradient falls as :math:`1 / \sqrt K`; :class:`MIWAE_ELBO` and :class:`PIWAE_ELBO` trade
+    between the two.
+
+    References:
+        | Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
+
+    Arguments:
+        K: number of particles, averaged inside the logarithm; an integer >= 1.
+        keywords: see :class:`ImportanceWeightedELBO`.
+
+    Raises:
+        ValueError: if K is not an integer >= 1.
+
+    Example:
+        >>> svi = SVI(model, guide, Adam({"lr": 1e-3}), loss=IWAE_ELBO(K=64))
+        >>> loss = svi.step(data)
+    """
+
+    def __init__(self, K: int, **keywords: Any) -> None:
+        super().__init__(bounds.IWAE(K), **keywords)
+
+
+class MIWAE_ELBO(_NamedELBO):
+    r"""Mean of M importance-weighted bounds of K particles each.
+
+    .. math::
+        \mathcal L = \sum_n \frac1M \sum_{m=1}^M \log \frac1K \sum_{k=1}^K
+            \frac{p_\theta(x_n, z_{nmk})}{q_\phi(z_{nmk} \mid x_n)}
+
+    K = 1 is the ELBO with M particles, M = 1 is :class:`IWAE_ELBO`.
+
+    References:
+        | Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018),
+          https://arxiv.org/abs/1802.04537
+
+    Arguments:
+        M: number of groups, averaged outside the logarithm; an integer >= 1.
+        K: number of particles in a group, averaged inside it; an integer >= 1.
+        keywords: see :class:`ImportanceWeightedELBO`.
+
+    Raises:
+        ValueError: if M or K is not an integer >= 1.
+
+    Example:
+        >>> svi = SVI(model, guide, Adam({"lr": 1e-3}), loss=MIWAE_ELBO(M=8, K=8))
+        >>> loss = svi.step(data)
+    """
+
+    def __init__(self, M: int, K: int, **keywords: Any) -> None:
+        super().__init__(bounds.MIWAE(M, K), **keywords)
+
+
+class CIWAE_ELBO(_NamedELBO):
+    r"""Convex combination of the ELBO and the importance-weighted bound, on the same K particles.
+
+    .. math::
+        \mathcal L = \sum_n \Big[ \beta\, \frac1K \sum_{k=1}^K \log w_{nk}
+            + (1 - \beta) \log \frac1K \sum_{k=1}^K w_{nk} \Big], \qquad
+        w_{nk} = \frac{p_\theta(x_n, z_{nk})}{q_\phi(z_{nk} \mid x_n)}
+
+    References:
+        | Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018),
+          https://arxiv.org/abs/1802.04537
+
+    Arguments:
+        K: number of particles; an integer >= 1.
+        beta: share of the ELBO, in [0, 1].
+        keywords: see :class:`ImportanceWeightedELBO`.
+
+    Raises:
+        ValueError: if K is not an integer >= 1 or beta lies outside [0, 1].
+
+    Example:
+        >>> svi = SVI(model, guide, Adam({"lr": 1e-3}), loss=CIWAE_ELBO(K=64, beta=0.5))
+        >>> loss = svi.step(data)
+    """
+
+    def __init__(self, K: int, beta: float, **keywords: Any) -> None:
+        super().__init__(bounds.CIWAE(K, beta), **keywords)
+
+
+class PIWAE_ELBO(_NamedELBO):
+    r"""Partially importance-weighted: the model climbs IWAE(MK), the guide MIWAE(M, K).
+
+    .. math::
+        \theta: \sum_n \log \frac1{MK} \sum_{m,k} w_{nmk}, \qquad
+        \phi: \sum_n \frac1M \sum_m \log \frac1K \sum_k w_{nmk}, \qquad
+        w_{nmk} = \frac{p_\theta(x_n, z_{nmk})}{q_\phi(z_{nmk} \mid x_n)}
+
+    Both gradients come from the same particles in one forward and one backward pass. A parameter that model
+    and guide share gets the sum of its two roles. The loss reported is the model's, IWAE(MK).
+
+    References:
+        | Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018),
+          https://arxiv.org/abs/1802.04537
+
+    Arguments:
+        M: number of groups of the guide's objective; an integer >= 1.
+        K: number of particles in a group; an integer >= 1.
+        keywords: see :class:`ImportanceWeightedELBO`.
+
+    Raises:
+        ValueError: if M or K is not an integer >= 1.
+
+    Example:
+        >>> svi = SVI(model, guide, Adam({"lr": 1e-3}), loss=PIWAE_ELBO(M=8, K=8))
+        >>> loss = svi.step(data)
+    """
+
+    def __init__(self, M: int, K: int, **keywords: Any) -> None:
+        super().__init__(bounds.PIWAE(M, K), **keywords)
+
+
+def _check_kl_weight(kl_weight: float) -> float:
+    is_number = isinstance(kl_weight, (numbers.Real, Tensor)) and not isinstance(kl_weight, bool)
+    if not is_number or not 0 <= kl_weight < math.inf:
+        raise ValueError(f"kl_weight must be a finite number >= 0, got {kl_weight!r}")
+    return kl_weight

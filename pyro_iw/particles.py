@@ -1,0 +1,414 @@
+r"""Log-weights per cell: what the bounds need to know of the traces of a model/guide pair.
+
+A *cell* is one index into the *kept plates*: the plates common to all sample sites of model and guide. The
+importance weights are averaged separately in every cell; all other batch dims are summed out. For a VAE
+with one data plate that is one bound a datapoint, :math:`\sum_n \log \mathrm{mean}_k\, w_{nk}`.
+
+Scales stay outside the logarithm. A kept plate of full size N run on a minibatch of B scales every site
+alike, by N / B, and so scales the bound; what the user's own ``poutine.scale`` adds goes the same way where
+all sites of model and guide share it, and otherwise stays on its site. Masks apply before anything is
+summed.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import Unit
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.util import check_model_guide_match, check_site_shape
+from torch import Tensor
+
+from .traces import PARTICLE_PLATE, Traces
+
+__all__ = ["Particles", "Site", "collect", "read_sites"]
+
+
+class Site(NamedTuple):
+    """A sample site that carries a density."""
+
+    role: str  # "model" or "guide"
+    name: str
+    message: Any
+    log_prob: Tensor  # of the batch shape, unscaled and unmasked
+    pair: int  # index of the pair of traces it belongs to
+    scale: float | Tensor = 1.0  # what remains inside the logarithm
+
+    @property
+    def is_latent(self) -> bool:
+        return not self.message["is_observed"]
+
+    @property
+    def is_factor(self) -> bool:
+        return isinstance(self.message["fn"], Unit)
+
+    @property
+    def frames(self) -> tuple[CondIndepStackFrame, ...]:
+        stack = self.message["cond_indep_stack"]
+        return tuple(frame for frame in stack if frame.name != PARTICLE_PLATE)
+
+    def inside(self, frame: CondIndepStackFrame) -> bool:
+        return any(_key(frame) == _key(other) for other in self.frames)
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.role})"
+
+
+@dataclass(frozen=True)
+class Particles:
+    """S particles and their log densities, summed within each cell.
+
+    Attributes:
+        log_p: log p(x, z), of shape ``[S, *cells]``, in nats.
+        log_q: log q(z | x), of shape ``[S, *cells]``, in nats.
+        scale: factor outside the logarithm: N / B of the kept plates and a ``poutine.scale`` that all sites
+            share; a number, or a tensor that broadcasts to ``[*cells]``.
+        plates: the kept plates, in the order of their dims.
+        sites: the sites that carry a density, guide first.
+    """
+
+    log_p: Tensor
+    log_q: Tensor
+    scale: float | Tensor
+    plates: tuple[CondIndepStackFrame, ...]
+    sites: tuple[Site, ...] = field(repr=False)
+    _layout: _Layout = field(repr=False)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log p(x, z) - log q(z | x), of shape ``[S, *cells]``, in nats."""
+        return self.log_p - self.log_q
+
+    def to_batch(self, per_cell: Tensor) -> Tensor:
+        """Reshape ``[S, *cells]`` so that it broadcasts against the batch dims of the sites' values.
+
+        Returns:
+            A tensor of shape ``[S, *batch]``, with size 1 at every batch dim that is no kept plate.
+        """
+        dims = self._layout.kept_dims
+        rank = -self._layout.particle_dim - 1 if self._layout.particle_dim else -min(dims, default=0)
+        shape = [1] * rank
+        for dim, size in zip(dims, per_cell.shape[1:], strict=True):
+            shape[dim] = size
+        return per_cell.reshape(-1, *shape)
+
+    def nonreparameterized_sites(self) -> list[str]:
+        """Names of the guide's sites without a pathwise gradient whose density has parameters."""
+        names = [
+            site.name
+            for site in self.sites
+            if site.role == "guide"
+            and (site.is_latent or site.is_factor)
+            and not getattr(site.message["fn"], "has_rsample", False)
+            and site.log_prob.requires_grad
+        ]
+        return list(dict.fromkeys(names))
+
+    def first_site(self, where: Callable[[Tensor], Tensor], role: str | None = None) -> Site | None:
+        """The first site with a log density for which ``where`` holds anywhere, guide sites first."""
+        for site in self.sites:
+            if role in (None, site.role) and bool(where(self._layout.log_density(site)).any()):
+                return site
+        return None
+
+
+class _Layout(NamedTuple):
+    """Where particles and cells lie among the batch dims."""
+
+    particle_dim: int | None
+    kept_dims: tuple[int, ...]
+
+    def log_density(self, site: Site) -> Tensor:
+        """The site's log density, scaled and masked, of shape ``[S, *cells]`` or ``[*cells]``.
+
+        Particles and cells have size 1 where the density does not vary.
+        """
+        log_prob = scale_and_mask(site.log_prob, site.scale, site.message["mask"])
+        return self.sum_to_cells(log_prob)
+
+    def sum_to_cells(self, tensor: Tensor) -> Tensor:
+        keep = self.kept_dims if self.particle_dim is None else (self.particle_dim, *self.kept_dims)
+        rank = -min(keep, default=0)
+        if tensor.dim() < rank:
+            tensor = tensor.reshape((1,) * (rank - tensor.dim()) + tensor.shape)
+        drop = [dim for dim in range(-tensor.dim(), 0) if dim not in keep]
+        return tensor.sum(drop) if drop else tensor
+
+
+def collect(
+    traces: Traces,
+    plates: str | Sequence[str] | None = None,
+    is_linear: bool = False,
+    kl_weight: float = 1.0,
+    warn_dropped: Callable[[str], None] = warnings.warn,
+) -> Particles:
+    r"""Read the log-weights off the traces.
+
+    Arguments:
+        traces: the traces of S particles.
+        plates: name or names of the plates to keep; ``()`` for one joint weight; None for those common to
+            all sites.
+        is_linear: whether the bound is the mean of the log-weights, for which a scale inside is right too.
+        kl_weight: :math:`\beta` in :math:`\log p(x \mid z) + \beta (\log p(z) - \log q(z \mid x))`.
+        warn_dropped: called with a message if observed sites alone keep a plate from being kept.
+
+    Raises:
+        ValueError: if a plate is unknown or has sites outside, or a subsampled plate is not kept,
+            all of them named; and as :func:`read_sites`.
+        NotImplementedError: as :func:`read_sites`.
+    """
+    sites = read_sites(traces)
+    kept = _kept_plates(sites, plates, is_linear, warn_dropped)
+    if not is_linear:
+        _check_subsampling(sites, kept)
+    scale, sites = _split_scales(sites, kept)
+    kept_dims = tuple(frame.dim for frame in kept if frame.dim is not None)
+    if isinstance(scale, Tensor):
+        scale = _Layout(None, kept_dims).sum_to_cells(scale)
+    layout = _Layout(traces.particle_dim, kept_dims)
+    log_p, log_q = _sum_sites(sites, layout, traces, kl_weight)
+    return Particles(log_p, log_q, scale, kept, tuple(sites), layout)
+
+
+def read_sites(traces: Traces) -> list[Site]:
+    """The sites that carry a density, guide first, checked and with their log densities.
+
+    Raises:
+        ValueError: if a latent is missing from the guide, shapes clash, or a factor in the guide
+            does not say whether it is reparameterised; the site is named.
+        NotImplementedError: if a site is to be enumerated in parallel; it is named.
+    """
+    sites: list[Site] = []
+    validate = is_validation_enabled()
+    nesting: Any = math.inf if traces.particle_dim is None else -traces.particle_dim
+    for index, (model_trace, guide_trace) in enumerate(traces.pairs):
+        _check_names(model_trace, guide_trace)
+        if validate:
+            check_model_guide_match(model_trace, guide_trace, nesting)
+        for role, trace in (("guide", guide_trace), ("model", model_trace)):
+            for name, message in trace.nodes.items():
+                if message["type"] != "sample" or _has_no_density(message):
+                    continue
+                site = Site(role, name, message, _log_prob(role, name, message), index)
+                _check_particle_dim(site, traces)
+                if validate:
+                    message["log_prob"] = site.log_prob
+                    check_site_shape(message, nesting)
+                sites.append(site)
+    return sites
+
+
+def _has_no_density(message: Any) -> bool:
+    """Whether an observed site is there for the record only, as those of ``pyro.deterministic`` are."""
+    return message["is_observed"] and (
+        message["mask"] is False or getattr(message["fn"], "_mask", None) is False
+    )
+
+
+def _check_names(model_trace: Any, guide_trace: Any) -> None:
+    for role, trace in (("guide", guide_trace), ("model", model_trace)):
+        for name, message in trace.nodes.items():
+            if message["type"] != "sample":
+                continue
+            latent = not message["is_observed"]
+            if latent and message["infer"].get("enumerate") == "parallel":
+                raise NotImplementedError(
+                    f"Site {name!r} of the {role} is to be enumerated in parallel, which importance-weighted "
+                    "bounds do not do yet. Sum it out of the model by hand, remove its "
+                    "infer={'enumerate': 'parallel'}, or train with pyro.infer.TraceEnum_ELBO."
+                )
+            if latent and role == "model" and name not in guide_trace.nodes:
+                raise ValueError(
+                    f"Latent site {name!r} of the model is missing from the guide, so its importance weight "
+                    f"is unknown. Sample {name!r} in the guide, or observe it in the model."
+                )
+            is_factor = isinstance(message["fn"], Unit)
+            if role == "guide" and is_factor and "has_rsample" not in vars(message["fn"]):
+                raise ValueError(
+                    f"pyro.factor({name!r}, ...) in the guide must say whether it arises from "
+                    "reparameterised sampling: pass has_rsample=True or has_rsample=False."
+                )
+
+
+def _log_prob(role: str, name: str, message: Any) -> Tensor:
+    fn, value = message["fn"], message["value"]
+    try:
+        return fn.log_prob(value, *message["args"], **message["kwargs"])
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Evaluating the log density at site {name!r} ({role}) failed with {type(error).__name__}: "
+            f"{error}\nvalue: {tuple(value.shape)}, batch shape: {tuple(fn.batch_shape)}, event shape: "
+            f"{tuple(fn.event_shape)}"
+        ) from error
+
+
+def _check_particle_dim(site: Site, traces: Traces) -> None:
+    """Refuse a log density with dims left of the particles' own: its particles are elsewhere."""
+    dim, log_prob = traces.particle_dim, site.log_prob
+    if dim is None or log_prob.dim() < -dim:
+        return
+    if log_prob.dim() > -dim or log_prob.shape[dim] not in (1, traces.num_particles):
+        raise ValueError(
+            f"The log density at site {site} has shape {tuple(log_prob.shape)}, but under "
+            f"{traces.num_particles} particles its leftmost dim should be {dim}, of size "
+            f"{traces.num_particles}. Let the computation broadcast over leading dims, declare the other "
+            "batch dims by pyro.plate or .to_event(), or pass vectorize_particles=False."
+        )
+
+
+def _key(frame: CondIndepStackFrame) -> tuple[str, int | None]:
+    return frame.name, frame.dim
+
+
+def _common(sites: Iterable[Site]) -> list[CondIndepStackFrame]:
+    """The vectorised plates around all of these sites."""
+    sites = list(sites)
+    if not sites:
+        return []
+    return [
+        frame for frame in sites[0].frames if frame.vectorized and all(site.inside(frame) for site in sites)
+    ]
+
+
+def _names(sites: Iterable[Site]) -> str:
+    return ", ".join(dict.fromkeys(str(site) for site in sites))
+
+
+def _kept_plates(
+    sites: list[Site],
+    plates: str | Sequence[str] | None,
+    is_linear: bool,
+    warn_dropped: Callable[[str], None],
+) -> tuple[CondIndepStackFrame, ...]:
+    """The kept plates, in the order of their dims."""
+    kept = _common(sites)
+    if plates is not None:
+        kept = _named_plates(sites, [plates] if isinstance(plates, str) else list(plates))
+    elif not is_linear:
+        latents = [site for site in sites if site.is_latent]
+        for frame in _common(latents):
+            outside = [site for site in sites if not site.inside(frame)]
+            if outside and not _is_subsampled(frame):
+                warn_dropped(
+                    f"All latent sites lie in plate {frame.name!r}, but the observed or factor site(s) "
+                    f"{_names(outside)} do not, so there is one joint importance weight instead of one for "
+                    f"each index of {frame.name!r}. Move them into the plate (divided by its size where "
+                    "they are a regulariser), or pass plates=() to ask for the joint weight."
+                )
+    return tuple(sorted(kept, key=lambda frame: frame.dim or 0))
+
+
+def _named_plates(sites: list[Site], names: list[str]) -> list[CondIndepStackFrame]:
+    frames = {frame.name: frame for site in sites for frame in site.frames}
+    kept = []
+    for name in names:
+        if name not in frames:
+            raise ValueError(
+                f"plates names {name!r}, but model and guide have no such plate around their sites; they "
+                f"have {sorted(frames)}."
+            )
+        frame = frames[name]
+        if not frame.vectorized:
+            raise ValueError(f"Plate {name!r} is a Python loop; only vectorised plates can be kept.")
+        outside = [site for site in sites if not site.inside(frame)]
+        if outside:
+            raise ValueError(
+                f"Plate {name!r} cannot be kept: site(s) {_names(outside)} lie outside it, so there is no "
+                f"importance weight for each index of {name!r}."
+            )
+        kept.append(frame)
+    return kept
+
+
+def _is_subsampled(frame: CondIndepStackFrame) -> bool:
+    return frame.full_size is not None and frame.full_size != frame.size
+
+
+def _check_subsampling(sites: list[Site], kept: tuple[CondIndepStackFrame, ...]) -> None:
+    keys = {_key(frame) for frame in kept}
+    for site in sites:
+        for frame in site.frames:
+            if _key(frame) in keys or not _is_subsampled(frame):
+                continue
+            outside = [other for other in sites if not other.inside(frame)]
+            reason = f"site(s) {_names(outside)} lie outside it" if outside else "plates= does not keep it"
+            raise ValueError(
+                f"Plate {frame.name!r} is subsampled ({frame.size} of {frame.full_size}), but {reason}. "
+                "The joint importance weight then needs all of the data: an estimate from a minibatch is "
+                "no bound for K > 1. Run the plate on all of its data, use K=1 (the ELBO), or move every "
+                "latent into the plate (or turn those outside into parameters)."
+            )
+
+
+def _split_scales(
+    sites: list[Site], kept: tuple[CondIndepStackFrame, ...]
+) -> tuple[float | Tensor, list[Site]]:
+    """The factor outside the logarithm, and the sites with what remains inside."""
+    keys = {_key(frame) for frame in kept}
+    outer: float | Tensor = math.prod(_subsampling(frame) for frame in kept)
+    # What the plates do not account for is the user's own.
+    own = [_divide(site.message["scale"], math.prod(map(_subsampling, site.frames))) for site in sites]
+    shared = bool(own) and _is_shared(own, kept)
+    if shared:
+        outer = outer * own[0]
+    inner = []
+    for site, scale in zip(sites, own, strict=True):
+        rest = math.prod(_subsampling(frame) for frame in site.frames if _key(frame) not in keys)
+        inner.append(site._replace(scale=rest if shared else scale * rest))
+    return outer, inner
+
+
+def _subsampling(frame: CondIndepStackFrame) -> float:
+    return frame.full_size / frame.size if _is_subsampled(frame) else 1.0  # type: ignore[operator]
+
+
+def _divide(scale: float | Tensor, share: float) -> float | Tensor:
+    if isinstance(scale, Tensor):
+        return scale / share
+    ratio = scale / share
+    # Pyro multiplies scales site by site; undo the rounding of a scale that is the plates' alone.
+    return 1.0 if math.isclose(ratio, 1.0, rel_tol=1e-9) else ratio
+
+
+def _is_shared(scales: list[float | Tensor], kept: tuple[CondIndepStackFrame, ...]) -> bool:
+    """Whether all sites share one scale that does not vary within a cell."""
+    first = scales[0]
+    tensors = [scale for scale in scales if isinstance(scale, Tensor)]
+    if not tensors:
+        return all(math.isclose(scale, first, rel_tol=1e-9) for scale in scales)
+    if len(tensors) < len(scales) or any(t.shape != tensors[0].shape for t in tensors):
+        return False
+    if any(tensor.requires_grad for tensor in tensors):
+        return False  # outside the logarithm it would lose its gradient
+    dims = {frame.dim for frame in kept}
+    shape = tensors[0].shape
+    if any(shape[dim] > 1 and dim not in dims for dim in range(-len(shape), 0)):
+        return False
+    return all(torch.allclose(tensor, tensors[0], rtol=1e-6) for tensor in tensors[1:])
+
+
+def _sum_sites(sites: list[Site], layout: _Layout, traces: Traces, kl_weight: float) -> tuple[Tensor, Tensor]:
+    """log p and log q, each of shape ``[S, *cells]``, with the KL weight applied."""
+    zero = sites[0].log_prob.new_zeros(()) if sites else torch.zeros(())
+    log_p, log_q = [zero] * len(traces.pairs), [zero] * len(traces.pairs)
+    for site in sites:
+        term = layout.log_density(site)
+        if kl_weight != 1 and (site.is_latent or site.role == "guide"):
+            if kl_weight == 0:
+                continue  # 0 * -inf would be NaN
+            term = kl_weight * term
+        total = log_q if site.role == "guide" else log_p
+        total[site.pair] = total[site.pair] + term
+    shape = torch.broadcast_shapes(*(term.shape for term in (*log_p, *log_q)))
+    if layout.particle_dim is not None:
+        shape = (traces.num_particles, *shape[1:])
+        return log_p[0].expand(shape), log_q[0].expand(shape)
+    stacked = [torch.stack([term.expand(shape) for term in terms]) for terms in (log_p, log_q)]
+    return stacked[0], stacked[1]
