@@ -1,0 +1,95 @@
+"""What the reparameterised estimator covers, and that it never gives a silent zero gradient."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_iw import IWAE_ELBO, PIWAE_ELBO
+from pyro_iw.estimators import Boundary, get_estimator
+
+LOSSES = [IWAE_ELBO(K=4), PIWAE_ELBO(M=2, K=2), IWAE_ELBO(K=4, estimator="reparam")]
+
+
+def model():
+    z = pyro.sample("z", dist.Bernoulli(0.5))
+    y = pyro.sample("y", dist.Normal(z, 1.0))
+    pyro.sample("x", dist.Normal(y, 1.0), obs=torch.tensor(1.0))
+
+
+def guide():
+    probs = pyro.param("probs", torch.tensor(0.3))
+    pyro.sample("z", dist.Bernoulli(probs))
+    pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_discrete_site_is_refused_by_name(loss, vectorize):
+    loss = type(loss)(
+        **{"K": loss.bound.K} if isinstance(loss, IWAE_ELBO) else {"M": 2, "K": 2},
+        estimator=loss.estimator,
+        vectorize_particles=vectorize,
+    )
+    for evaluate in (loss.loss_and_grads, loss.differentiable_loss):
+        with pytest.raises(ValueError, match=r"Guide site\(s\) 'z' cannot be reparameterised"):
+            evaluate(model, guide)
+    assert all(value.unconstrained().grad is None for value in pyro.get_param_store().values())
+
+
+def test_its_bound_can_still_be_evaluated():
+    assert IWAE_ELBO(K=4).loss(model, guide) > 0
+    with torch.no_grad():
+        assert IWAE_ELBO(K=4).differentiable_loss(model, guide) > 0
+
+
+def test_rsample_switched_off_counts_as_discrete():
+    def detached():
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("z", dist.Normal(loc, 1.0).has_rsample_(False))
+
+    def prior():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="'z' cannot be reparameterised"):
+        IWAE_ELBO(K=2).loss_and_grads(prior, detached)
+
+
+def test_a_factor_from_sampling_without_a_path_counts_as_discrete():
+    def with_factor():
+        loc = pyro.param("loc", torch.tensor(0.0))
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.factor("score", z * loc, has_rsample=False)
+
+    def prior():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="'score' cannot be reparameterised"):
+        IWAE_ELBO(K=2).loss_and_grads(prior, with_factor)
+
+
+def test_a_discrete_site_without_parameters_has_no_gradient_to_lose():
+    def fixed():
+        pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    IWAE_ELBO(K=4).loss_and_grads(model, fixed)
+    assert pyro.param("loc").unconstrained().grad != 0
+
+
+def test_the_boundary_rescales_each_particle_and_leaves_the_value_alone():
+    boundary = Boundary()
+    raw = torch.randn(3, 2, 4, requires_grad=True)
+    z = raw * 1.0
+    seen = boundary(z, 1, None)
+    assert torch.equal(seen, z)
+    ratio = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.5, 1.0]])
+    boundary.set_ratio(ratio)
+    # z itself also feeds the guide's own density, which must not be rescaled.
+    (seen.sum() + 10 * z.sum()).backward()
+    torch.testing.assert_close(raw.grad, (ratio + 10).unsqueeze(-1).expand(3, 2, 4))
+
+
+def test_an_unknown_estimator_lists_the_known():
+    with pytest.raises(ValueError, match=r"one of \['auto', 'reparam'\], got 'dreg'"):
+        get_estimator("dreg")
