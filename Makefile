@@ -36,8 +36,9 @@ $(FULL): $(BASE)
 demo: $(BASE)  ## Train a VAE with five bounds on real images (under two minutes)
 	@$(BIN)/python examples/demo.py
 
+# One thread: the tests' tensors are tiny, and on a busy machine idle threads spin on one another's cores.
 test: $(FULL)  ## Run the whole test suite
-	@$(BIN)/python -m pytest --durations=10 $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10 $(PYTEST_ARGS)
 
 lint: $(FULL)  ## Check style and formatting with ruff
 	@$(BIN)/ruff check .

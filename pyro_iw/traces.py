@@ -140,7 +140,7 @@ class TraceRunner:
                         outer=particles,
                         progress=progress,
                     )
-            except torch.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:
                 nesting = _nesting_alone(model, guide, args, kwargs)
@@ -234,7 +234,7 @@ class _Probe:
         check: Callable[[Traces], Any] | None = None,
     ) -> None:
         """One pass that leaves nothing behind but lazily made parameters."""
-        with _fork_rng(), poutine.block(), _watch_batch_norm(enabled=True, restore=True) as seen:
+        with _fork_rng(), _watch_batch_norm(enabled=True, restore=True) as seen:
             pair = _run_pair(model, guide, args, kwargs)
             if check is not None:
                 check(Traces([pair], 1, None))

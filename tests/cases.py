@@ -231,7 +231,11 @@ class PlateInsideKeptPlate(NestedPlates):
 
 
 class Sequence(Case):
-    """A chain h_0 -> h_1 -> h_2 of three latents in one data plate, each observed; the guide a chain too."""
+    """A chain of latents in one data plate, each observed; the guide a chain too.
+
+    Its second scale depends on the first latent. With a location and a scale alone the guide's entropy would
+    be the same for all particles, and its weights could be anything that sums to 1.
+    """
 
     shape = (3, 2)  # [data, time], time on the rightmost dim
 
@@ -252,19 +256,22 @@ class Sequence(Case):
         with pyro.plate("data", 3):
             h = torch.zeros_like(a)
             for t in pyro.markov(range(2)):
-                h = pyro.sample(f"h_{t}", RecordedNormal(a * (self.steps[t] + h), c))
+                scale = c * torch.exp(0.5 * h)
+                h = pyro.sample(f"h_{t}", RecordedNormal(a * (self.steps[t] + h), scale))
 
     def log_weights(self, theta, phi, noise):
         log_p, log_q = [], []
         for k in range(len(noise[0])):
             row_p, row_q = [], []
             for n in range(3):
-                p = q = previous = 0.0
+                p = q = 0.0
+                previous = torch.zeros((), dtype=self.dtype)
                 for t in range(2):
                     loc = phi["a"] * (self.x[n, t] + previous)
-                    h = loc + phi["c"] * noise[t][k, n]
+                    scale = phi["c"] * torch.exp(0.5 * previous)
+                    h = loc + scale * noise[t][k, n]
                     p = p + normal(h, theta["w"] * previous, 1.0) + normal(self.x[n, t], h, theta["s"])
-                    q = q + normal(h, loc, phi["c"])
+                    q = q + normal(h, loc, scale)
                     previous = h
                 row_p.append(p)
                 row_q.append(q)

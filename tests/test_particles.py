@@ -335,10 +335,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"'jacobian'.*has_rsample=True or has_rsample=False"):
             IWAE_ELBO(K=4).loss(local_model, guide, x)
 
-        def complete(x):
-            guide(x, has_rsample=True)
+    def test_a_factor_in_the_guide_belongs_to_log_q(self, x):
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", normal(0.0, 1.0))
+                pyro.factor("jacobian", 3 * z, has_rsample=True)
 
-        IWAE_ELBO(K=4).loss_and_grads(local_model, complete, x)
+        particles = IWAE_ELBO(K=4).particles(local_model, guide, x)
+        z = particles.sites[0].message["value"]
+        torch.testing.assert_close(particles.log_q, normal(0.0, 1.0).log_prob(z) + 3 * z)
 
     def test_a_model_without_validation_is_not_slowed_by_it(self, x):
         with pyro.validation_enabled(False), warnings.catch_warnings():

@@ -1,10 +1,12 @@
 """Running a pair: the particle dim, the probe before it, and what is said when a model breaks under it."""
 
 import gc
+import math
 import weakref
 
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import pytest
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
@@ -117,6 +119,17 @@ class TestProbe:
         for _ in range(3):
             loss.loss(pair.model, pair.guide, torch.zeros(2))
         assert pair.calls == 1 + 3
+
+    def test_it_sees_what_the_handlers_around_the_loss_do(self):
+        def model():
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0))
+
+        def guide():
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+        with poutine.condition(data={"x": torch.tensor(1.0)}):
+            assert math.isfinite(IWAE_ELBO(K=3).loss(model, guide))
 
     def test_it_leaves_the_random_state_alone(self):
         x, loss = torch.zeros(2), IWAE_ELBO(K=3)
