@@ -1,7 +1,7 @@
 r"""The public losses: drop-in replacements for :class:`~pyro.infer.Trace_ELBO` in ``SVI``.
 
-Each glues together three steps and speaks Pyro's protocol: :mod:`~pyro_iw.traces` and
-:mod:`~pyro_iw.particles` run model and guide and read off the log-weights, :mod:`~pyro_iw.bounds` turns them
+Each glues together three steps and speaks Pyro's protocol: :mod:`~pyro_iw.traces` runs model and guide
+and :mod:`~pyro_iw.particles` reads off the log-weights, :mod:`~pyro_iw.bounds` turns them
 into a bound and particle weights, :mod:`~pyro_iw.estimators` turns those into gradients. ``loss``,
 ``loss_and_grads`` and ``differentiable_loss`` are one computation, so for one seed they agree to the last
 bit.
@@ -23,7 +23,8 @@ from torch import Tensor
 from . import bounds
 from .bounds import Bound
 from .estimators import Boundary, Estimate, get_estimator
-from .particles import Particles, collect, read_sites
+from .particles import Particles, collect
+from .sites import read_sites
 from .traces import TraceRunner
 
 __all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "ImportanceWeightedELBO"]

@@ -16,49 +16,17 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
-from .traces import PARTICLE_PLATE, Traces
+from .sites import Site, plate_key, read_sites
+from .traces import Traces
 
-__all__ = ["Particles", "Site", "collect", "read_sites"]
-
-
-class Site(NamedTuple):
-    """A sample site that carries a density."""
-
-    role: str  # "model" or "guide"
-    name: str
-    message: Any
-    log_prob: Tensor  # of the batch shape, unscaled and unmasked
-    pair: int  # index of the pair of traces it belongs to
-    scale: float | Tensor = 1.0  # what remains inside the logarithm
-
-    @property
-    def is_latent(self) -> bool:
-        return not self.message["is_observed"]
-
-    @property
-    def is_factor(self) -> bool:
-        return isinstance(self.message["fn"], Unit)
-
-    @property
-    def frames(self) -> tuple[CondIndepStackFrame, ...]:
-        stack = self.message["cond_indep_stack"]
-        return tuple(frame for frame in stack if frame.name != PARTICLE_PLATE)
-
-    def inside(self, frame: CondIndepStackFrame) -> bool:
-        return any(_key(frame) == _key(other) for other in self.frames)
-
-    def __str__(self) -> str:
-        return f"{self.name!r} ({self.role})"
+__all__ = ["Particles", "collect"]
 
 
 @dataclass(frozen=True)
@@ -177,96 +145,6 @@ def collect(
     return Particles(log_p, log_q, scale, kept, tuple(sites), layout)
 
 
-def read_sites(traces: Traces) -> list[Site]:
-    """The sites that carry a density, guide first, checked and with their log densities.
-
-    Raises:
-        ValueError: if a latent is missing from the guide, shapes clash, or a factor in the guide
-            does not say whether it is reparameterised; the site is named.
-        NotImplementedError: if a site is to be enumerated in parallel; it is named.
-    """
-    sites: list[Site] = []
-    validate = is_validation_enabled()
-    nesting: Any = math.inf if traces.particle_dim is None else -traces.particle_dim
-    for index, (model_trace, guide_trace) in enumerate(traces.pairs):
-        _check_names(model_trace, guide_trace)
-        if validate:
-            check_model_guide_match(model_trace, guide_trace, nesting)
-        for role, trace in (("guide", guide_trace), ("model", model_trace)):
-            for name, message in trace.nodes.items():
-                if message["type"] != "sample" or _has_no_density(message):
-                    continue
-                site = Site(role, name, message, _log_prob(role, name, message), index)
-                _check_particle_dim(site, traces)
-                if validate:
-                    message["log_prob"] = site.log_prob
-                    check_site_shape(message, nesting)
-                sites.append(site)
-    return sites
-
-
-def _has_no_density(message: Any) -> bool:
-    """Whether an observed site is there for the record only, as those of ``pyro.deterministic`` are."""
-    return message["is_observed"] and (
-        message["mask"] is False or getattr(message["fn"], "_mask", None) is False
-    )
-
-
-def _check_names(model_trace: Any, guide_trace: Any) -> None:
-    for role, trace in (("guide", guide_trace), ("model", model_trace)):
-        for name, message in trace.nodes.items():
-            if message["type"] != "sample":
-                continue
-            latent = not message["is_observed"]
-            if latent and message["infer"].get("enumerate") == "parallel":
-                raise NotImplementedError(
-                    f"Site {name!r} of the {role} is to be enumerated in parallel, which importance-weighted "
-                    "bounds do not do yet. Sum it out of the model by hand, remove its "
-                    "infer={'enumerate': 'parallel'}, or train with pyro.infer.TraceEnum_ELBO."
-                )
-            if latent and role == "model" and name not in guide_trace.nodes:
-                raise ValueError(
-                    f"Latent site {name!r} of the model is missing from the guide, so its importance weight "
-                    f"is unknown. Sample {name!r} in the guide, or observe it in the model."
-                )
-            is_factor = isinstance(message["fn"], Unit)
-            if role == "guide" and is_factor and "has_rsample" not in vars(message["fn"]):
-                raise ValueError(
-                    f"pyro.factor({name!r}, ...) in the guide must say whether it arises from "
-                    "reparameterised sampling: pass has_rsample=True or has_rsample=False."
-                )
-
-
-def _log_prob(role: str, name: str, message: Any) -> Tensor:
-    fn, value = message["fn"], message["value"]
-    try:
-        return fn.log_prob(value, *message["args"], **message["kwargs"])
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"Evaluating the log density at site {name!r} ({role}) failed with {type(error).__name__}: "
-            f"{error}\nvalue: {tuple(value.shape)}, batch shape: {tuple(fn.batch_shape)}, event shape: "
-            f"{tuple(fn.event_shape)}"
-        ) from error
-
-
-def _check_particle_dim(site: Site, traces: Traces) -> None:
-    """Refuse a log density with dims left of the particles' own: its particles are elsewhere."""
-    dim, log_prob = traces.particle_dim, site.log_prob
-    if dim is None or log_prob.dim() < -dim:
-        return
-    if log_prob.dim() > -dim or log_prob.shape[dim] not in (1, traces.num_particles):
-        raise ValueError(
-            f"The log density at site {site} has shape {tuple(log_prob.shape)}, but under "
-            f"{traces.num_particles} particles its leftmost dim should be {dim}, of size "
-            f"{traces.num_particles}. Let the computation broadcast over leading dims, declare the other "
-            "batch dims by pyro.plate or .to_event(), or pass vectorize_particles=False."
-        )
-
-
-def _key(frame: CondIndepStackFrame) -> tuple[str, int | None]:
-    return frame.name, frame.dim
-
-
 def _common(sites: Iterable[Site]) -> list[CondIndepStackFrame]:
     """The vectorised plates around all of these sites."""
     sites = list(sites)
@@ -332,10 +210,10 @@ def _is_subsampled(frame: CondIndepStackFrame) -> bool:
 
 
 def _check_subsampling(sites: list[Site], kept: tuple[CondIndepStackFrame, ...]) -> None:
-    keys = {_key(frame) for frame in kept}
+    keys = {plate_key(frame) for frame in kept}
     for site in sites:
         for frame in site.frames:
-            if _key(frame) in keys or not _is_subsampled(frame):
+            if plate_key(frame) in keys or not _is_subsampled(frame):
                 continue
             outside = [other for other in sites if not other.inside(frame)]
             reason = f"site(s) {_names(outside)} lie outside it" if outside else "plates= does not keep it"
@@ -351,7 +229,7 @@ def _split_scales(
     sites: list[Site], kept: tuple[CondIndepStackFrame, ...]
 ) -> tuple[float | Tensor, list[Site]]:
     """The factor outside the logarithm, and the sites with what remains inside."""
-    keys = {_key(frame) for frame in kept}
+    keys = {plate_key(frame) for frame in kept}
     outer: float | Tensor = math.prod(_subsampling(frame) for frame in kept)
     # What the plates do not account for is the user's own.
     own = [_divide(site.message["scale"], math.prod(map(_subsampling, site.frames))) for site in sites]
@@ -360,7 +238,7 @@ def _split_scales(
         outer = outer * own[0]
     inner = []
     for site, scale in zip(sites, own, strict=True):
-        rest = math.prod(_subsampling(frame) for frame in site.frames if _key(frame) not in keys)
+        rest = math.prod(_subsampling(frame) for frame in site.frames if plate_key(frame) not in keys)
         inner.append(site._replace(scale=rest if shared else scale * rest))
     return outer, inner
 

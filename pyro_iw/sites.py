@@ -1,0 +1,142 @@
+r"""Sample sites and their log densities, checked.
+
+Reads the sites that carry a density off the traces of a model/guide pair, evaluates their log densities, and
+refuses by name what would make the importance weights wrong: a latent that the guide leaves out, a site
+that is to be enumerated, a density whose shape puts particles or batch where they do not belong.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from pyro.distributions import Unit
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.util import check_model_guide_match, check_site_shape
+from torch import Tensor
+
+from .traces import PARTICLE_PLATE, Traces
+
+__all__ = ["Site", "plate_key", "read_sites"]
+
+
+class Site(NamedTuple):
+    """A sample site that carries a density."""
+
+    role: str  # "model" or "guide"
+    name: str
+    message: Any
+    log_prob: Tensor  # of the batch shape, unscaled and unmasked
+    pair: int  # index of the pair of traces it belongs to
+    scale: float | Tensor = 1.0  # what remains inside the logarithm
+
+    @property
+    def is_latent(self) -> bool:
+        return not self.message["is_observed"]
+
+    @property
+    def is_factor(self) -> bool:
+        return isinstance(self.message["fn"], Unit)
+
+    @property
+    def frames(self) -> tuple[CondIndepStackFrame, ...]:
+        stack = self.message["cond_indep_stack"]
+        return tuple(frame for frame in stack if frame.name != PARTICLE_PLATE)
+
+    def inside(self, frame: CondIndepStackFrame) -> bool:
+        return any(plate_key(frame) == plate_key(other) for other in self.frames)
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.role})"
+
+
+def plate_key(frame: CondIndepStackFrame) -> tuple[str, int | None]:
+    """What makes two frames the same plate: its size may differ between model and guide."""
+    return frame.name, frame.dim
+
+
+def read_sites(traces: Traces) -> list[Site]:
+    """The sites that carry a density, guide first, checked and with their log densities.
+
+    Raises:
+        ValueError: if a latent is missing from the guide, shapes clash, or a factor in the guide
+            does not say whether it is reparameterised; the site is named.
+        NotImplementedError: if a site is to be enumerated in parallel; it is named.
+    """
+    sites: list[Site] = []
+    validate = is_validation_enabled()
+    nesting: Any = math.inf if traces.particle_dim is None else -traces.particle_dim
+    for index, (model_trace, guide_trace) in enumerate(traces.pairs):
+        _check_names(model_trace, guide_trace)
+        if validate:
+            check_model_guide_match(model_trace, guide_trace, nesting)
+        for role, trace in (("guide", guide_trace), ("model", model_trace)):
+            for name, message in trace.nodes.items():
+                if message["type"] != "sample" or _has_no_density(message):
+                    continue
+                site = Site(role, name, message, _log_prob(role, name, message), index)
+                _check_particle_dim(site, traces)
+                if validate:
+                    message["log_prob"] = site.log_prob
+                    check_site_shape(message, nesting)
+                sites.append(site)
+    return sites
+
+
+def _has_no_density(message: Any) -> bool:
+    """Whether an observed site is there for the record only, as those of ``pyro.deterministic`` are."""
+    return message["is_observed"] and (
+        message["mask"] is False or getattr(message["fn"], "_mask", None) is False
+    )
+
+
+def _check_names(model_trace: Any, guide_trace: Any) -> None:
+    for role, trace in (("guide", guide_trace), ("model", model_trace)):
+        for name, message in trace.nodes.items():
+            if message["type"] != "sample":
+                continue
+            latent = not message["is_observed"]
+            if latent and message["infer"].get("enumerate") == "parallel":
+                raise NotImplementedError(
+                    f"Site {name!r} of the {role} is to be enumerated in parallel, which importance-weighted "
+                    "bounds do not do yet. Sum it out of the model by hand, remove its "
+                    "infer={'enumerate': 'parallel'}, or train with pyro.infer.TraceEnum_ELBO."
+                )
+            if latent and role == "model" and name not in guide_trace.nodes:
+                raise ValueError(
+                    f"Latent site {name!r} of the model is missing from the guide, so its importance weight "
+                    f"is unknown. Sample {name!r} in the guide, or observe it in the model."
+                )
+            is_factor = isinstance(message["fn"], Unit)
+            if role == "guide" and is_factor and "has_rsample" not in vars(message["fn"]):
+                raise ValueError(
+                    f"pyro.factor({name!r}, ...) in the guide must say whether it arises from "
+                    "reparameterised sampling: pass has_rsample=True or has_rsample=False."
+                )
+
+
+def _log_prob(role: str, name: str, message: Any) -> Tensor:
+    fn, value = message["fn"], message["value"]
+    try:
+        return fn.log_prob(value, *message["args"], **message["kwargs"])
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Evaluating the log density at site {name!r} ({role}) failed with {type(error).__name__}: "
+            f"{error}\nvalue: {tuple(value.shape)}, batch shape: {tuple(fn.batch_shape)}, event shape: "
+            f"{tuple(fn.event_shape)}"
+        ) from error
+
+
+def _check_particle_dim(site: Site, traces: Traces) -> None:
+    """Refuse a log density with dims left of the particles' own: its particles are elsewhere."""
+    dim, log_prob = traces.particle_dim, site.log_prob
+    if dim is None or log_prob.dim() < -dim:
+        return
+    if log_prob.dim() > -dim or log_prob.shape[dim] not in (1, traces.num_particles):
+        raise ValueError(
+            f"The log density at site {site} has shape {tuple(log_prob.shape)}, but under "
+            f"{traces.num_particles} particles its leftmost dim should be {dim}, of size "
+            f"{traces.num_particles}. Let the computation broadcast over leading dims, declare the other "
+            "batch dims by pyro.plate or .to_event(), or pass vectorize_particles=False."
+        )
