@@ -1,6 +1,6 @@
 r"""The public losses: drop-in replacements for :class:`~pyro.infer.Trace_ELBO` in ``SVI``.
 
-Each glues together three steps and speaks Pyro's protocol: :mod:`~pyro_iw.traces` runs model and guide
+Each glues together three steps and speaks Pyro's protocol: :mod:`~pyro_iw.runner` runs model and guide
 and :mod:`~pyro_iw.particles` reads off the log-weights, :mod:`~pyro_iw.bounds` turns them
 into a bound and particle weights, :mod:`~pyro_iw.estimators` turns those into gradients. ``loss``,
 ``loss_and_grads`` and ``differentiable_loss`` are one computation, so for one seed they agree to the last
@@ -24,8 +24,9 @@ from . import bounds
 from .bounds import Bound
 from .estimators import Boundary, Estimate, get_estimator
 from .particles import Particles, collect
+from .runner import Runner
 from .sites import read_sites
-from .traces import TraceRunner
+from .traces import Pair, trace_pair
 
 __all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "ImportanceWeightedELBO"]
 
@@ -93,7 +94,7 @@ class ImportanceWeightedELBO(ELBO):
         #: ``differentiable_loss``. Set it to go on with a ``kl_weight`` schedule.
         self.steps = 0
         self._estimator = get_estimator(estimator)
-        self._runner = TraceRunner(vectorize_particles, max_plate_nesting, check=read_sites)
+        self._runner = Runner(vectorize_particles, max_plate_nesting, check=read_sites)
         self._warned: set[str] = set()
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -109,7 +110,7 @@ class ImportanceWeightedELBO(ELBO):
             ValueError: if a log-weight is NaN or +inf, naming the site.
         """
         with torch.no_grad():
-            particles, estimate = self._estimate(model, guide, args, kwargs, kl_weight=1.0)
+            particles, estimate = self._estimate(Pair(model, guide, args, kwargs), kl_weight=1.0)
             loss = estimate.loss.item()
             self._check_finite(loss, particles, estimate)
         return loss
@@ -120,7 +121,8 @@ class ImportanceWeightedELBO(ELBO):
         Arguments and errors are those of :meth:`loss`; also ``ValueError`` where the estimator does not
         cover a site of the guide.
         """
-        particles, estimate = self._estimate(model, guide, args, kwargs, self._next_kl_weight())
+        pair = Pair(model, guide, args, kwargs)
+        particles, estimate = self._estimate(pair, self._next_kl_weight())
         if is_validation_enabled():
             self._check_finite(estimate.loss.item(), particles, estimate)
         if estimate.loss.requires_grad:
@@ -138,7 +140,8 @@ class ImportanceWeightedELBO(ELBO):
         Arguments and errors are those of :meth:`loss_and_grads`; NaN and +inf are looked for only where
         Pyro's validation is on. It can be differentiated once.
         """
-        particles, estimate = self._estimate(model, guide, args, kwargs, self._next_kl_weight())
+        pair = Pair(model, guide, args, kwargs)
+        particles, estimate = self._estimate(pair, self._next_kl_weight())
         if is_validation_enabled():
             self._check_finite(estimate.loss.item(), particles, estimate)
         if torch.is_grad_enabled():
@@ -161,28 +164,18 @@ class ImportanceWeightedELBO(ELBO):
             >>> IWAE_ELBO(K=5).particles(model, guide, torch.zeros(3)).log_weights.shape
             torch.Size([5, 3])
         """
-        return self._draw(model, guide, args, kwargs, 1.0, None)
+        return self._draw(Pair(model, guide, args, kwargs))
 
-    def _estimate(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict, kl_weight: float
-    ) -> tuple[Particles, Estimate]:
+    def _estimate(self, pair: Pair, kl_weight: float) -> tuple[Particles, Estimate]:
         gradients = torch.is_grad_enabled()
         boundary = self._estimator.boundary(self.bound) if gradients else None
-        particles = self._draw(model, guide, args, kwargs, kl_weight, boundary)
+        particles = self._draw(pair, kl_weight, boundary)
         if gradients:
             self._estimator.check(particles)
         return particles, self._estimator.estimate(particles, self.bound, boundary)
 
-    def _draw(
-        self,
-        model: Callable,
-        guide: Callable,
-        args: tuple,
-        kwargs: dict,
-        kl_weight: float,
-        boundary: Boundary | None,
-    ) -> Particles:
-        traces = self._runner.run(model, guide, args, kwargs, self.bound.num_particles, boundary)
+    def _draw(self, pair: Pair, kl_weight: float = 1.0, boundary: Boundary | None = None) -> Particles:
+        traces = self._runner.run(pair, self.bound.num_particles, boundary)
         particles = collect(traces, self.plates, self.bound.is_linear, kl_weight, self._warn_once)
         if self.strict_enumeration_warning:
             for site in particles.sites:
@@ -233,8 +226,7 @@ class ImportanceWeightedELBO(ELBO):
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Any:
         """Model and guide trace of one particle, as Pyro's own ELBOs give them."""
-        runner = TraceRunner(vectorize=False)
-        return runner.run(model, guide, args, kwargs, num_particles=1).pairs[0]
+        return trace_pair(Pair(model, guide, args, kwargs))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.bound!r})"

@@ -1,4 +1,4 @@
-"""Running a pair: the particle dim, the probe before it, and what is said when a model breaks under it."""
+"""Running particles: their dim, the probe before it, and what is said when a model breaks under it."""
 
 import gc
 import math

@@ -1,0 +1,91 @@
+r"""What passes with one particle show about a pair, before particles run in one pass.
+
+Particles run under an outermost plate, on a dim left of every plate of the pair, so the pair's plates must
+be known beforehand. A probe also lets lazily initialised guides make their parameters outside the particle
+dim, and records what batch normalisation sees without it. It puts the random state and BatchNorm's running
+statistics back: for one seed, a pair's first run gives the same numbers as any later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .traces import Pair, Traces, trace_pair
+
+__all__ = ["Probe", "watch_batch_norm"]
+
+
+class Probe:
+    """What is known of a pair.
+
+    Attributes:
+        model: gives the model of the pair, or None once that is gone.
+        nesting: number of batch dims that the pair's own plates take.
+        normalised: how many values each BatchNorm in train mode sees at once.
+        watched: whether batch normalisation has been looked at in a pass with gradients.
+    """
+
+    def __init__(self, model: Callable[[], Any] | None = None) -> None:
+        self.model = model or (lambda: None)
+        self.nesting = 0
+        self.normalised: dict[_BatchNorm, int] = {}
+        self.watched = False
+
+    def run(self, pair: Pair, check: Callable[[Traces], Any] | None = None) -> None:
+        """One pass that leaves nothing behind but lazily made parameters.
+
+        Arguments:
+            pair: the pair and its arguments.
+            check: called with the traces, to refuse the pair.
+        """
+        with _fork_rng(), watch_batch_norm(restore=True) as seen:
+            traces = Traces([trace_pair(pair)], 1, None)
+            if check is not None:
+                check(traces)
+        self.nesting = max(self.nesting, traces.plate_nesting)
+        self.normalised.update(seen)
+
+
+@contextmanager
+def watch_batch_norm(enabled: bool = True, restore: bool = False) -> Iterator[dict[_BatchNorm, int]]:
+    """How many values each BatchNorm in train mode sees at once, filled in while the context is open.
+
+    Arguments:
+        enabled: look at all.
+        restore: put the running statistics back at the end.
+    """
+    seen: dict[_BatchNorm, int] = {}
+    if not enabled:
+        yield seen
+        return
+    buffers: dict[_BatchNorm, dict[str, Tensor | None]] = {}
+
+    def look(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, _BatchNorm) and module.training and inputs:
+            if module not in buffers and restore:
+                # A copy takes the updates: a graph may hold on to the buffers themselves.
+                buffers[module] = dict(module._buffers)
+                for name, buffer in buffers[module].items():
+                    module._buffers[name] = None if buffer is None else buffer.clone()
+            seen[module] = max(seen.get(module, 0), inputs[0].numel())
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+        for module, saved in buffers.items():
+            module._buffers.update(saved)
+
+
+@contextmanager
+def _fork_rng() -> Iterator[None]:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield

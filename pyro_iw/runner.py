@@ -1,0 +1,172 @@
+r"""Running S particles of a model/guide pair, in one vectorised pass or one by one."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .probe import Probe, watch_batch_norm
+from .traces import PARTICLE_PLATE, OneMinibatch, Pair, Progress, Through, Traces, trace_pair
+
+__all__ = ["Runner"]
+
+
+class Runner:
+    """Runs pairs on S particles, and remembers what it learnt of each.
+
+    Arguments:
+        vectorize: run all particles in one pass, under a plate; otherwise one by one.
+        max_plate_nesting: number of batch dims a pair needs for its own plates; found by a probe if
+            infinite.
+        check: called with the traces of a new pair's probe, to refuse it before the particle dim obscures
+            why.
+    """
+
+    def __init__(
+        self,
+        vectorize: bool = True,
+        max_plate_nesting: float = math.inf,
+        check: Callable[[Traces], Any] | None = None,
+    ) -> None:
+        self.vectorize = vectorize
+        self.max_plate_nesting = max_plate_nesting
+        self.check = check
+        self._probes: weakref.WeakKeyDictionary[Any, Probe] = weakref.WeakKeyDictionary()
+        self._warned_modules: weakref.WeakSet[_BatchNorm] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was learnt about a pair holds weak references, which do not pickle, and is soon relearnt.
+        names = ("vectorize", "max_plate_nesting", "check")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def run(self, pair: Pair, num_particles: int, through: Through | None = None) -> Traces:
+        """Run the pair on S particles.
+
+        Arguments:
+            pair: the pair and its arguments.
+            num_particles: S.
+            through: what each latent value passes through on its way from the guide to the model.
+
+        Raises:
+            ValueError: if the pair runs with one particle but not under the particle dim, naming the last
+                site that was reached.
+        """
+        if self.vectorize and num_particles > 1:
+            return self._run_vectorized(pair, num_particles, through)
+        pairs = []
+        one_minibatch = OneMinibatch()
+        for particle in range(num_particles):
+            with one_minibatch:
+                pairs.append(trace_pair(pair, particle, through))
+        return Traces(pairs, num_particles, None)
+
+    def _run_vectorized(self, pair: Pair, num_particles: int, through: Through | None) -> Traces:
+        probe = self._probe(pair)
+        with watch_batch_norm(enabled=not probe.watched) as seen:
+            while True:
+                traces = self._one_pass(pair, num_particles, through, probe)
+                if traces is not None and traces.plate_nesting <= probe.nesting:
+                    break
+                # The pair has more plates than when it was probed: some run over the particles' dim.
+                if traces is not None:
+                    probe.nesting = traces.plate_nesting
+        if not probe.watched:
+            self._check_batch_norm(seen, probe, pair)
+            probe.watched = torch.is_grad_enabled()
+        return traces
+
+    def _one_pass(
+        self, pair: Pair, num_particles: int, through: Through | None, probe: Probe
+    ) -> Traces | None:
+        """Traces under a plate left of the nesting known so far; None if that turned out too small."""
+        dim = -1 - probe.nesting
+        plate = pyro.plate(PARTICLE_PLATE, num_particles, dim=dim)
+        progress = Progress()
+        try:
+            traced = trace_pair(pair, None, through, enclose=plate, progress=progress)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            nesting = _nesting_alone(pair)
+            if nesting is None:
+                raise  # the pair is at fault, not the particle dim
+            if nesting > probe.nesting:
+                probe.nesting = nesting
+                return None
+            raise ValueError(
+                f"The {progress.role} runs with one particle but not with {num_particles} in one pass: it "
+                f"failed {progress.where()} with {type(error).__name__}: {error}\n"
+                f"Particles add a batch dim of size {num_particles} at dim {dim}, left of every plate. Let "
+                "the computation broadcast over leading dims (index dims from the right, end reshapes in "
+                "(*z.shape[:-1], ...)), or pass vectorize_particles=False to run the particles one by one."
+            ) from error
+        return Traces([traced], num_particles, dim)
+
+    def _probe(self, pair: Pair) -> Probe:
+        """What is known of the pair, from one pass with one particle if it is new."""
+        model, guide = _anchor(pair.model), _anchor(pair.guide)
+        try:
+            known = self._probes.get(guide)
+            if known is not None and known.model() is model:
+                return known
+            reference: Callable[[], Any] | None = weakref.ref(model)
+        except TypeError:  # not hashable or not weakly referable: probed at every call
+            reference = guide = None
+        probe = Probe(reference)
+        probe.run(pair, self.check)
+        if self.max_plate_nesting != math.inf:
+            probe.nesting = max(probe.nesting, int(self.max_plate_nesting))
+        if guide is not None:
+            self._probes[guide] = probe
+        return probe
+
+    def _check_batch_norm(self, seen: dict[_BatchNorm, int], probe: Probe, pair: Pair) -> None:
+        """Warn of batch normalisation in train mode that sees more than it would with one particle."""
+        if any(module not in probe.normalised for module in seen):
+            probe.run(pair)  # in eval mode when first probed, in train mode now
+        for module, count in seen.items():
+            if count > probe.normalised.get(module, count) and module not in self._warned_modules:
+                self._warned_modules.add(module)
+                warnings.warn(
+                    f"{_module_name(module, pair)} is in train mode and normalises over the particles as "
+                    "well as the batch, so one particle's density depends on the others and the importance "
+                    "weights are off. Put it in eval mode, replace it by a normalisation without batch "
+                    "statistics (LayerNorm, GroupNorm), or pass vectorize_particles=False.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+
+def _nesting_alone(pair: Pair) -> int | None:
+    """Plate nesting of a pass with one particle; None if that fails too."""
+    probe = Probe()
+    try:
+        probe.run(pair)
+    except Exception:
+        return None
+    return probe.nesting
+
+
+def _anchor(fn: Callable) -> Any:
+    """The object to know a callable by: a bound method is made anew at each access, its owner is not."""
+    return fn.__self__ if inspect.ismethod(fn) else fn
+
+
+def _module_name(module: torch.nn.Module, pair: Pair) -> str:
+    for root in (_anchor(pair.model), _anchor(pair.guide)):
+        if isinstance(root, torch.nn.Module):
+            for name, child in root.named_modules():
+                if child is module:
+                    return f"{type(module).__name__} {name!r}"
+    return f"{type(module).__name__}({getattr(module, 'num_features', '')})"
