@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from .particles import Particles, collect
 from .runner import Runner
 from .sites import read_sites
 from .traces import Pair, trace_pair
+from .warn import warn
 
 __all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "ImportanceWeightedELBO"]
 
@@ -45,8 +45,9 @@ class ImportanceWeightedELBO(ELBO):
         plates: name or names of the plates whose cells get an importance weight each; ``()`` for one
             joint weight; None for the plates common to all sample sites.
         kl_weight: :math:`\beta` in :math:`\ell = \log p(x \mid z) + \beta\,(\log p(z) - \log q(z \mid x))`; a
-            number >= 0, or a callable of the number of gradient steps taken so far (:attr:`steps`).
-            Unless :math:`\beta = 1` the loss is no bound; :meth:`loss` always evaluates at 1.
+            number >= 0, or a callable of the number of gradient steps taken so far (:attr:`steps`). A
+            ``pyro.factor`` in the model counts as likelihood. Unless :math:`\beta = 1` the loss is no
+            bound; :meth:`loss` always evaluates at 1, :meth:`differentiable_loss` at the current weight.
         vectorize_particles: run all particles in one pass under a plate on the leftmost batch dim, which
             model and guide must broadcast over; otherwise one by one.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
@@ -90,8 +91,8 @@ class ImportanceWeightedELBO(ELBO):
         self.estimator = estimator
         self.plates = plates
         self.kl_weight = kl_weight
-        #: Number of gradient steps taken: calls of ``loss_and_grads`` and, with gradients enabled, of
-        #: ``differentiable_loss``. Set it to go on with a ``kl_weight`` schedule.
+        #: Number of gradient steps taken, which is calls of ``loss_and_grads`` and, with gradients enabled,
+        #: of ``differentiable_loss``. Set it to go on with a ``kl_weight`` schedule.
         self.steps = 0
         self._estimator = get_estimator(estimator)
         self._runner = Runner(vectorize_particles, max_plate_nesting, check=read_sites)
@@ -119,17 +120,20 @@ class ImportanceWeightedELBO(ELBO):
         """Minus the bound, in nats, leaving gradients in the parameters' ``.grad``.
 
         Arguments and errors are those of :meth:`loss`; also ``ValueError`` where the estimator does not
-        cover a site of the guide.
+        cover a site of the guide. ``.grad`` is untouched by an error, except that on an accelerator with
+        Pyro's validation off, NaN and +inf are found only after the backward pass: zero it then.
         """
         pair = Pair(model, guide, args, kwargs)
         particles, estimate = self._estimate(pair, self._next_kl_weight())
-        if is_validation_enabled():
+        # Before the backward pass, so that .grad stays clean; on an accelerator that means to wait for
+        # the device in mid-step, which is a price for validation alone.
+        early = is_validation_enabled() or estimate.loss.device.type == "cpu"
+        if early:
             self._check_finite(estimate.loss.item(), particles, estimate)
         if estimate.loss.requires_grad:
             estimate.loss.backward()
         loss = estimate.loss.item()
-        if not is_validation_enabled():
-            # Validation looks before the backward pass, at the price of waiting for the device there.
+        if not early:
             self._check_finite(loss, particles, estimate)
         self.steps += 1
         return loss
@@ -196,33 +200,37 @@ class ImportanceWeightedELBO(ELBO):
         if math.isfinite(loss):
             return
         log_w, bound = particles.log_weights, estimate.bound
-        if bool(log_w.isnan().any()) or bool((log_w == math.inf).any()):
+        bad = log_w.isnan() | log_w.isposinf()
+        if bool(bad.any()):
             site = (
                 particles.first_site(torch.isnan)
                 or particles.first_site(torch.isposinf)
                 or particles.first_site(torch.isneginf, role="guide")
             )
             kind = "NaN" if bool(log_w.isnan().any()) else "+inf"
-            count = int((log_w.isnan() | (log_w == math.inf)).sum())
             raise ValueError(
-                f"{count} of {log_w.numel()} log-weights are {kind} (first at site {site}). No gradient "
-                "step should be taken on them: look for a NaN in the data or the parameters, a scale of 0, "
-                "or too large a learning rate."
+                f"{int(bad.sum())} of {log_w.numel()} log-weights are {kind} (first at site {site}). No "
+                "gradient step should be taken on them: look for a NaN in the data or the parameters, a "
+                "scale of 0, or too large a learning rate."
             )
-        if bool(torch.isneginf(bound).any()):
+        bad = bound.isnan() | bound.isposinf()
+        if bool(bad.any()):
+            raise ValueError(
+                f"{self.bound!r} is NaN or +inf in {int(bad.sum())} of {bound.numel()} cell(s), though no "
+                "log-weight is: look at its value()."
+            )
+        if bool(bound.isneginf().any()):
             site = particles.first_site(torch.isneginf) or particles.first_site(torch.isposinf, "guide")
-            cells = int(torch.isneginf(bound).sum())
-            warnings.warn(
-                f"The bound is -inf in {cells} of {bound.numel()} cell(s): no particle has a positive "
-                f"density there (first at site {site}). These cells give no gradient.",
+            warn(
+                f"The bound is -inf in {int(bound.isneginf().sum())} of {bound.numel()} cell(s): no particle "
+                f"has a positive density there (first at site {site}). These cells give no gradient.",
                 RuntimeWarning,
-                stacklevel=3,
             )
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, UserWarning, stacklevel=2)
+            warn(message)
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Any:
         """Model and guide trace of one particle, as Pyro's own ELBOs give them."""
@@ -361,7 +369,8 @@ class PIWAE_ELBO(_NamedELBO):
 
 
 def _check_kl_weight(kl_weight: float) -> float:
-    is_number = isinstance(kl_weight, (numbers.Real, Tensor)) and not isinstance(kl_weight, bool)
+    is_number = isinstance(kl_weight, numbers.Real) and not isinstance(kl_weight, bool)
+    is_number = is_number or (isinstance(kl_weight, Tensor) and kl_weight.numel() == 1)
     if not is_number or not 0 <= kl_weight < math.inf:
         raise ValueError(f"kl_weight must be a finite number >= 0, got {kl_weight!r}")
     return kl_weight

@@ -13,7 +13,6 @@ summed.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from .sites import Site, plate_key, read_sites
 from .traces import Traces
+from .warn import warn
 
 __all__ = ["Particles", "collect"]
 
@@ -115,7 +115,7 @@ def collect(
     plates: str | Sequence[str] | None = None,
     is_linear: bool = False,
     kl_weight: float = 1.0,
-    warn_dropped: Callable[[str], None] = warnings.warn,
+    warn_dropped: Callable[[str], None] = warn,
 ) -> Particles:
     r"""Read the log-weights off the traces.
 
@@ -170,15 +170,16 @@ def _kept_plates(
     if plates is not None:
         kept = _named_plates(sites, [plates] if isinstance(plates, str) else list(plates))
     elif not is_linear:
-        latents = [site for site in sites if site.is_latent]
-        for frame in _common(latents):
+        for frame in _common(site for site in sites if site.is_latent and site.role == "model"):
             outside = [site for site in sites if not site.inside(frame)]
             if outside and not _is_subsampled(frame):
                 warn_dropped(
-                    f"All latent sites lie in plate {frame.name!r}, but the observed or factor site(s) "
+                    f"All latent sites of the model lie in plate {frame.name!r}, but site(s) "
                     f"{_names(outside)} do not, so there is one joint importance weight instead of one for "
-                    f"each index of {frame.name!r}. Move them into the plate (divided by its size where "
-                    "they are a regulariser), or pass plates=() to ask for the joint weight."
+                    f"each index of {frame.name!r}. Move observed and factor sites into the plate (divided "
+                    "by its size where they are a regulariser), take a guide whose sites lie in it "
+                    "(AutoNormal rather than one with a joint latent), or pass plates=() to ask for the "
+                    "joint weight."
                 )
     return tuple(sorted(kept, key=lambda frame: frame.dim or 0))
 

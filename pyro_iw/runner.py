@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .probe import Probe, watch_batch_norm
 from .traces import PARTICLE_PLATE, OneMinibatch, Pair, Progress, Through, Traces, trace_pair
+from .warn import warn
 
 __all__ = ["Runner"]
 
@@ -55,7 +55,7 @@ class Runner:
 
         Arguments:
             pair: the pair and its arguments.
-            num_particles: S.
+            num_particles: the number S of particles.
             through: what each latent value passes through on its way from the guide to the model.
 
         Raises:
@@ -138,13 +138,11 @@ class Runner:
         for module, count in seen.items():
             if count > probe.normalised.get(module, count) and module not in self._warned_modules:
                 self._warned_modules.add(module)
-                warnings.warn(
+                warn(
                     f"{_module_name(module, pair)} is in train mode and normalises over the particles as "
                     "well as the batch, so one particle's density depends on the others and the importance "
                     "weights are off. Put it in eval mode, replace it by a normalisation without batch "
-                    "statistics (LayerNorm, GroupNorm), or pass vectorize_particles=False.",
-                    UserWarning,
-                    stacklevel=2,
+                    "statistics (LayerNorm, GroupNorm), or pass vectorize_particles=False."
                 )
 
 

@@ -22,7 +22,8 @@ __all__ = ["PARTICLE_PLATE", "OneMinibatch", "Pair", "Progress", "Through", "Tra
 #: Name of the plate over particles; Pyro's own ELBOs use the same.
 PARTICLE_PLATE = "num_particles_vectorized"
 
-#: What a latent value passes through between guide and model: (value, event_dim, particle index or None).
+#: What a latent value passes through between guide and model, given its event_dim and the index of its
+#: particle (None where it holds all of them).
 Through = Callable[[Tensor, int, "int | None"], Tensor]
 
 
@@ -40,7 +41,7 @@ class Traces(NamedTuple):
 
     Attributes:
         pairs: (model trace, guide trace), without subsample sites: one pair if vectorised, else S.
-        num_particles: S.
+        num_particles: the number S of particles.
         particle_dim: the (negative) batch dim of the particles; None where each pair holds one.
     """
 

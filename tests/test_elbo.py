@@ -403,7 +403,7 @@ class TestKLWeight:
             values.append(IWAE_ELBO(K=2, kl_weight=beta).loss(case.model, case.guide))
         assert values[0] == values[1]
 
-    @pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, "1", None, True])
+    @pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, "1", None, True, torch.ones(2)], ids=repr)
     def test_must_be_a_finite_number(self, bad):
         with pytest.raises(ValueError, match="kl_weight must be a finite number >= 0"):
             IWAE_ELBO(K=2, kl_weight=bad)
@@ -482,9 +482,18 @@ class TestDegenerateWeights:
                 with pytest.raises(ValueError, match=r"4 of 12 log-weights are NaN.*'broken' \(model\)"):
                     evaluate(model, guide)
         if validate:
-            assert pyro.param("loc").unconstrained().grad is None
             with pytest.raises(ValueError, match="'broken'"):
                 loss.differentiable_loss(model, guide)
+        assert pyro.param("loc").unconstrained().grad is None
+
+    def test_a_bound_that_is_nan_by_itself_is_refused(self):
+        class Broken(Bound):
+            def value(self, log_w):
+                return (log_w - log_w).sum((0, 1)) / 0.0
+
+        case = DataPlate()
+        with pytest.raises(ValueError, match=r"Broken\(M=1, K=3\) is NaN or \+inf in 4 of 4 cell\(s\)"):
+            ImportanceWeightedELBO(Broken(K=3)).loss(case.model, case.guide)
 
     def test_an_infinite_weight_is_refused(self):
         def model():

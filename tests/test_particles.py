@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO
 
@@ -148,11 +149,29 @@ class TestKeptPlates:
             local_model(x)
 
         loss = IWAE_ELBO(K=4)
-        with pytest.warns(UserWarning, match=r"plate 'data'.*'penalty' \(model\).*one joint"):
+        with pytest.warns(UserWarning, match=r"plate 'data', but site\(s\) 'penalty' \(model\).*one joint"):
             assert loss.particles(model, local_guide, x).log_weights.shape == (4,)
         loss.loss(model, local_guide, x)  # not again: warnings are errors
         IWAE_ELBO(K=4, plates=()).loss(model, local_guide, x)
         MIWAE_ELBO(M=4, K=1).loss(model, local_guide, x)
+
+    def test_a_joint_latent_of_the_guide_drops_it_with_a_warning_too(self, x):
+        guide = AutoDiagonalNormal(local_model)
+        joint = r"'_AutoDiagonalNormal_latent' \(guide\).*AutoNormal rather than"
+        with pytest.warns(UserWarning, match=joint):
+            assert plates_of(IWAE_ELBO(K=4), local_model, guide, x) == []
+        assert plates_of(IWAE_ELBO(K=4, plates=()), local_model, guide, x) == []
+        assert plates_of(IWAE_ELBO(K=4), local_model, AutoNormal(local_model), x) == ["data"]
+
+    def test_warnings_point_at_the_callers_line(self, x):
+        def model(x):
+            pyro.factor("penalty", torch.tensor(-1.0))
+            local_model(x)
+
+        svi = pyro.infer.SVI(model, local_guide, pyro.optim.Adam({}), loss=IWAE_ELBO(K=4))
+        with pytest.warns(UserWarning, match="one joint") as caught:
+            svi.step(x)
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 class TestSubsampling:

@@ -1,0 +1,51 @@
+"""Configuration of the documentation: Sphinx, MyST Markdown, the furo theme."""
+
+from importlib.metadata import version as installed_version
+
+project = "pyro-iw"
+author = "The pyro-iw contributors"
+copyright = author
+release = version = installed_version("pyro-iw")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build"]
+source_suffix = {".md": "markdown"}
+
+html_theme = "furo"
+html_title = f"pyro-iw {release}"
+html_theme_options = {"navigation_with_keys": True}
+
+myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+napoleon_preprocess_types = False
+
+python_use_unqualified_type_names = True
+
+
+def _skip(app, what, name, obj, skip, options):
+    """Leave out the fields of named tuples, which the docstring of the class describes."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def _public_bases(app, name, obj, options, bases):
+    """Name the public base class where the direct one is private."""
+    bases[:] = [base.__base__ if base.__name__.startswith("_") else base for base in bases]
+
+
+def setup(app):
+    app.connect("autodoc-process-bases", _public_bases)
+    app.connect("autodoc-skip-member", _skip)
