@@ -1,7 +1,15 @@
 """Importance-weighted variational bounds for any Pyro model/guide pair."""
 
 from .bounds import Bound
-from .elbo import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, ImportanceWeightedELBO
+from .elbo import (
+    CIWAE_ELBO,
+    IWAE_ELBO,
+    MIWAE_ELBO,
+    PIWAE_ELBO,
+    TVO_ELBO,
+    VR_ELBO,
+    ImportanceWeightedELBO,
+)
 from .particles import Particles
 
 __all__ = [
@@ -9,6 +17,8 @@ __all__ = [
     "IWAE_ELBO",
     "MIWAE_ELBO",
     "PIWAE_ELBO",
+    "TVO_ELBO",
+    "VR_ELBO",
     "Bound",
     "ImportanceWeightedELBO",
     "Particles",

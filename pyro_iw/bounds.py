@@ -2,58 +2,58 @@ r"""Bounds on the log evidence, as functions of the log-weights alone.
 
 A bound is a function :math:`V` of the log-weights
 :math:`\ell_{mk} = \log p_\theta(x, z_{mk}) - \log q_\phi(z_{mk} \mid x)` of :math:`S = M K` particles,
-held in a tensor ``log_w`` of shape ``[M, K, *cells]``. Besides its value it gives two sets of particle
-weights, both of that shape: ``a`` for the model's parameters :math:`\theta` and ``b`` for the guide's
-parameters :math:`\phi`. Every gradient of the family is a sum over particles weighted by them.
+held in a tensor ``log_w`` of shape ``[M, K, *cells]``. Every gradient of the family is a sum over particles,
+weighted by functions of the log-weights of that shape:
 
-=====  ============================================  ===========================  ================
-class  value :math:`V`                               weights                      source
-=====  ============================================  ===========================  ================
-MIWAE  mean over M of lme over K                     a = b: softmax over K, / M   Rainforth et al.
-IWAE   lme over K                                    a = b: softmax over K        Burda et al.
-CIWAE  :math:`\beta` mean + (1 - :math:`\beta`) lme  a = b: the same mixture      Rainforth et al.
-PIWAE  lme over M and K                              a: IWAE(MK), b: MIWAE(M, K)  Rainforth et al.
-=====  ============================================  ===========================  ================
+- ``weights``: :math:`\partial V / \partial \ell`, for the model's parameters and for total derivatives;
+- ``path_weights``: these minus the Hessian's diagonal :math:`\partial^2 V / \partial \ell^2`, for the guide's
+  parameters along a particle's path alone;
+- ``replaced``: the value with one log-weight replaced, from which leave-one-out control variates are made.
 
-(lme is the logarithm of the mean of the exponentials; the ELBO is MIWAE with K = 1.) Nothing in here
-knows Pyro.
+=====  =======================================  ====================================  ====================
+class  value :math:`V`                          ``weights``                           ``path_weights``
+=====  =======================================  ====================================  ====================
+MIWAE  mean over M of lme over K                s / M, s a softmax over K             s² / M
+IWAE   lme over K                               s                                     s²
+CIWAE  β mean + (1 - β) lme                     β / K + (1 - β) s                     β / K + (1 - β) s²
+PIWAE  lme over M and K                         s over M and K                        s²; guide: MIWAE's
+VR     lme of (1 - α) ℓ, divided by 1 - α       s of (1 - α) ℓ                        α s + (1 - α) s²
+TVO    Σ Δβ E[ℓ] under a softmax s of βℓ        Σ Δβ s (1 + β (ℓ - E[ℓ]))             in closed form
+=====  =======================================  ====================================  ====================
+
+(lme is the logarithm of the mean of the exponentials; the ELBO is MIWAE with K = 1.) Model and guide climb
+the same bound, except where ``guide_bound`` says otherwise, as in PIWAE. Nothing in here knows Pyro.
 
 References:
     | Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
+    | Rényi Divergence Variational Inference (Li & Turner, 2016), https://arxiv.org/abs/1602.02311
     | Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018),
       https://arxiv.org/abs/1802.04537
+    | Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al., 2018),
+      https://arxiv.org/abs/1810.04152
+    | The Thermodynamic Variational Objective (Masrani et al., 2019), https://arxiv.org/abs/1907.00031
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
+import numbers
 import operator
-from typing import ClassVar, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["CIWAE", "IWAE", "MIWAE", "PIWAE", "Bound", "Weights"]
-
-
-class Weights(NamedTuple):
-    """Particle weights of a bound: ``a`` for the model's parameters, ``b`` for the guide's.
-
-    Both have the shape ``[M, K, *cells]`` of the log-weights. A particle whose log-weight is -inf
-    weighs 0; otherwise the weights of the bounds in this module sum to 1 over (M, K).
-    """
-
-    a: Tensor
-    b: Tensor
+__all__ = ["CIWAE", "IWAE", "MIWAE", "PIWAE", "TVO", "VR", "Bound"]
 
 
 class Bound:
     r"""Base class: a bound :math:`V` over M groups of K particles.
 
-    A bound of your own overrides :meth:`value` with differentiable tensor operations; its particle
-    weights :math:`a = b = \partial V / \partial \ell` then come from autograd. A closed form, where there
-    is one, overrides :meth:`weights` too.
+    A bound of your own overrides :meth:`value` with differentiable tensor operations; all else then comes
+    from autograd. Closed forms, where there are any, override the other methods.
 
     Arguments:
         M: number of groups, averaged outside the logarithm; an integer >= 1.
@@ -70,14 +70,11 @@ class Bound:
         >>> log_w = torch.tensor([[0.0, 0.0], [1.0, 1.0], [5.0, 5.0]])
         >>> bound.value(log_w)
         tensor(1.)
-        >>> bound.weights(log_w).a
+        >>> bound.weights(log_w)
         tensor([[0.0000, 0.0000],
                 [0.5000, 0.5000],
                 [0.0000, 0.0000]])
     """
-
-    #: Whether the guide's weights ``b`` differ from the model's weights ``a``.
-    separate_weights: ClassVar[bool] = False
 
     def __init__(self, M: int = 1, K: int = 1) -> None:
         self.M = _positive_integer("M", M)
@@ -97,6 +94,11 @@ class Bound:
         """
         return self.num_particles == 1
 
+    @property
+    def guide_bound(self) -> Bound:
+        """The bound that the guide climbs, on the same particles; this one unless overridden."""
+        return self
+
     def value(self, log_w: Tensor) -> Tensor:
         """The bound, in nats.
 
@@ -108,17 +110,50 @@ class Bound:
         """
         raise NotImplementedError(f"{type(self).__name__} must define value(log_w)")
 
-    def weights(self, log_w: Tensor) -> Weights:
-        """The particle weights ``a`` and ``b``, each of shape ``[M, K, *cells]``.
+    def weights(self, log_w: Tensor) -> Tensor:
+        r""":math:`\partial V / \partial \ell`, of the shape ``[M, K, *cells]`` of ``log_w``.
 
-        Arguments:
-            log_w: log-weights, of shape ``[M, K, *cells]``.
+        A particle whose log-weight is -inf weighs 0; otherwise the weights of the bounds in this module sum
+        to 1 over (M, K).
         """
         with torch.enable_grad():
             leaf = log_w.detach().requires_grad_()
             (a,) = torch.autograd.grad(self.value(leaf).sum(), leaf)
-        a = _without_dead(a, log_w)
-        return Weights(a, a)
+        return _without_dead(a, log_w)
+
+    def path_weights(self, log_w: Tensor) -> Tensor:
+        r"""The weights minus the Hessian's diagonal :math:`\partial^2 V / \partial \ell^2`; of one shape.
+
+        From autograd this takes a backward pass for each particle, over the log-weights alone.
+        """
+        with torch.enable_grad():
+            leaf = log_w.detach().requires_grad_()
+            (a,) = torch.autograd.grad(self.value(leaf).sum(), leaf, create_graph=True)
+            curvature = torch.zeros_like(log_w)
+            for index in (divmod(i, self.K) for i in range(self.num_particles)):
+                if a.requires_grad:  # else the bound is linear
+                    (row,) = torch.autograd.grad(a[index].sum(), leaf, retain_graph=True)
+                    curvature[index] = row[index]
+        return _without_dead(a.detach() - curvature, log_w)
+
+    def replaced(self, log_w: Tensor, replacement: Tensor) -> Tensor:
+        """The value with each particle's log-weight replaced in turn, the others as they are.
+
+        Without a closed form this evaluates the bound once for each particle, in memory for one.
+
+        Arguments:
+            log_w: log-weights, of shape ``[M, K, *cells]``.
+            replacement: what each is replaced by, of the same shape.
+
+        Returns:
+            A tensor of the same shape; its entry (m, k) is V with only entry (m, k) replaced.
+        """
+        values = torch.empty_like(log_w)
+        for index in (divmod(i, self.K) for i in range(self.num_particles)):
+            changed = log_w.clone()
+            changed[index] = replacement[index]
+            values[index] = self.value(changed)
+        return values
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({describe(self)})"
@@ -127,8 +162,7 @@ class Bound:
 class MIWAE(Bound):
     r"""Mean of M importance-weighted bounds of K particles each.
 
-    .. math:: V = \frac1M \sum_{m=1}^M \log \frac1K \sum_{k=1}^K e^{\ell_{mk}}, \qquad
-        a_{mk} = b_{mk} = \frac1M \frac{e^{\ell_{mk}}}{\sum_j e^{\ell_{mj}}}
+    .. math:: V = \frac1M \sum_{m=1}^M \log \frac1K \sum_{k=1}^K e^{\ell_{mk}}
 
     K = 1 is the ELBO with M particles, M = 1 is :class:`IWAE`.
 
@@ -156,16 +190,22 @@ class MIWAE(Bound):
     def value(self, log_w: Tensor) -> Tensor:
         return _logmeanexp(log_w, 1).mean(0)
 
-    def weights(self, log_w: Tensor) -> Weights:
-        a = _softmax(log_w, 1) / self.M
-        return Weights(a, a)
+    def weights(self, log_w: Tensor) -> Tensor:
+        return _softmax(log_w, 1) / self.M
+
+    def path_weights(self, log_w: Tensor) -> Tensor:
+        return _softmax(log_w, 1) ** 2 / self.M
+
+    def replaced(self, log_w: Tensor, replacement: Tensor) -> Tensor:
+        groups = _logmeanexp(log_w, 1).unsqueeze(1)
+        others = groups.sum(0) - groups if self.M > 1 else torch.zeros_like(groups)
+        return (others + _replaced_logmeanexp(log_w, replacement, 1)) / self.M
 
 
 class IWAE(MIWAE):
     r"""Importance-weighted bound of K particles.
 
-    .. math:: V = \log \frac1K \sum_{k=1}^K e^{\ell_k}, \qquad
-        a_k = b_k = \frac{e^{\ell_k}}{\sum_j e^{\ell_j}}
+    .. math:: V = \log \frac1K \sum_{k=1}^K e^{\ell_k}
 
     References:
         | Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
@@ -179,14 +219,13 @@ class IWAE(MIWAE):
     """
 
     def __init__(self, K: int) -> None:
-        super().__init__(M=1, K=K)
+        Bound.__init__(self, K=K)
 
 
 class CIWAE(Bound):
     r"""Convex combination of the ELBO and the importance-weighted bound, on the same K particles.
 
-    .. math:: V = \beta\, \frac1K \sum_k \ell_k + (1 - \beta) \log \frac1K \sum_k e^{\ell_k}, \qquad
-        a_k = b_k = \frac{\beta}{K} + (1 - \beta) \frac{e^{\ell_k}}{\sum_j e^{\ell_j}}
+    .. math:: V = \beta\, \frac1K \sum_k \ell_k + (1 - \beta) \log \frac1K \sum_k e^{\ell_k}
 
     References:
         | Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018), section 4,
@@ -206,7 +245,7 @@ class CIWAE(Bound):
 
     def __init__(self, K: int, beta: float) -> None:
         super().__init__(K=K)
-        if not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
+        if not _is_number(beta) or not 0 <= beta <= 1:
             raise ValueError(f"beta must be a number in [0, 1], got {beta!r}")
         self.beta = float(beta)
 
@@ -222,21 +261,28 @@ class CIWAE(Bound):
             return log_w.mean((0, 1))
         return self.beta * log_w.mean((0, 1)) + (1 - self.beta) * _logmeanexp(log_w, (0, 1))
 
-    def weights(self, log_w: Tensor) -> Weights:
-        mixture = self.beta / self.K + (1 - self.beta) * _softmax(log_w, 1)
-        a = _without_dead(mixture, log_w)
-        return Weights(a, a)
+    def weights(self, log_w: Tensor) -> Tensor:
+        return _without_dead(self.beta / self.K + (1 - self.beta) * _softmax(log_w, 1), log_w)
+
+    def path_weights(self, log_w: Tensor) -> Tensor:
+        return _without_dead(self.beta / self.K + (1 - self.beta) * _softmax(log_w, 1) ** 2, log_w)
+
+    def replaced(self, log_w: Tensor, replacement: Tensor) -> Tensor:
+        mean = log_w.mean(1, keepdim=True) + (replacement - log_w) / self.K
+        iwae = _replaced_logmeanexp(log_w, replacement, 1)
+        if self.beta in (0, 1):
+            return mean if self.beta == 1 else iwae
+        return self.beta * mean + (1 - self.beta) * iwae
 
 
 class PIWAE(Bound):
     r"""Partially importance-weighted bound: IWAE(MK) for the model, MIWAE(M, K) for the guide.
 
     .. math:: V = \log \frac{1}{MK} \sum_{mk} e^{\ell_{mk}}, \qquad
-        a_{mk} = \frac{e^{\ell_{mk}}}{\sum_{ij} e^{\ell_{ij}}}, \qquad
-        b_{mk} = \frac1M \frac{e^{\ell_{mk}}}{\sum_j e^{\ell_{mj}}}
+        V_\phi = \frac1M \sum_{m=1}^M \log \frac1K \sum_{k=1}^K e^{\ell_{mk}}
 
     Two objectives share one set of particles, so no single number is optimised; the value is the model's
-    objective, the tighter of the two. The guide's is that of :class:`MIWAE`.
+    objective, the tighter of the two.
 
     References:
         | Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018), section 4,
@@ -247,22 +293,157 @@ class PIWAE(Bound):
         K: number of particles in a group; an integer >= 1.
 
     Example:
-        >>> weights = PIWAE(M=2, K=1).weights(torch.tensor([[1.0], [3.0]]).log())
-        >>> weights.a.flatten(), weights.b.flatten()
+        >>> bound, log_w = PIWAE(M=2, K=1), torch.tensor([[1.0], [3.0]]).log()
+        >>> bound.weights(log_w).flatten(), bound.guide_bound.weights(log_w).flatten()
         (tensor([0.2500, 0.7500]), tensor([0.5000, 0.5000]))
     """
-
-    separate_weights = True
 
     def __init__(self, M: int, K: int) -> None:
         super().__init__(M, K)
 
+    @property
+    def guide_bound(self) -> Bound:
+        return MIWAE(self.M, self.K)
+
     def value(self, log_w: Tensor) -> Tensor:
         return _logmeanexp(log_w, (0, 1))
 
-    def weights(self, log_w: Tensor) -> Weights:
-        a = _softmax(log_w.flatten(0, 1), 0).reshape(log_w.shape)
-        return Weights(a, _softmax(log_w, 1) / self.M)
+    def weights(self, log_w: Tensor) -> Tensor:
+        return _softmax(log_w.flatten(0, 1), 0).reshape(log_w.shape)
+
+    def path_weights(self, log_w: Tensor) -> Tensor:
+        return self.weights(log_w) ** 2
+
+
+class VR(Bound):
+    r"""Variational Rényi bound of order :math:`\alpha`.
+
+    .. math:: V = \frac{1}{1 - \alpha} \log \frac1K \sum_{k=1}^K e^{(1 - \alpha) \ell_k}
+
+    :math:`\alpha = 0` is :class:`IWAE`, :math:`\alpha = 1` the ELBO (taken as the limit); for
+    :math:`0 \le \alpha` the expected value lies below the log evidence, for :math:`\alpha < 0` it need not.
+
+    References:
+        | Rényi Divergence Variational Inference (Li & Turner, 2016), https://arxiv.org/abs/1602.02311
+
+    Arguments:
+        alpha: the order, a finite number.
+        K: number of particles; an integer >= 1.
+
+    Raises:
+        ValueError: if K is not an integer >= 1 or alpha is not a finite number.
+
+    Example:
+        >>> VR(alpha=0.5, K=2).value(torch.tensor([[1.0, 9.0]]).log()).exp()  # ((1 + 3) / 2) ** 2
+        tensor(4.)
+    """
+
+    def __init__(self, alpha: float, K: int) -> None:
+        super().__init__(K=K)
+        if not _is_number(alpha) or not math.isfinite(alpha):
+            raise ValueError(f"alpha must be a finite number, got {alpha!r}")
+        self.alpha = float(alpha)
+
+    @property
+    def is_linear(self) -> bool:
+        return self.K == 1 or self.alpha == 1
+
+    def value(self, log_w: Tensor) -> Tensor:
+        if self.alpha == 1:
+            return log_w.mean((0, 1))
+        return _logmeanexp((1 - self.alpha) * log_w, (0, 1)) / (1 - self.alpha)
+
+    def _softmax(self, log_w: Tensor) -> Tensor:
+        s = _softmax((1 - self.alpha) * log_w, 1)
+        if self.alpha > 1:  # one dead particle makes the bound -inf, and leaves no gradient
+            return s.masked_fill((log_w == -math.inf).any(1, keepdim=True), 0.0)
+        return s
+
+    def weights(self, log_w: Tensor) -> Tensor:
+        return self._softmax(log_w)
+
+    def path_weights(self, log_w: Tensor) -> Tensor:
+        s = self._softmax(log_w)
+        return self.alpha * s + (1 - self.alpha) * s**2
+
+    def replaced(self, log_w: Tensor, replacement: Tensor) -> Tensor:
+        if self.alpha == 1:
+            return log_w.mean(1, keepdim=True) + (replacement - log_w) / self.K
+        power = 1 - self.alpha
+        return _replaced_logmeanexp(power * log_w, power * replacement, 1) / power
+
+
+class TVO(Bound):
+    r"""Thermodynamic variational objective: a left Riemann sum of thermodynamic integration.
+
+    .. math:: V = \sum_{p=0}^{P-1} (\beta_{p+1} - \beta_p)\, E_{s_p}[\ell], \qquad
+        s_p = \mathrm{softmax}(\beta_p \ell)
+
+    The integrand, the mean of :math:`\ell` under a posterior tempered by :math:`\beta`, increases in
+    :math:`\beta` and integrates to the log evidence over [0, 1], so its left sum is a lower bound (up to the
+    bias of self-normalised weights).
+    ``partitions=(0, 1)`` is the ELBO. The gradients here are those of V as a function of the log-weights;
+    those of the paper replace the guide's by a covariance that needs no reparameterisation.
+
+    References:
+        | The Thermodynamic Variational Objective (Masrani et al., 2019), https://arxiv.org/abs/1907.00031
+
+    Arguments:
+        K: number of particles; an integer >= 1.
+        partitions: the increasing :math:`\beta_0 = 0, \dots, \beta_P = 1`; or their number P, which then are
+            log-uniform between 0.025 and 1 as in the paper (with P = 1 the ELBO).
+
+    Raises:
+        ValueError: if K is not an integer >= 1 or the partitions do not increase from 0 to 1.
+
+    Example:
+        >>> TVO(K=2, partitions=(0.0, 1.0)).value(torch.tensor([[1.0, 3.0]]))
+        tensor(2.)
+    """
+
+    def __init__(self, K: int, partitions: int | Sequence[float]) -> None:
+        super().__init__(K=K)
+        if isinstance(partitions, Sequence):
+            betas = tuple(float(beta) for beta in partitions)
+        else:
+            count = _positive_integer("partitions", partitions)
+            inner = torch.logspace(math.log10(0.025), 0, count, dtype=torch.float64).tolist()
+            betas = (0.0, *(inner[:-1] if count > 1 else []), 1.0)
+        rising = all(low < high for low, high in itertools.pairwise(betas))
+        if len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or not rising:
+            raise ValueError(f"partitions must increase from 0 to 1, got {partitions!r}")
+        self.partitions = betas
+
+    @property
+    def is_linear(self) -> bool:
+        return self.K == 1 or len(self.partitions) == 2
+
+    def _terms(self, log_w: Tensor) -> tuple[Tensor, ...]:
+        """On a new leftmost dim: widths, betas, softmaxes, means under them, and deviations from those."""
+        betas = log_w.new_tensor(self.partitions).reshape(-1, *[1] * log_w.dim())
+        # Tempered by 0 a dead particle counts like any other, where 0 * -inf would be NaN.
+        dead = log_w == -math.inf
+        log_w = log_w.masked_fill(dead, 0.0)
+        tempered = (betas[:-1] * log_w).masked_fill(dead & (betas[:-1] > 0), -math.inf)
+        s = torch.softmax(tempered, 2)
+        mean = (s * log_w).sum(2, keepdim=True)
+        return betas.diff(dim=0), betas[:-1], s, mean, log_w - mean
+
+    def value(self, log_w: Tensor) -> Tensor:
+        widths, _, _, mean, _ = self._terms(log_w)
+        value = (widths * mean).sum(0).squeeze((0, 1))
+        return value.masked_fill((log_w == -math.inf).any(1).squeeze(0), -math.inf)
+
+    def weights(self, log_w: Tensor) -> Tensor:
+        widths, betas, s, _, deviation = self._terms(log_w)
+        return _without_dead((widths * s * (1 + betas * deviation)).sum(0), log_w)
+
+    def path_weights(self, log_w: Tensor) -> Tensor:
+        widths, betas, s, _, deviation = self._terms(log_w)
+        tilted = 1 + betas * deviation
+        first = s * tilted
+        second = betas * s * (1 - s) * tilted + betas * s * (1 - first)
+        return _without_dead((widths * (first - second)).sum(0), log_w)
 
 
 def describe(bound: Bound) -> str:
@@ -271,11 +452,38 @@ def describe(bound: Bound) -> str:
     return ", ".join(f"{name}={getattr(bound, name)!r}" for name in names)
 
 
+def leave_one_out_mean(log_w: Tensor) -> Tensor:
+    """For each particle the mean of the log-weights of its group's others, of the shape of ``log_w``."""
+    return (log_w.sum(1, keepdim=True) - log_w) / (log_w.shape[1] - 1)
+
+
+def leave_one_out_logmeanexp(log_w: Tensor, dim: int = 1) -> Tensor:
+    """For each particle the logarithm of the mean weight of the others along ``dim``, in O(K) memory."""
+    return _exclusive_logsumexp(log_w, dim) - math.log(log_w.shape[dim] - 1)
+
+
 def _logmeanexp(log_w: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """Logarithm of the mean of the exponentials; -inf where all are -inf."""
     dims = (dim,) if isinstance(dim, int) else dim
     count = math.prod(log_w.shape[d] for d in dims)
     return torch.logsumexp(log_w, dims) - math.log(count)
+
+
+def _exclusive_logsumexp(log_w: Tensor, dim: int) -> Tensor:
+    """logsumexp of all entries along ``dim`` but the own one, by sums from either side.
+
+    Subtracting the own weight from the total would lose the others where it dominates.
+    """
+    nothing = torch.full_like(log_w.narrow(dim, 0, 1), -math.inf)
+    size = log_w.shape[dim]
+    before = torch.logcumsumexp(log_w, dim).narrow(dim, 0, size - 1)
+    after = torch.logcumsumexp(log_w.flip(dim), dim).flip(dim).narrow(dim, 1, size - 1)
+    return torch.logaddexp(torch.cat([nothing, before], dim), torch.cat([after, nothing], dim))
+
+
+def _replaced_logmeanexp(log_w: Tensor, replacement: Tensor, dim: int) -> Tensor:
+    others = _exclusive_logsumexp(log_w, dim)
+    return torch.logaddexp(others, replacement) - math.log(log_w.shape[dim])
 
 
 def _softmax(log_w: Tensor, dim: int) -> Tensor:
@@ -295,3 +503,7 @@ def _positive_integer(name: str, value: int) -> int:
     if isinstance(value, bool) or number < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
     return number
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

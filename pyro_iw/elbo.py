@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,15 @@ from .sites import read_sites
 from .traces import Pair, trace_pair
 from .warn import warn
 
-__all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "ImportanceWeightedELBO"]
+__all__ = [
+    "CIWAE_ELBO",
+    "IWAE_ELBO",
+    "MIWAE_ELBO",
+    "PIWAE_ELBO",
+    "TVO_ELBO",
+    "VR_ELBO",
+    "ImportanceWeightedELBO",
+]
 
 
 class ImportanceWeightedELBO(ELBO):
@@ -71,7 +79,7 @@ class ImportanceWeightedELBO(ELBO):
         bound: Bound,
         *,
         estimator: str = "auto",
-        plates: str | Sequence[str] | None = None,
+        plates: str | Iterable[str] | None = None,
         kl_weight: float | Callable[[int], float] = 1.0,
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
@@ -89,7 +97,7 @@ class ImportanceWeightedELBO(ELBO):
             _check_kl_weight(kl_weight)
         self.bound = bound
         self.estimator = estimator
-        self.plates = plates
+        self.plates = _as_names(plates)
         self.kl_weight = kl_weight
         #: Number of gradient steps taken, which is calls of ``loss_and_grads`` and, with gradients enabled,
         #: of ``differentiable_loss``. Set it to go on with a ``kl_weight`` schedule.
@@ -222,8 +230,9 @@ class ImportanceWeightedELBO(ELBO):
         if bool(bound.isneginf().any()):
             site = particles.first_site(torch.isneginf) or particles.first_site(torch.isposinf, "guide")
             warn(
-                f"The bound is -inf in {int(bound.isneginf().sum())} of {bound.numel()} cell(s): no particle "
-                f"has a positive density there (first at site {site}). These cells give no gradient.",
+                f"The bound is -inf in {int(bound.isneginf().sum())} of {bound.numel()} cell(s), where "
+                f"{int(log_w.isneginf().sum())} particles have zero density (first at site {site}). Those "
+                "particles give no gradient.",
                 RuntimeWarning,
             )
 
@@ -366,6 +375,74 @@ class PIWAE_ELBO(_NamedELBO):
 
     def __init__(self, M: int, K: int, **keywords: Any) -> None:
         super().__init__(bounds.PIWAE(M, K), **keywords)
+
+
+class VR_ELBO(_NamedELBO):
+    r"""Variational Rényi bound of order :math:`\alpha`.
+
+    .. math::
+        \mathcal L = \sum_n \frac{1}{1 - \alpha} \log \frac1K \sum_{k=1}^K w_{nk}^{1 - \alpha}, \qquad
+        w_{nk} = \frac{p_\theta(x_n, z_{nk})}{q_\phi(z_{nk} \mid x_n)}
+
+    :math:`\alpha = 0` is :class:`IWAE_ELBO`, :math:`\alpha = 1` the ELBO.
+
+    References:
+        | Rényi Divergence Variational Inference (Li & Turner, 2016), https://arxiv.org/abs/1602.02311
+
+    Arguments:
+        alpha: the order, a finite number.
+        K: number of particles; an integer >= 1.
+        keywords: see :class:`ImportanceWeightedELBO`.
+
+    Raises:
+        ValueError: if K is not an integer >= 1 or alpha is not a finite number.
+
+    Example:
+        >>> svi = SVI(model, guide, Adam({"lr": 1e-3}), loss=VR_ELBO(alpha=0.5, K=64))
+        >>> loss = svi.step(data)
+    """
+
+    def __init__(self, alpha: float, K: int, **keywords: Any) -> None:
+        super().__init__(bounds.VR(alpha, K), **keywords)
+
+
+class TVO_ELBO(_NamedELBO):
+    r"""Thermodynamic variational objective on K particles.
+
+    .. math::
+        \mathcal L = \sum_n \sum_{p=0}^{P-1} (\beta_{p+1} - \beta_p)
+            \sum_k \frac{w_{nk}^{\beta_p}}{\sum_j w_{nj}^{\beta_p}} \log w_{nk}
+
+    ``partitions=1`` is the ELBO. The gradients are those of this estimate along reparameterised particles.
+
+    References:
+        | The Thermodynamic Variational Objective (Masrani et al., 2019), https://arxiv.org/abs/1907.00031
+
+    Arguments:
+        K: number of particles; an integer >= 1.
+        partitions: the increasing :math:`\beta_0 = 0, \dots, \beta_P = 1`; or their number P, which then are
+            log-uniform between 0.025 and 1, after 0.
+        keywords: see :class:`ImportanceWeightedELBO`.
+
+    Raises:
+        ValueError: if K is not an integer >= 1 or the partitions do not increase from 0 to 1.
+
+    Example:
+        >>> svi = SVI(model, guide, Adam({"lr": 1e-3}), loss=TVO_ELBO(K=64, partitions=5))
+        >>> loss = svi.step(data)
+    """
+
+    def __init__(self, K: int, partitions: int | Sequence[float], **keywords: Any) -> None:
+        super().__init__(bounds.TVO(K, partitions), **keywords)
+
+
+def _as_names(plates: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    if plates is None:
+        return None
+    names = (plates,) if isinstance(plates, str) else tuple(dict.fromkeys(plates))
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"plates must be a name or names of plates, got {plates!r}")
+    return names
 
 
 def _check_kl_weight(kl_weight: float) -> float:

@@ -1,7 +1,7 @@
 r"""Gradient estimators: from particle weights to one scalar whose backward pass gives the gradients.
 
-Given particles and the weights ``a`` (for the model's parameters :math:`\theta`) and ``b`` (for the guide's
-parameters :math:`\phi`) of a bound, an estimator returns the loss as a tensor. Its value is minus the
+Given particles and a bound, with particle weights ``a`` for the model's parameters :math:`\theta` and ``b``
+for the guide's parameters :math:`\phi`, an estimator returns the loss as a tensor. Its value is minus the
 bound; its ``.backward()`` leaves the estimator's gradients in ``.grad``. The two are tied together by
 an autograd node, not by adding and subtracting surrogates, so that a weight of 0 beside a log-weight
 of -inf stays 0.
@@ -73,6 +73,7 @@ class Boundary:
         """
         if not value.requires_grad:
             return value
+        _refuse_half_precision(value)
 
         def rescale(grad: Tensor) -> Tensor:
             assert self._ratio is not None, "a boundary needs its ratio before the backward pass"
@@ -87,6 +88,18 @@ class Boundary:
     def set_ratio(self, ratio: Tensor) -> None:
         """Set the factors b / a, of shape ``[S, *batch]`` with 1 for every dim that is no cell."""
         self._ratio = ratio
+
+
+def _refuse_half_precision(value: Tensor) -> None:
+    """float16 has too few exponents for the ratio of two weights: it would overflow without a word."""
+    kind = value.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    if autocast or value.dtype == torch.float16:
+        raise ValueError(
+            "Separate objectives for model and guide (PIWAE) need float32, float64 or bfloat16: in float16 "
+            "the ratio of their particle weights overflows. Run this loss in another dtype, or take "
+            "MIWAE_ELBO."
+        )
 
 
 class Estimator(ABC):
@@ -113,7 +126,7 @@ class Reparam(Estimator):
     """Total derivative along reparameterised particles, for any bound."""
 
     def boundary(self, bound: Bound) -> Boundary | None:
-        return Boundary() if bound.separate_weights else None
+        return None if bound.guide_bound is bound else Boundary()
 
     def check(self, particles: Particles) -> None:
         names = particles.nonreparameterized_sites()
@@ -130,10 +143,16 @@ class Reparam(Estimator):
         log_w = particles.log_weights.detach()
         grouped = log_w.reshape(bound.M, bound.K, *log_w.shape[1:])
         value = bound.value(grouped)
+        if value.shape != log_w.shape[1:]:
+            raise ValueError(
+                f"{bound!r}.value() must reduce log-weights [M, K, *cells] of shape {list(grouped.shape)} to "
+                f"[*cells] = {list(log_w.shape[1:])}, but gave {list(value.shape)}."
+            )
         loss = -(particles.scale * value).sum()
         if not torch.is_grad_enabled():
             return Estimate(loss, value)
-        a, b = bound.weights(grouped)
+        a = bound.weights(grouped)
+        b = a if boundary is None else bound.guide_bound.weights(grouped)
         if boundary is not None:
             a = a + _UNDERFLOW * b
             ratio = torch.where(a == 0, 1.0, b / a)

@@ -112,7 +112,7 @@ class _Layout(NamedTuple):
 
 def collect(
     traces: Traces,
-    plates: str | Sequence[str] | None = None,
+    plates: Sequence[str] | None = None,
     is_linear: bool = False,
     kl_weight: float = 1.0,
     warn_dropped: Callable[[str], None] = warn,
@@ -121,8 +121,8 @@ def collect(
 
     Arguments:
         traces: the traces of S particles.
-        plates: name or names of the plates to keep; ``()`` for one joint weight; None for those common to
-            all sites.
+        plates: names of the plates to keep; ``()`` for one joint weight; None for those common to all
+            sites.
         is_linear: whether the bound is the mean of the log-weights, for which a scale inside is right too.
         kl_weight: :math:`\beta` in :math:`\log p(x \mid z) + \beta (\log p(z) - \log q(z \mid x))`.
         warn_dropped: called with a message if observed sites alone keep a plate from being kept.
@@ -161,14 +161,14 @@ def _names(sites: Iterable[Site]) -> str:
 
 def _kept_plates(
     sites: list[Site],
-    plates: str | Sequence[str] | None,
+    plates: Sequence[str] | None,
     is_linear: bool,
     warn_dropped: Callable[[str], None],
 ) -> tuple[CondIndepStackFrame, ...]:
     """The kept plates, in the order of their dims."""
     kept = _common(sites)
     if plates is not None:
-        kept = _named_plates(sites, [plates] if isinstance(plates, str) else list(plates))
+        kept = _named_plates(sites, plates)
     elif not is_linear:
         for frame in _common(site for site in sites if site.is_latent and site.role == "model"):
             outside = [site for site in sites if not site.inside(frame)]
@@ -181,10 +181,32 @@ def _kept_plates(
                     "(AutoNormal rather than one with a joint latent), or pass plates=() to ask for the "
                     "joint weight."
                 )
+    for frame in kept:
+        _check_sizes(sites, frame)
     return tuple(sorted(kept, key=lambda frame: frame.dim or 0))
 
 
-def _named_plates(sites: list[Site], names: list[str]) -> list[CondIndepStackFrame]:
+def _check_sizes(sites: list[Site], frame: CondIndepStackFrame) -> None:
+    """Refuse a plate that is not of one size everywhere, whose cells and scale would be in doubt."""
+    for site in sites:
+        for other in site.frames:
+            if plate_key(other) == plate_key(frame) and _sizes(other) != _sizes(frame):
+                raise ValueError(
+                    f"Plate {frame.name!r} runs on {_in_words(other)} at site {site}, but on "
+                    f"{_in_words(frame)} at site {sites[0]}. Declare the same size and subsample in model "
+                    "and guide."
+                )
+
+
+def _sizes(frame: CondIndepStackFrame) -> tuple[int, int]:
+    return frame.size, frame.size if frame.full_size is None else frame.full_size
+
+
+def _in_words(frame: CondIndepStackFrame) -> str:
+    return "{} of {}".format(*_sizes(frame))
+
+
+def _named_plates(sites: list[Site], names: Sequence[str]) -> list[CondIndepStackFrame]:
     frames = {frame.name: frame for site in sites for frame in site.frames}
     kept = []
     for name in names:
@@ -217,12 +239,20 @@ def _check_subsampling(sites: list[Site], kept: tuple[CondIndepStackFrame, ...])
             if plate_key(frame) in keys or not _is_subsampled(frame):
                 continue
             outside = [other for other in sites if not other.inside(frame)]
-            reason = f"site(s) {_names(outside)} lie outside it" if outside else "plates= does not keep it"
+            if not outside:
+                reason, remedy = "plates= does not keep it", "let plates= keep it"
+            else:
+                reason = f"site(s) {_names(outside)} lie outside it"
+                latent = any(other.is_latent for other in outside)
+                remedy = (
+                    "move every latent into the plate (or turn those outside into parameters)"
+                    if latent
+                    else "move them into the plate, divided by its size where they are a regulariser"
+                )
             raise ValueError(
-                f"Plate {frame.name!r} is subsampled ({frame.size} of {frame.full_size}), but {reason}. "
-                "The joint importance weight then needs all of the data: an estimate from a minibatch is "
-                "no bound for K > 1. Run the plate on all of its data, use K=1 (the ELBO), or move every "
-                "latent into the plate (or turn those outside into parameters)."
+                f"Plate {frame.name!r} is subsampled ({_in_words(frame)}), but {reason}. The joint "
+                "importance weight then needs all of the data: an estimate from a minibatch is no bound for "
+                f"K > 1. Run the plate on all of its data, use K=1 (the ELBO), or {remedy}."
             )
 
 
@@ -234,9 +264,10 @@ def _split_scales(
     outer: float | Tensor = math.prod(_subsampling(frame) for frame in kept)
     # What the plates do not account for is the user's own.
     own = [_divide(site.message["scale"], math.prod(map(_subsampling, site.frames))) for site in sites]
-    shared = bool(own) and _is_shared(own, kept)
-    if shared:
-        outer = outer * own[0]
+    common = _shared_scale(own, kept)
+    shared = common is not None
+    if common is not None:
+        outer = outer * common
     inner = []
     for site, scale in zip(sites, own, strict=True):
         rest = math.prod(_subsampling(frame) for frame in site.frames if plate_key(frame) not in keys)
@@ -256,21 +287,33 @@ def _divide(scale: float | Tensor, share: float) -> float | Tensor:
     return 1.0 if math.isclose(ratio, 1.0, rel_tol=1e-9) else ratio
 
 
-def _is_shared(scales: list[float | Tensor], kept: tuple[CondIndepStackFrame, ...]) -> bool:
-    """Whether all sites share one scale that does not vary within a cell."""
-    first = scales[0]
+def _shared_scale(
+    scales: list[float | Tensor], kept: tuple[CondIndepStackFrame, ...]
+) -> float | Tensor | None:
+    """The scale that all sites share, if they do and it does not vary within a cell."""
+    if not scales:
+        return None
     tensors = [scale for scale in scales if isinstance(scale, Tensor)]
     if not tensors:
-        return all(math.isclose(scale, first, rel_tol=1e-9) for scale in scales)
-    if len(tensors) < len(scales) or any(t.shape != tensors[0].shape for t in tensors):
-        return False
+        first = scales[0]
+        return first if all(math.isclose(scale, first, rel_tol=1e-9) for scale in scales) else None
     if any(tensor.requires_grad for tensor in tensors):
-        return False  # outside the logarithm it would lose its gradient
+        return None  # outside the logarithm it would lose its gradient
+    widest = max(tensors, key=Tensor.dim)
     dims = {frame.dim for frame in kept}
-    shape = tensors[0].shape
-    if any(shape[dim] > 1 and dim not in dims for dim in range(-len(shape), 0)):
-        return False
-    return all(torch.allclose(tensor, tensors[0], rtol=1e-6) for tensor in tensors[1:])
+    if any(widest.shape[dim] > 1 and dim not in dims for dim in range(-widest.dim(), 0)):
+        return None
+    # A user's tensor has to be compared by value, which on an accelerator waits for the device.
+    reference = widest.double()
+    for scale in scales:
+        other = torch.as_tensor(scale, dtype=torch.float64, device=widest.device)
+        try:
+            equal = torch.allclose(other.expand_as(reference), reference, rtol=1e-6)
+        except RuntimeError:  # the shapes do not broadcast
+            return None
+        if not equal:
+            return None
+    return widest
 
 
 def _sum_sites(sites: list[Site], layout: _Layout, traces: Traces, kl_weight: float) -> tuple[Tensor, Tensor]:

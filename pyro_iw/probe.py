@@ -3,18 +3,22 @@ r"""What passes with one particle show about a pair, before particles run in one
 Particles run under an outermost plate, on a dim left of every plate of the pair, so the pair's plates must
 be known beforehand. A probe also lets lazily initialised guides make their parameters outside the particle
 dim, and records what batch normalisation sees without it. It puts the random state and BatchNorm's running
-statistics back: for one seed, a pair's first run gives the same numbers as any later one.
+statistics back: for one seed, a pair's first run gives the same numbers as any later one. Its own draws come
+from a stream apart, so that parameters made at random do not repeat the first particle's noise.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from .traces import Pair, Traces, trace_pair
 
@@ -65,10 +69,13 @@ def watch_batch_norm(enabled: bool = True, restore: bool = False) -> Iterator[di
         yield seen
         return
     buffers: dict[_BatchNorm, dict[str, Tensor | None]] = {}
+    lazy: list[_BatchNorm] = []
 
     def look(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         if isinstance(module, _BatchNorm) and module.training and inputs:
-            if module not in buffers and restore:
+            if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+                lazy.append(module)  # its statistics are made by this very call
+            elif module not in buffers and module not in lazy and restore:
                 # A copy takes the updates: a graph may hold on to the buffers themselves.
                 buffers[module] = dict(module._buffers)
                 for name, buffer in buffers[module].items():
@@ -82,10 +89,20 @@ def watch_batch_norm(enabled: bool = True, restore: bool = False) -> Iterator[di
         hook.remove()
         for module, saved in buffers.items():
             module._buffers.update(saved)
+        if restore:
+            for module in lazy:
+                module.reset_running_stats()
 
 
 @contextmanager
 def _fork_rng() -> Iterator[None]:
+    """Random draws that leave PyTorch's, NumPy's and Python's states as they were."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state models may use
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int(torch.randint(2**62, ())))
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

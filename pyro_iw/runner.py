@@ -19,6 +19,11 @@ from .warn import warn
 __all__ = ["Runner"]
 
 
+# What a computation raises that does not broadcast. Others (out of memory, a singular matrix, an error of the
+# user's own) keep their type.
+_ORDINARY = (ValueError, RuntimeError, IndexError, TypeError, AssertionError)
+
+
 class Runner:
     """Runs pairs on S particles, and remembers what it learnt of each.
 
@@ -95,9 +100,9 @@ class Runner:
         progress = Progress()
         try:
             traced = trace_pair(pair, None, through, enclose=plate, progress=progress)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:
+            if type(error) not in _ORDINARY:
+                raise
             nesting = _nesting_alone(pair)
             if nesting is None:
                 raise  # the pair is at fault, not the particle dim
@@ -109,7 +114,8 @@ class Runner:
                 f"failed {progress.where()} with {type(error).__name__}: {error}\n"
                 f"Particles add a batch dim of size {num_particles} at dim {dim}, left of every plate. Let "
                 "the computation broadcast over leading dims (index dims from the right, end reshapes in "
-                "(*z.shape[:-1], ...)), or pass vectorize_particles=False to run the particles one by one."
+                "(*z.shape[:-1], ...)), or pass vectorize_particles=False to run the particles one by one. "
+                "(If it fails for some values of the latents only, see the error itself, above.)"
             ) from error
         return Traces([traced], num_particles, dim)
 
@@ -133,8 +139,8 @@ class Runner:
 
     def _check_batch_norm(self, seen: dict[_BatchNorm, int], probe: Probe, pair: Pair) -> None:
         """Warn of batch normalisation in train mode that sees more than it would with one particle."""
-        if any(module not in probe.normalised for module in seen):
-            probe.run(pair)  # in eval mode when first probed, in train mode now
+        if seen:
+            probe.run(pair)  # on these very arguments, and in train mode
         for module, count in seen.items():
             if count > probe.normalised.get(module, count) and module not in self._warned_modules:
                 self._warned_modules.add(module)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from pyro.distributions import Unit
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -80,6 +81,7 @@ def read_sites(traces: Traces) -> list[Site]:
                 if validate:
                     message["log_prob"] = site.log_prob
                     check_site_shape(message, nesting)
+                    _check_mask(site)
                 sites.append(site)
     return sites
 
@@ -126,6 +128,22 @@ def _log_prob(role: str, name: str, message: Any) -> Tensor:
             f"{error}\nvalue: {tuple(value.shape)}, batch shape: {tuple(fn.batch_shape)}, event shape: "
             f"{tuple(fn.event_shape)}"
         ) from error
+
+
+def _check_mask(site: Site) -> None:
+    """Refuse a mask over dims that the site does not have: it would count the site several times."""
+    mask, shape = site.message["mask"], site.log_prob.shape
+    if not isinstance(mask, Tensor):
+        return
+    try:
+        fits = torch.broadcast_shapes(mask.shape, shape).numel() == shape.numel()
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"The mask at site {site} has shape {tuple(mask.shape)}, which does not broadcast to the site's "
+            f"batch shape {tuple(shape)}. Mask over the dims of the plates around the site."
+        )
 
 
 def _check_particle_dim(site: Site, traces: Traces) -> None:

@@ -136,10 +136,13 @@ def trace_pair(
     progress = progress or Progress()
     messenger = poutine.unwrap(pair.guide)
     if isinstance(messenger, GuideMessenger):
-        enclose(pair.guide)(*pair.args, **pair.kwargs)
+        try:
+            enclose(pair.guide)(*pair.args, **pair.kwargs)
+        finally:
+            progress.trace = messenger.trace
         guided = messenger.trace
         model_trace, guide_trace = messenger.get_traces()
-        if through is None and messenger.model is pair.model:
+        if through is None and messenger is pair.guide and messenger.model is pair.model:
             return model_trace, guide_trace  # the messenger has run the model along the way
     else:
         guided = progress.record("guide", enclose(pair.guide), pair)

@@ -7,50 +7,117 @@ import pytest
 import torch
 from truth import objectives
 
-from pyro_iw.bounds import CIWAE, IWAE, MIWAE, PIWAE, Bound
+from pyro_iw.bounds import (
+    CIWAE,
+    IWAE,
+    MIWAE,
+    PIWAE,
+    TVO,
+    VR,
+    Bound,
+    leave_one_out_logmeanexp,
+    leave_one_out_mean,
+)
 
 BOUNDS = {
     "IWAE": lambda M, K: IWAE(K=M * K),
     "MIWAE": lambda M, K: MIWAE(M=M, K=K),
     "CIWAE": lambda M, K: CIWAE(K=M * K, beta=0.3),
     "PIWAE": lambda M, K: PIWAE(M=M, K=K),
+    "VR": lambda M, K: VR(alpha=0.3, K=M * K),
+    "TVO": lambda M, K: TVO(K=M * K, partitions=(0.0, 0.2, 0.7, 1.0)),
 }
+SIZES = [(1, 1), (1, 6), (6, 1), (2, 3), (3, 2)]
 
 
 def grouped(log_w, bound):
     return log_w.reshape(bound.M, bound.K, *log_w.shape[1:])
 
 
-@pytest.mark.parametrize(("M", "K"), [(1, 1), (1, 6), (6, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize(("M", "K"), SIZES)
 @pytest.mark.parametrize("name", BOUNDS)
 def test_value_and_weights_against_loops(name, M, K):
+    """Values, first and second derivatives of both objectives, by loops over scalars and autograd."""
     bound = BOUNDS[name](M, K)
     leaf = (3 * torch.randn(M * K, 4, 2, dtype=torch.float64)).requires_grad_()
     values = torch.zeros(4, 2, dtype=torch.float64)
-    total_a, total_b = 0.0, 0.0
+    objective = [0.0, 0.0]
     for i in range(4):
         for j in range(2):
-            model_side, guide_side = objectives(name, list(leaf[:, i, j]), M, K, beta=0.3)
-            values[i, j] = model_side.detach()
-            total_a, total_b = total_a + model_side, total_b + guide_side
-    (a,) = torch.autograd.grad(total_a, leaf, retain_graph=True)
-    (b,) = torch.autograd.grad(total_b, leaf)
+            sides = objectives(name, list(leaf[:, i, j]), M, K)
+            values[i, j] = sides[0].detach()
+            objective = [total + side for total, side in zip(objective, sides, strict=True)]
     log_w = grouped(leaf.detach(), bound)
-    weights = bound.weights(log_w)
     torch.testing.assert_close(bound.value(log_w), values)
-    torch.testing.assert_close(weights.a, grouped(a, bound))
-    torch.testing.assert_close(weights.b, grouped(b, bound))
-    torch.testing.assert_close(weights.a.sum((0, 1)), torch.ones(4, 2, dtype=torch.float64))
-    torch.testing.assert_close(weights.b.sum((0, 1)), torch.ones(4, 2, dtype=torch.float64))
+    for side, total in zip((bound, bound.guide_bound), objective, strict=True):
+        (first,) = torch.autograd.grad(total, leaf, create_graph=True)
+        second = torch.zeros_like(leaf)
+        for k in range(M * K):
+            if first.requires_grad:
+                (row,) = torch.autograd.grad(first[k].sum(), leaf, retain_graph=True, allow_unused=True)
+                second[k] = 0.0 if row is None else row[k]
+        first = first.detach()
+        torch.testing.assert_close(side.weights(log_w), grouped(first, bound))
+        torch.testing.assert_close(side.path_weights(log_w), grouped(first - second, bound))
+        torch.testing.assert_close(side.weights(log_w).sum((0, 1)), torch.ones(4, 2, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["IWAE", "MIWAE", "CIWAE"])
-def test_closed_form_agrees_with_the_autograd_of_a_users_own_bound(name):
+@pytest.mark.parametrize("name", BOUNDS)
+def test_closed_forms_agree_with_the_autograd_of_a_users_own_bound(name):
     bound = BOUNDS[name](2, 3)
     log_w = grouped(torch.randn(6, 5), bound)
-    closed, derived = bound.weights(log_w), Bound.weights(bound, log_w)
-    torch.testing.assert_close(closed.a, derived.a)
-    torch.testing.assert_close(closed.b, derived.b)
+    torch.testing.assert_close(bound.weights(log_w), Bound.weights(bound, log_w))
+    torch.testing.assert_close(bound.path_weights(log_w), Bound.path_weights(bound, log_w))
+    replacement = torch.randn_like(log_w)
+    expected = Bound.replaced(bound, log_w, replacement)
+    torch.testing.assert_close(bound.replaced(log_w, replacement), expected)
+
+
+def test_a_linear_bound_of_a_users_own_has_no_curvature():
+    class Mean(Bound):
+        def value(self, log_w):
+            return log_w.mean((0, 1))
+
+    weights = Mean(M=2, K=2).path_weights(torch.randn(2, 2, 3))
+    torch.testing.assert_close(weights, torch.full((2, 2, 3), 0.25))
+
+
+def test_leave_one_out_means():
+    log_w = torch.randn(2, 4, 3, dtype=torch.float64)
+    for m in range(2):
+        for k in range(4):
+            others = log_w[m, [j for j in range(4) if j != k]]
+            torch.testing.assert_close(leave_one_out_mean(log_w)[m, k], others.mean(0))
+            lme = others.exp().mean(0).log()
+            torch.testing.assert_close(leave_one_out_logmeanexp(log_w)[m, k], lme)
+
+
+def test_leaving_out_a_particle_that_dominates_keeps_the_others():
+    """log(sum - own) would be -inf or noise here: the others are e-100 of the whole."""
+    log_w = torch.tensor([[0.0, -100.0, -101.0]])
+    others = leave_one_out_logmeanexp(log_w)[0, 0].item()
+    assert others == pytest.approx(math.log((1 + math.exp(-1)) / 2) - 100, abs=1e-4)
+
+
+def test_limits_of_the_renyi_bound():
+    log_w = torch.randn(1, 5, 3, dtype=torch.float64)
+    torch.testing.assert_close(VR(alpha=0, K=5).value(log_w), IWAE(K=5).value(log_w))
+    mean = log_w.mean((0, 1))
+    torch.testing.assert_close(VR(alpha=1, K=5).value(log_w), mean)
+    for alpha in (1 - 1e-7, 1 + 1e-7):
+        torch.testing.assert_close(VR(alpha=alpha, K=5).value(log_w), mean, rtol=1e-5, atol=1e-5)
+    values = [VR(alpha=alpha, K=5).value(log_w)[0] for alpha in (-2, 0, 0.5, 1, 2)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_limits_of_the_thermodynamic_objective():
+    log_w = torch.randn(1, 5, 3, dtype=torch.float64)
+    torch.testing.assert_close(TVO(K=5, partitions=1).value(log_w), log_w.mean((0, 1)))
+    # The integral of E[l] over beta is the log of the mean weight; its left sum tends to it from below.
+    fine = TVO(K=5, partitions=[i / 2000 for i in range(2001)]).value(log_w)
+    torch.testing.assert_close(fine, IWAE(K=5).value(log_w), rtol=0, atol=2e-3)
+    assert (fine < IWAE(K=5).value(log_w)).all()
+    assert TVO(K=5, partitions=2).partitions == pytest.approx((0.0, 0.025, 1.0))
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -59,7 +126,7 @@ def test_large_log_weights_neither_overflow_nor_vanish(name):
     log_w = grouped(torch.randn(6, 5), bound)
     for shift in (1e4, -1e4):
         torch.testing.assert_close(bound.value(log_w + shift) - shift, bound.value(log_w), atol=2e-3, rtol=0)
-        torch.testing.assert_close(bound.weights(log_w + shift).a, bound.weights(log_w).a, atol=2e-3, rtol=0)
+        torch.testing.assert_close(bound.weights(log_w + shift), bound.weights(log_w), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -69,7 +136,7 @@ def test_cells_do_not_mix(name):
     other = log_w.clone()
     other[..., 1:] += 100 * torch.rand(4)
     assert bound.value(other)[0] == bound.value(log_w)[0]
-    torch.testing.assert_close(bound.weights(other).b[..., 0], bound.weights(log_w).b[..., 0])
+    torch.testing.assert_close(bound.weights(other)[..., 0], bound.weights(log_w)[..., 0])
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -80,9 +147,10 @@ def test_a_cell_without_density_is_minus_infinity_and_weighs_nothing(name):
     value, weights = bound.value(log_w), bound.weights(log_w)
     assert value[0] == -math.inf
     assert torch.isfinite(value[1])
-    for weight in weights:
+    for weight in (weights, bound.guide_bound.weights(log_w)):
         assert (weight[..., 0] == 0).all()
         torch.testing.assert_close(weight[..., 1].sum(), torch.tensor(1.0))
+    assert (bound.path_weights(log_w)[..., 0] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -94,13 +162,16 @@ def test_a_cell_without_density_is_minus_infinity_and_weighs_nothing(name):
         (CIWAE(K=2, beta=1.0), -math.inf),
         (MIWAE(M=2, K=1), -math.inf),
         (PIWAE(M=2, K=1), math.log(0.5)),
+        (VR(alpha=0.5, K=2), 2 * math.log(0.5)),
+        (VR(alpha=2.0, K=2), -math.inf),
+        (TVO(K=2, partitions=(0.0, 0.5, 1.0)), -math.inf),
     ],
     ids=repr,
 )
 def test_one_particle_without_density(bound, expected):
     log_w = grouped(torch.tensor([-math.inf, 0.0]), bound)
     assert bound.value(log_w).item() == pytest.approx(expected)
-    for weight in bound.weights(log_w):
+    for weight in (bound.weights(log_w), bound.guide_bound.weights(log_w), bound.path_weights(log_w)):
         assert weight.flatten()[0] == 0
         assert torch.isfinite(weight).all()
 
@@ -108,7 +179,7 @@ def test_one_particle_without_density(bound, expected):
 def test_a_nan_stays_one():
     log_w = torch.tensor([[math.nan, 0.0]])
     assert IWAE(K=2).value(log_w).isnan()
-    assert IWAE(K=2).weights(log_w).a.isnan().any()
+    assert IWAE(K=2).weights(log_w).isnan().any()
 
 
 def test_a_users_own_bound_gives_no_weight_to_dead_particles():
@@ -119,8 +190,8 @@ def test_a_users_own_bound_gives_no_weight_to_dead_particles():
     log_w = torch.tensor([[0.0, math.log(4.0), -math.inf]])
     bound = PowerMean(K=3)
     assert bound.value(log_w).item() == pytest.approx(0.0)  # ((1 + 2 + 0) / 3) ** 2 = 1
-    torch.testing.assert_close(bound.weights(log_w).a, torch.tensor([[1 / 3, 2 / 3, 0.0]]))
-    assert (bound.weights(torch.full((1, 3), -math.inf)).a == 0).all()
+    torch.testing.assert_close(bound.weights(log_w), torch.tensor([[1 / 3, 2 / 3, 0.0]]))
+    assert (bound.weights(torch.full((1, 3), -math.inf)) == 0).all()
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, "3", None, True])
@@ -138,14 +209,30 @@ def test_beta_must_lie_in_the_unit_interval(bad):
         CIWAE(K=2, beta=bad)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "0.5", None, True])
+def test_alpha_must_be_a_finite_number(bad):
+    with pytest.raises(ValueError, match="alpha must be a finite number"):
+        VR(alpha=bad, K=2)
+
+
+@pytest.mark.parametrize(
+    "bad", [0, -1, (0.0,), (0.0, 0.5), (0.1, 1.0), (0.0, 0.5, 0.5, 1.0), (0.0, 2.0, 1.0)]
+)
+def test_partitions_must_increase_from_0_to_1(bad):
+    with pytest.raises(ValueError, match="partitions must"):
+        TVO(K=2, partitions=bad)
+
+
 def test_numpy_integers_count():
     assert MIWAE(M=np.int64(2), K=np.int32(3)).num_particles == 6
 
 
 def test_linear_bounds_are_those_that_average_outside_the_logarithm():
     linear = [IWAE(K=1), MIWAE(M=9, K=1), CIWAE(K=9, beta=1), CIWAE(K=1, beta=0), PIWAE(M=1, K=1)]
+    linear += [VR(alpha=1, K=9), VR(alpha=0.5, K=1), TVO(K=9, partitions=1)]
     assert all(bound.is_linear for bound in linear)
     nonlinear = [IWAE(K=2), MIWAE(M=1, K=2), CIWAE(K=2, beta=0.9), PIWAE(M=2, K=1)]
+    nonlinear += [VR(alpha=0.9, K=2), TVO(K=2, partitions=2)]
     assert not any(bound.is_linear for bound in nonlinear)
 
 

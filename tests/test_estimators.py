@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_iw import IWAE_ELBO, PIWAE_ELBO
+from pyro_iw import IWAE_ELBO, PIWAE_ELBO, Bound, ImportanceWeightedELBO
 from pyro_iw.estimators import Boundary, get_estimator
 
 LOSSES = [IWAE_ELBO(K=4), PIWAE_ELBO(M=2, K=2), IWAE_ELBO(K=4, estimator="reparam")]
@@ -88,6 +88,39 @@ def test_the_boundary_rescales_each_particle_and_leaves_the_value_alone():
     # z itself also feeds the guide's own density, which must not be rescaled.
     (seen.sum() + 10 * z.sum()).backward()
     torch.testing.assert_close(raw.grad, (ratio + 10).unsqueeze(-1).expand(3, 2, 4))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_separate_objectives_are_refused_in_float16(autocast):
+    """The ratio of the two weights overflows there; the guide's gradient would be NaN or 0."""
+    dtype = torch.float32 if autocast else torch.float16
+
+    def half_guide():
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0, dtype=dtype)), 1.0))
+
+    def half_model():
+        pyro.sample("z", dist.Normal(torch.tensor(0.0, dtype=dtype), 1.0))
+
+    with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        with pytest.raises(ValueError, match="float32, float64 or bfloat16"):
+            PIWAE_ELBO(M=2, K=2).loss_and_grads(half_model, half_guide)
+        IWAE_ELBO(K=4).loss_and_grads(half_model, half_guide)
+
+
+@pytest.mark.parametrize("shape", ["scalar", "groups"])
+def test_a_bound_of_the_wrong_shape_is_refused(shape):
+    class Wrong(Bound):
+        def value(self, log_w):
+            return log_w.mean() if shape == "scalar" else log_w.logsumexp(1)
+
+    def normal():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(
+        ValueError, match=r"Wrong\(M=2, K=4\).value\(\) must reduce .* to \[\*cells\] = \[3\]"
+    ):
+        ImportanceWeightedELBO(Wrong(M=2, K=4)).loss(normal, normal)
 
 
 def test_an_unknown_estimator_lists_the_known():

@@ -119,6 +119,30 @@ class TestKeptPlates:
             kept = IWAE_ELBO(K=4, plates=plates).particles(model, guide).log_weights
             torch.testing.assert_close(kept, cells.sum(dim))
 
+    @pytest.mark.parametrize("plates", [["data", "data"], (name for name in ["data"]), {"data"}])
+    def test_names_may_repeat_and_come_from_any_iterable(self, x, plates):
+        loss = IWAE_ELBO(K=4, plates=plates)
+        for _ in range(2):
+            assert plates_of(loss, local_model, local_guide, x) == ["data"]
+
+    def test_names_must_be_strings(self):
+        with pytest.raises(ValueError, match="plates must be a name or names"):
+            IWAE_ELBO(K=4, plates=[1])
+
+    @pytest.mark.parametrize("validate", [True, False])
+    @pytest.mark.parametrize("K", [1, 4])
+    def test_a_plate_of_different_sizes_is_refused(self, x, K, validate):
+        """Full size in the model alone: which N / B is meant is in doubt, and half of it would be lost."""
+
+        def model(x):
+            with pyro.plate("data", 100, subsample=torch.arange(5)):
+                z = pyro.sample("z", normal(0.0, 1.0))
+                pyro.sample("x", normal(z, 1.0), obs=x)
+
+        message = r"Plate 'data' runs on 5 of 100 at site 'z' \(model\), but on 5 of 5 at site 'z' \(guide\)"
+        with pyro.validation_enabled(validate), pytest.raises(ValueError, match=message):
+            IWAE_ELBO(K=K).loss(model, local_guide, x)
+
     def test_an_unknown_plate(self, x):
         with pytest.raises(ValueError, match=r"'batch'.*they have \['data'\]"):
             IWAE_ELBO(K=4, plates="batch").loss(local_model, local_guide, x)
@@ -238,6 +262,42 @@ class TestSubsampling:
         torch.testing.assert_close(tempered.log_q, plain.log_q)
         assert tempered.scale == 1
 
+    @pytest.mark.parametrize(
+        "scales",
+        [
+            (0.1, 0.1),
+            (torch.tensor(0.1), torch.tensor(0.1)),
+            (torch.tensor(0.1), 0.1),
+            (torch.tensor([0.1]), torch.tensor(0.1)),
+            (torch.full((5,), 0.1), torch.tensor(0.1)),
+            (torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)),
+        ],
+        ids=repr,
+    )
+    def test_a_shared_scale_is_known_by_its_value(self, x, scales):
+        model = poutine.scale(local_model, scales[0])
+        guide = poutine.scale(local_guide, scales[1])
+        particles = IWAE_ELBO(K=4).particles(model, guide, x)
+        torch.testing.assert_close(
+            torch.as_tensor(particles.scale).double().expand(5), torch.full((5,), 0.1).double()
+        )
+        z = particles.sites[0].message["value"]
+        torch.testing.assert_close(particles.log_q, normal(0.1, 1.0).log_prob(z))
+
+    def test_a_factor_outside_a_subsampled_plate(self, x):
+        def model(x):
+            pyro.factor("penalty", torch.tensor(-1.0))
+            with pyro.plate("data", 100, subsample=torch.arange(5)):
+                z = pyro.sample("z", normal(0.0, 1.0))
+                pyro.sample("x", normal(z, 1.0), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", 100, subsample=torch.arange(5)):
+                pyro.sample("z", normal(0.0, 1.0))
+
+        with pytest.raises(ValueError, match=r"'penalty' \(model\) lie outside it.*divided by its size"):
+            IWAE_ELBO(K=4).loss(model, guide, x)
+
     def test_a_scale_that_varies_within_a_cell_stays_inside(self):
         scale = torch.tensor([1.0, 2.0, 3.0])
 
@@ -319,6 +379,16 @@ class TestRefusals:
         for vectorize in (True, False):
             with pytest.raises(ValueError, match="event_dims disagree at site 'z'"):
                 IWAE_ELBO(K=4, vectorize_particles=vectorize).loss(model, guide, x)
+
+    @pytest.mark.parametrize("vectorize", [True, False])
+    def test_a_mask_over_undeclared_dims(self, x, vectorize):
+        def model(x):
+            with pyro.plate("data", len(x)), poutine.mask(mask=torch.ones(3, 5, dtype=torch.bool)):
+                z = pyro.sample("z", normal(0.0, 1.0))
+                pyro.sample("x", normal(z, 1.0), obs=x)
+
+        with pytest.raises(ValueError, match=r"The mask at site 'z' \(model\) has shape \(3, 5\)"):
+            IWAE_ELBO(K=3, vectorize_particles=vectorize).loss(model, local_guide, x)
 
     def test_a_batch_dim_without_a_plate(self, x):
         def model(x):

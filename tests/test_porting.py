@@ -417,3 +417,15 @@ def test_a_guide_messenger_under_a_wrapped_model(guide_class):
         pyro.set_rng_seed(0)
         values.append(IWAE_ELBO(K=3).particles(wrapped, guide).log_p)
     torch.testing.assert_close(values[1], 0.5 * values[0])
+
+
+@pytest.mark.parametrize("loss", [make() for make in LOSSES.values()], ids=repr)
+def test_a_wrapped_guide_messenger_gives_one_loss_with_and_without_gradients(loss):
+    model = HierarchicalRegression().model
+    guide = AutoNormalMessenger(model)
+    guide()
+    values = []
+    for evaluate in (loss.loss, loss.loss_and_grads):
+        pyro.set_rng_seed(0)
+        values.append(evaluate(model, poutine.scale(guide, 0.1)))
+    assert values[0] == values[1]

@@ -2,14 +2,16 @@
 
 import gc
 import math
+import random
 import weakref
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoNormalMessenger
 from torch import nn
 
 from pyro_iw import IWAE_ELBO, MIWAE_ELBO
@@ -139,6 +141,33 @@ class TestProbe:
             values.append(loss.loss(data_model, data_guide, x))
         assert values[0] == values[1]
 
+    def test_nor_numpys_and_pythons(self):
+        def model(x):
+            random.random()
+            np.random.rand()  # noqa: NPY002 - as models do
+            data_model(x)
+
+        random.seed(0), np.random.seed(0)  # noqa: NPY002
+        random.random(), np.random.rand()  # noqa: NPY002
+        expected = random.random(), np.random.rand()  # noqa: NPY002
+        random.seed(0), np.random.seed(0)  # noqa: NPY002
+        IWAE_ELBO(K=3).loss(model, data_guide, torch.zeros(2))
+        assert (random.random(), np.random.rand()) == expected  # noqa: NPY002
+
+    def test_parameters_made_at_random_do_not_repeat_the_first_particles_noise(self):
+        values = {}
+
+        def guide():
+            values["init"] = pyro.param("init", lambda: torch.randn(3)).detach().clone()
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            values["z"] = z if z.dim() == 1 else z[0]
+
+        def model():
+            pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+        IWAE_ELBO(K=2).loss(model, guide)
+        assert not torch.allclose(values["init"], values["z"])
+
     def test_it_keeps_no_pair_alive(self):
         class Guide:
             def __call__(self, x):
@@ -210,6 +239,43 @@ class TestBreaking:
         with pytest.raises(ValueError, match="The guide runs with one particle but not with 4"):
             IWAE_ELBO(K=4).loss(data_model, guide, torch.zeros(5))
 
+    def test_a_messenger_guide_that_breaks_is_placed(self):
+        def model():
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            z.reshape(())
+            pyro.sample("y", dist.Normal(z, 1.0))
+
+        with pytest.raises(ValueError, match="failed after sample site 'z'"):
+            IWAE_ELBO(K=4).loss(model, AutoNormalMessenger(model))
+
+    def test_an_error_of_its_own_kind_keeps_its_type(self):
+        class Mine(RuntimeError):
+            pass
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            if z.dim() > 1:
+                raise Mine("for many particles only")
+
+        with pytest.raises(Mine, match="for many particles only"):
+            IWAE_ELBO(K=4).loss(model, data_guide, torch.zeros(5))
+
+    def test_a_failing_step_leaves_pyro_clean_for_the_next(self):
+        loss, x = IWAE_ELBO(K=4), torch.zeros(5)
+
+        def broken(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z.reshape(len(x)), 1.0), obs=x)
+
+        for _ in range(2):
+            with pytest.raises(ValueError, match="vectorize_particles=False"):
+                loss.loss_and_grads(broken, data_guide, x)
+            assert math.isfinite(loss.loss_and_grads(data_model, data_guide, x))
+        assert not pyro.poutine.runtime._PYRO_STACK
+
     def test_a_model_that_is_simply_wrong_raises_its_own_error(self):
         def model(x):
             data_model(x)
@@ -237,7 +303,7 @@ class TestBatchNorm:
             self.norm = norm
 
         def model(self, x):
-            pyro.module("net", self)
+            pyro.module("linear", self.linear)
             with pyro.plate("data", len(x)):
                 z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
                 h = self.linear(z)
@@ -280,6 +346,31 @@ class TestBatchNorm:
                 loss.loss(net.model, net.guide, self.x)
             updates.append(int(net.norm.num_batches_tracked))
         assert updates == [1, 1]
+
+    def test_a_lazy_one_is_made_by_the_probe_but_not_moved(self):
+        net, loss = self.Net(nn.LazyBatchNorm1d()), IWAE_ELBO(K=4)
+        with pytest.warns(UserWarning, match="BatchNorm1d 'norm'"):
+            loss.loss_and_grads(net.model, net.guide, self.x)
+        assert int(net.norm.num_batches_tracked) == 1
+
+    def test_batches_of_different_sizes_are_no_particles(self):
+        norm = nn.BatchNorm1d(3)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(norm(x)[:, :2], 1.0).to_event(1))
+
+        net, loss = self.Net(nn.Identity()), IWAE_ELBO(K=4)
+        loss.loss(net.model, guide, torch.randn(4, 3))
+        loss.loss_and_grads(net.model, guide, torch.randn(16, 3))
+
+    def test_a_large_batch_first_does_not_hide_the_particles(self):
+        net, loss = self.Net(nn.BatchNorm1d(3)), IWAE_ELBO(K=2)
+        net.eval()
+        loss.loss(net.model, net.guide, torch.zeros(64, 3))
+        net.train()
+        with pytest.warns(UserWarning, match="BatchNorm1d 'norm'"):
+            loss.loss_and_grads(net.model, net.guide, self.x)
 
     @pytest.mark.parametrize("norm", [nn.LayerNorm(3), nn.BatchNorm1d(3).eval()])
     def test_other_normalisation_is_fine(self, norm):

@@ -1,6 +1,7 @@
 """Independent truths that the tests compare against. Nothing in here uses pyro_iw."""
 
 import math
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -33,7 +34,10 @@ def logmeanexp(terms):
     return top + torch.log(sum(torch.exp(term - top) for term in terms) / len(terms))
 
 
-def objectives(name, log_w, M, K, beta=0.5):
+BETA, ALPHA, PARTITIONS = 0.3, 0.3, (0.0, 0.2, 0.7, 1.0)
+
+
+def objectives(name, log_w, M, K):
     """(model's objective, guide's objective) of one cell, by loops over its M * K log-weights."""
     groups = [[log_w[m * K + k] for k in range(K)] for m in range(M)]
     everything = [term for group in groups for term in group]
@@ -42,7 +46,16 @@ def objectives(name, log_w, M, K, beta=0.5):
     elbo = sum(everything) / len(everything)
     if name == "PIWAE":
         return iwae, miwae
-    value = {"IWAE": iwae, "MIWAE": miwae, "CIWAE": beta * elbo + (1 - beta) * iwae}[name]
+    if name == "VR":
+        value = logmeanexp([(1 - ALPHA) * term for term in everything]) / (1 - ALPHA)
+    elif name == "TVO":
+        value = 0.0
+        for low, high in pairwise(PARTITIONS):
+            tempered = [torch.exp(low * term) for term in everything]
+            mean = sum(t * term for t, term in zip(tempered, everything, strict=True)) / sum(tempered)
+            value = value + (high - low) * mean
+    else:
+        value = {"IWAE": iwae, "MIWAE": miwae, "CIWAE": BETA * elbo + (1 - BETA) * iwae}[name]
     return value, value
 
 
