@@ -21,11 +21,11 @@ from torch import Tensor
 
 from . import bounds
 from .bounds import Bound
-from .estimators import Boundary, Estimate, get_estimator
+from .estimators import Estimate, get_estimator
 from .particles import Particles, collect
 from .runner import Runner
 from .sites import read_sites
-from .traces import Pair, trace_pair
+from .traces import Pair, Route, trace_pair
 from .warn import warn
 
 __all__ = [
@@ -48,8 +48,10 @@ class ImportanceWeightedELBO(ELBO):
 
     Arguments:
         bound: the bound on the log evidence, over S = M K particles.
-        estimator: how the guide's gradient is estimated: ``"reparam"`` (total derivative along
-            reparameterised particles), or ``"auto"``: that, where every guide site allows it.
+        estimator: how the guide's gradient is estimated, see :mod:`~pyro_iw.estimators`: ``"reparam"`` (total
+            derivative along reparameterised particles), ``"stl"``, ``"dreg"``, and for guides with sites that
+            cannot be reparameterised ``"score"``, ``"vimco"``, ``"rws"``. ``"auto"`` is ``"reparam"``, where
+            every guide site allows it.
         plates: name or names of the plates whose cells get an importance weight each; ``()`` for one
             joint weight; None for the plates common to all sample sites.
         kl_weight: :math:`\beta` in :math:`\ell = \log p(x \mid z) + \beta\,(\log p(z) - \log q(z \mid x))`; a
@@ -180,14 +182,14 @@ class ImportanceWeightedELBO(ELBO):
 
     def _estimate(self, pair: Pair, kl_weight: float) -> tuple[Particles, Estimate]:
         gradients = torch.is_grad_enabled()
-        boundary = self._estimator.boundary(self.bound) if gradients else None
-        particles = self._draw(pair, kl_weight, boundary)
+        route = self._estimator.route(self.bound) if gradients else None
+        particles = self._draw(pair, kl_weight, route)
         if gradients:
-            self._estimator.check(particles)
-        return particles, self._estimator.estimate(particles, self.bound, boundary)
+            self._estimator.check(particles, self.bound)
+        return particles, self._estimator.estimate(particles, self.bound, route)
 
-    def _draw(self, pair: Pair, kl_weight: float = 1.0, boundary: Boundary | None = None) -> Particles:
-        traces = self._runner.run(pair, self.bound.num_particles, boundary)
+    def _draw(self, pair: Pair, kl_weight: float = 1.0, route: Route | None = None) -> Particles:
+        traces = self._runner.run(pair, self.bound.num_particles, route)
         particles = collect(traces, self.plates, self.bound.is_linear, kl_weight, self._warn_once)
         if self.strict_enumeration_warning:
             for site in particles.sites:
@@ -243,7 +245,8 @@ class ImportanceWeightedELBO(ELBO):
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Any:
         """Model and guide trace of one particle, as Pyro's own ELBOs give them."""
-        return trace_pair(Pair(model, guide, args, kwargs))
+        traces = trace_pair(Pair(model, guide, args, kwargs))
+        return traces.model, traces.guide
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.bound!r})"

@@ -1,41 +1,73 @@
 r"""Gradient estimators: from particle weights to one scalar whose backward pass gives the gradients.
 
-Given particles and a bound, with particle weights ``a`` for the model's parameters :math:`\theta` and ``b``
-for the guide's parameters :math:`\phi`, an estimator returns the loss as a tensor. Its value is minus the
-bound; its ``.backward()`` leaves the estimator's gradients in ``.grad``. The two are tied together by
-an autograd node, not by adding and subtracting surrogates, so that a weight of 0 beside a log-weight
-of -inf stays 0.
+Given particles and a bound, an estimator returns the loss as a tensor. Its value is minus the bound; its
+``.backward()`` leaves the estimator's gradients in ``.grad``. The two are tied together by an autograd node,
+not by adding and subtracting surrogates, so that a weight of 0 beside a log-weight of -inf stays 0.
 
-``reparam`` is the total derivative along reparameterised particles,
+The model's gradient is the same for all: the sum of :math:`a_i \nabla_\theta \log p_\theta(x, z_i)`, with
+:math:`a = \partial V / \partial \ell`. The guide's is, with :math:`V_\phi` the guide's bound and
+:math:`b = \partial V_\phi / \partial \ell`:
 
-.. math::
-    \nabla_\theta = \sum_i a_i\, \nabla_\theta \log p_\theta(x, z_i), \qquad
-    \nabla_\phi = \sum_i b_i\, \nabla_\phi \big[\log p_\theta(x, z_i(\phi)) - \log q_\phi(z_i(\phi))\big].
+=======  ==============================================================================================
+name     guide's gradient, a sum over particles i
+=======  ==============================================================================================
+reparam  :math:`b_i` times the total derivative of :math:`\ell_i` along its particle's path
+stl      :math:`b_i` times the derivative along the path alone; biased for K > 1
+dreg     :math:`b_i` less :math:`\partial^2 V_\phi / \partial \ell_i^2`, times that along the path alone
+score    reparam's, plus :math:`V_\phi - V_{-i}` times the score of the sites without a path
+vimco    the same with another control variate :math:`V_{-i}`
+rws      :math:`b_i` times the score at stopped values: the wake phase, no path at all
+=======  ==============================================================================================
 
-Where :math:`a \ne b` (PIWAE) both still come from one forward and one backward pass: the model sees
+**Two sets of weights, one backward pass.** Where the path's weights are not the model's, the model sees
 :math:`z'_i = B(z_i)`, where :math:`B` is the identity whose backward multiplies the gradient of particle
-:math:`i` by :math:`b_i / a_i`. What reaches :math:`\theta` is weighted by :math:`a_i`, what reaches
-:math:`\phi` through the particle by :math:`a_i\, b_i / a_i`.
+:math:`i` by the ratio of the two. What reaches :math:`\theta` keeps its weight; what reaches :math:`\phi`
+through the particle has the path's. B sits between the guide's values and the model's densities, never
+inside the guide's sampling, so a hierarchy of latents is one latent to it.
+
+**The path alone** is the total derivative less the score, which is the derivative of :math:`\log q_\phi` at
+stopped values. That holds for hierarchies, flows and joint latents alike and needs no surgery on parameters.
+It runs the guide (not the model) a second time, so a guide with layers that are random in themselves
+(dropout) has to be in eval mode.
 
 References:
     | Auto-Encoding Variational Bayes (Kingma & Welling, 2013), https://arxiv.org/abs/1312.6114
+    | Reweighted Wake-Sleep (Bornschein & Bengio, 2014), https://arxiv.org/abs/1406.2751
     | Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
+    | Variational Inference for Monte Carlo Objectives (Mnih & Rezende, 2016),
+      https://arxiv.org/abs/1602.06725
+    | Sticking the Landing (Roeder et al., 2017), https://arxiv.org/abs/1703.09194
     | Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018),
       https://arxiv.org/abs/1802.04537
+    | Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al., 2018),
+      https://arxiv.org/abs/1810.04152
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .bounds import Bound
+from .bounds import Bound, leave_one_out_logmeanexp, leave_one_out_mean
 from .particles import Particles
+from .traces import Route
 
-__all__ = ["ESTIMATORS", "Boundary", "Estimate", "Estimator", "Reparam", "get_estimator"]
+__all__ = [
+    "ESTIMATORS",
+    "RWS",
+    "STL",
+    "VIMCO",
+    "Boundary",
+    "DReG",
+    "Estimate",
+    "Estimator",
+    "Reparam",
+    "Score",
+    "get_estimator",
+]
 
 # Far below float32's rounding of a, yet large enough that b / a stays finite where a underflows.
 _UNDERFLOW = 2.0**-60
@@ -96,81 +128,248 @@ def _refuse_half_precision(value: Tensor) -> None:
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     if autocast or value.dtype == torch.float16:
         raise ValueError(
-            "Separate objectives for model and guide (PIWAE) need float32, float64 or bfloat16: in float16 "
-            "the ratio of their particle weights overflows. Run this loss in another dtype, or take "
-            "MIWAE_ELBO."
+            "Particle weights that differ between model and guide (PIWAE, estimator='dreg') need float32, "
+            "float64 or bfloat16: in float16 their ratio overflows. Run this loss in another dtype, or "
+            "another bound or estimator."
         )
 
 
 class Estimator(ABC):
     """Base class: how the particle weights of a bound become gradients."""
 
-    def boundary(self, bound: Bound) -> Boundary | None:
-        """What the guide's values pass through on their way into the model, if anything."""
-        return None
+    #: The name that ``estimator=`` takes.
+    name: ClassVar[str]
 
-    @abstractmethod
-    def check(self, particles: Particles) -> None:
+    def route(self, bound: Bound) -> Route:
+        """How latent values are to travel from guide to model, where they may pass a :class:`Boundary`."""
+        return Route(through=None if bound.guide_bound is bound else Boundary())
+
+    def check(self, particles: Particles, bound: Bound) -> None:
         """Refuse particles whose gradient this estimator would get wrong.
 
         Raises:
             ValueError: naming the sites and what to do.
         """
+        for site in particles.sites:
+            if site.role == "guide" and "baseline" in site.message["infer"]:
+                raise ValueError(
+                    f"Guide site {site.name!r} asks for a baseline by infer={{'baseline': ...}}, which the "
+                    "estimators here do not use: they take their control variates from the other particles. "
+                    "Remove it."
+                )
 
     @abstractmethod
-    def estimate(self, particles: Particles, bound: Bound, boundary: Boundary | None) -> Estimate:
-        """The loss of these particles under the bound."""
+    def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
+        """What the guide's gradient is made of.
 
+        Arguments:
+            particles: the particles.
+            bound: the guide's bound.
+            log_w: their log-weights, of shape ``[M, K, *cells]``.
 
-class Reparam(Estimator):
-    """Total derivative along reparameterised particles, for any bound."""
+        Returns:
+            The weights of the path through the model, of the shape of ``log_w``; and the terms in the guide's
+            own densities: pairs of a density of shape ``[S, *cells]`` and its weights of the shape of
+            ``log_w``.
+        """
 
-    def boundary(self, bound: Bound) -> Boundary | None:
-        return None if bound.guide_bound is bound else Boundary()
+    def estimate(self, particles: Particles, bound: Bound, route: Route | None = None) -> Estimate:
+        """The loss of these particles under the bound.
 
-    def check(self, particles: Particles) -> None:
-        names = particles.nonreparameterized_sites()
-        if names:
-            listed = ", ".join(repr(name) for name in names)
-            raise ValueError(
-                f"Guide site(s) {listed} cannot be reparameterised, so estimator='reparam' would give "
-                "their parameters a zero gradient without a word. Use a distribution with rsample at "
-                "these sites, marginalise them out of the model, or train this pair with "
-                "pyro.infer.TraceGraph_ELBO (score function) or TraceEnum_ELBO (enumeration)."
-            )
+        Arguments:
+            particles: the particles.
+            bound: the bound.
+            route: the one they came by, as :meth:`route` gave it; needed for gradients alone.
 
-    def estimate(self, particles: Particles, bound: Bound, boundary: Boundary | None) -> Estimate:
+        Raises:
+            ValueError: if the bound's value has the wrong shape.
+        """
         log_w = particles.log_weights.detach()
-        grouped = log_w.reshape(bound.M, bound.K, *log_w.shape[1:])
-        value = bound.value(grouped)
-        if value.shape != log_w.shape[1:]:
+        shape, cells = log_w.shape, log_w.shape[1:]
+        log_w = log_w.reshape(bound.M, bound.K, *cells)
+        value = bound.value(log_w)
+        if value.shape != cells:
             raise ValueError(
-                f"{bound!r}.value() must reduce log-weights [M, K, *cells] of shape {list(grouped.shape)} to "
-                f"[*cells] = {list(log_w.shape[1:])}, but gave {list(value.shape)}."
+                f"{bound!r}.value() must reduce log-weights [M, K, *cells] of shape {list(log_w.shape)} to "
+                f"[*cells] = {list(cells)}, but gave {list(value.shape)}."
             )
         loss = -(particles.scale * value).sum()
         if not torch.is_grad_enabled():
             return Estimate(loss, value)
-        a = bound.weights(grouped)
-        b = a if boundary is None else bound.guide_bound.weights(grouped)
-        if boundary is not None:
-            a = a + _UNDERFLOW * b
-            ratio = torch.where(a == 0, 1.0, b / a)
-            boundary.set_ratio(particles.to_batch(ratio.reshape(log_w.shape)))
-        grad_p = -particles.scale * a.reshape(log_w.shape)
-        grad_q = particles.scale * b.reshape(log_w.shape)
-        loss = _Weighted.apply(particles.log_p, particles.log_q, loss, grad_p, grad_q)
-        return Estimate(loss, value)
+        a = bound.weights(log_w)
+        path, guide_terms = self.guide_terms(particles, bound.guide_bound, log_w)
+        if route is not None and isinstance(route.through, Boundary):
+            a = a + _UNDERFLOW * path.abs().copysign(a)
+            ratio = torch.where(a == 0, 1.0, path / a)
+            route.through.set_ratio(particles.to_batch(ratio.reshape(shape)))
+        terms = []
+        for density, weights in [(particles.log_p, a), *guide_terms]:
+            terms += [density, -particles.scale * weights.reshape(shape)]
+        return Estimate(_Weighted.apply(loss, *terms), value)
+
+
+#: A density of shape ``[S, *cells]`` and the particle weights of its gradient.
+Term = tuple[Tensor, Tensor]
+
+
+class Reparam(Estimator):
+    """Total derivative along reparameterised particles, for any bound (Kingma & Welling, 2013)."""
+
+    name = "reparam"
+
+    def check(self, particles: Particles, bound: Bound) -> None:
+        super().check(particles, bound)
+        if particles.nonreparameterized_sites:
+            listed = ", ".join(dict.fromkeys(repr(s.name) for s in particles.nonreparameterized_sites))
+            raise ValueError(
+                f"Guide site(s) {listed} cannot be reparameterised, so estimator={self.name!r} would leave "
+                "out the gradient of their parameters without a word. Pass estimator='vimco' (K > 1), "
+                "'score' or 'rws' (wake-wake), or use a distribution with rsample at these sites."
+            )
+
+    def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
+        b = bound.weights(log_w)
+        return b, [(particles.log_q, -b)]
+
+
+class _PathAlone(Reparam):
+    """Derivative along the particles' path alone: the total one less that at stopped values."""
+
+    def route(self, bound: Bound) -> Route:
+        return Route(through=Boundary(), rescored=True)
+
+    def path_weights(self, bound: Bound, log_w: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
+        c = self.path_weights(bound, log_w)
+        assert particles.log_q_stopped is not None
+        return c, [(particles.log_q, -c), (particles.log_q_stopped, c)]
+
+
+class STL(_PathAlone):
+    """Sticking the landing (Roeder et al., 2017): the score term left out.
+
+    Unbiased for the ELBO alone; for K > 1 its expectation is not the gradient of the bound. Zero when the
+    guide is the exact posterior.
+    """
+
+    name = "stl"
+
+    def path_weights(self, bound: Bound, log_w: Tensor) -> Tensor:
+        return bound.weights(log_w)
+
+
+class DReG(_PathAlone):
+    r"""Doubly reparameterised gradients (Tucker et al., 2018), for any smooth bound.
+
+    With :math:`c_i = \partial V_\phi / \partial \ell_i`, the score term of the total derivative is in expectation
+
+    .. math:: E[c_i \nabla_\phi \log q(z_i)] = E\Big[\frac{\partial c_i}{\partial \ell_i}
+        \frac{\partial \ell_i}{\partial z_i} \nabla_\phi z_i\Big],
+
+    for only :math:`\ell_i` depends on :math:`z_i`. That leaves the path alone, with the weights
+    :math:`c_i - \partial^2 V_\phi / \partial \ell_i^2`. Unbiased; zero when the guide is the exact posterior;
+    its signal-to-noise ratio grows with K where that of ``reparam`` falls.
+    """
+
+    name = "dreg"
+
+    def path_weights(self, bound: Bound, log_w: Tensor) -> Tensor:
+        return bound.path_weights(log_w)
+
+
+class Score(Estimator):
+    r"""Score function for sites without a path, with a leave-one-out control variate.
+
+    .. math:: \sum_i \big(V_\phi - V_{-i}\big)\, \nabla_\phi \log q_\phi(z_i)
+        + \sum_i \frac{\partial V_\phi}{\partial \ell_i} \nabla_\phi \ell_i
+
+    where :math:`\log q` in the first sum is that of the sites that cannot be reparameterised, and
+    :math:`V_{-i}` the bound without particle i: its log-weight replaced by the log of the others' mean weight
+    (in its group of K; for a linear bound by the mean of the others' log-weights). Reparameterised sites keep
+    their path, upstream and downstream of the others. With one particle there is no control variate.
+    """
+
+    name = "score"
+
+    def replacement(self, bound: Bound, log_w: Tensor) -> Tensor | None:
+        """What a particle's log-weight is replaced by in its control variate, made from the others alone."""
+        if bound.num_particles == 1:
+            return None
+        if bound.is_linear:
+            everything = log_w.reshape(1, -1, *log_w.shape[2:])
+            return leave_one_out_mean(everything).reshape(log_w.shape)
+        return leave_one_out_logmeanexp(log_w, 1 if bound.K > 1 else 0)
+
+    def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
+        b = bound.weights(log_w)
+        terms = [(particles.log_q, -b)]
+        sites = particles.nonreparameterized_sites
+        if sites:
+            replacement = self.replacement(bound, log_w)
+            signal = bound.value(log_w).expand_as(log_w)
+            if replacement is not None:
+                signal = signal - bound.replaced(log_w, replacement)
+            # A cell whose bound is -inf has no gradient.
+            signal = signal.masked_fill(~signal.isfinite(), 0.0)
+            terms.append((particles.log_prob(sites), signal))
+        return b, terms
+
+
+class VIMCO(Score):
+    """Score function with the control variate of Mnih & Rezende (2016), in O(K) memory.
+
+    That of :class:`Score`, but :math:`V_{-i}` has the log-weight of particle i replaced by the mean of the
+    log-weights of its group's others (the log of their geometric mean weight).
+    """
+
+    name = "vimco"
+
+    def check(self, particles: Particles, bound: Bound) -> None:
+        super().check(particles, bound)
+        if bound.guide_bound.K == 1:
+            raise ValueError(
+                f"estimator='vimco' makes a particle's control variate from the others of its group, and "
+                f"{bound.guide_bound!r} has groups of K=1. Take K > 1, or estimator='score'."
+            )
+
+    def replacement(self, bound: Bound, log_w: Tensor) -> Tensor | None:
+        return leave_one_out_mean(log_w)
+
+
+class RWS(Estimator):
+    """Wake-wake (Bornschein & Bengio, 2014): the guide climbs log q under the importance weights.
+
+    No gradient flows through a latent value, so any guide will do. The weights are self-normalised in each
+    cell, which makes the scheme safe on minibatches; the guide's gradient is that of the divergence from the
+    posterior to the guide, estimated with a bias that vanishes as K grows, and not of the bound.
+    """
+
+    name = "rws"
+
+    def route(self, bound: Bound) -> Route:
+        return Route(stopped=True)
+
+    def check(self, particles: Particles, bound: Bound) -> None:
+        super().check(particles, bound)
+        if bound.guide_bound.is_linear:
+            raise ValueError(
+                f"estimator='rws' needs importance weights that differ, and {bound.guide_bound!r} weighs "
+                "all particles alike. Take K > 1, or estimator='score'."
+            )
+
+    def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
+        b = bound.weights(log_w)
+        return b, [(particles.log_q, b)]
 
 
 class _Weighted(torch.autograd.Function):
-    """A loss whose gradient with respect to ``log_p`` and ``log_q`` is given."""
+    """A loss whose gradient with respect to each of some densities is given."""
 
     @staticmethod
-    def forward(
-        ctx: Any, log_p: Tensor, log_q: Tensor, loss: Tensor, grad_p: Tensor, grad_q: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(grad_p, grad_q)
+    def forward(ctx: Any, loss: Tensor, *terms: Tensor) -> Tensor:
+        ctx.save_for_backward(*terms[1::2])
         return loss.clone()
 
     @staticmethod
@@ -180,20 +379,18 @@ class _Weighted(torch.autograd.Function):
                 "An importance-weighted loss can be differentiated once: its particle weights are constants "
                 "of the backward pass, so a second derivative (create_graph=True) would be wrong."
             )
-        grad_p, grad_q = ctx.saved_tensors
-        needs_p, needs_q = ctx.needs_input_grad[:2]
-        return (
-            grad * grad_p if needs_p else None,
-            grad * grad_q if needs_q else None,
-            None,
-            None,
-            None,
-        )
+        grads: list[Tensor | None] = [None]
+        for weights, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1::2], strict=True):
+            grads += [grad * weights if needed else None, None]
+        return tuple(grads)
 
 
 #: Estimators by the name that ``estimator=`` takes. ``"auto"`` is ``"reparam"`` where every guide site
 #: allows it, and an error that names the site where one does not.
-ESTIMATORS: dict[str, type[Estimator]] = {"auto": Reparam, "reparam": Reparam}
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "auto": Reparam,
+    **{kind.name: kind for kind in (Reparam, STL, DReG, Score, VIMCO, RWS)},
+}
 
 
 def get_estimator(name: str) -> Estimator:

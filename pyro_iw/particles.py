@@ -40,6 +40,7 @@ class Particles:
             share; a number, or a tensor that broadcasts to ``[*cells]``.
         plates: the kept plates, in the order of their dims.
         sites: the sites that carry a density, guide first.
+        log_q_stopped: log q at stopped values, of the same shape, where the route asked for it.
     """
 
     log_p: Tensor
@@ -47,6 +48,7 @@ class Particles:
     scale: float | Tensor
     plates: tuple[CondIndepStackFrame, ...]
     sites: tuple[Site, ...] = field(repr=False)
+    log_q_stopped: Tensor | None = field(repr=False)
     _layout: _Layout = field(repr=False)
 
     @property
@@ -67,17 +69,21 @@ class Particles:
             shape[dim] = size
         return per_cell.reshape(-1, *shape)
 
-    def nonreparameterized_sites(self) -> list[str]:
-        """Names of the guide's sites without a pathwise gradient whose density has parameters."""
-        names = [
-            site.name
+    @property
+    def nonreparameterized_sites(self) -> list[Site]:
+        """The guide's sites without a pathwise gradient whose density has parameters."""
+        return [
+            site
             for site in self.sites
-            if site.role == "guide"
-            and (site.is_latent or site.is_factor)
-            and not getattr(site.message["fn"], "has_rsample", False)
-            and site.log_prob.requires_grad
+            if site.role == "guide" and (site.is_latent or site.is_factor) and not site.is_reparameterized
         ]
-        return list(dict.fromkeys(names))
+
+    def log_prob(self, sites: list[Site]) -> Tensor:
+        """The masked but unscaled log density of some of the sites, of shape ``[S, *cells]``."""
+        unscaled = [site._replace(scale=1.0) for site in sites]
+        pairs = 1 if self._layout.particle_dim is not None else len(self.log_p)
+        total = _sum_sites(unscaled, self._layout, pairs, 1.0, self.log_q.new_zeros(()))
+        return total.expand(self.log_p.shape)
 
     def first_site(self, where: Callable[[Tensor], Tensor], role: str | None = None) -> Site | None:
         """The first site with a log density for which ``where`` holds anywhere, guide sites first."""
@@ -141,8 +147,8 @@ def collect(
     if isinstance(scale, Tensor):
         scale = _Layout(None, kept_dims).sum_to_cells(scale)
     layout = _Layout(traces.particle_dim, kept_dims)
-    log_p, log_q = _sum_sites(sites, layout, traces, kl_weight)
-    return Particles(log_p, log_q, scale, kept, tuple(sites), layout)
+    log_p, log_q, log_q_stopped = _log_densities(sites, layout, traces, kl_weight)
+    return Particles(log_p, log_q, scale, kept, tuple(sites), log_q_stopped, layout)
 
 
 def _common(sites: Iterable[Site]) -> list[CondIndepStackFrame]:
@@ -316,21 +322,36 @@ def _shared_scale(
     return widest
 
 
-def _sum_sites(sites: list[Site], layout: _Layout, traces: Traces, kl_weight: float) -> tuple[Tensor, Tensor]:
-    """log p and log q, each of shape ``[S, *cells]``, with the KL weight applied."""
+def _log_densities(
+    sites: list[Site], layout: _Layout, traces: Traces, kl_weight: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """log p, log q and, if the guide was rescored, log q at stopped values, of shape ``[S, *cells]``."""
+    guide = [site for site in sites if site.role == "guide"]
+    model = [site for site in sites if site.role == "model"]
+    groups = [model, guide]
+    if traces.pairs[0].rescored is not None:
+        groups.append([site.at(traces.pairs[site.pair].rescored.nodes[site.name]) for site in guide])  # type: ignore[union-attr]
     zero = sites[0].log_prob.new_zeros(()) if sites else torch.zeros(())
-    log_p, log_q = [zero] * len(traces.pairs), [zero] * len(traces.pairs)
+    totals = [_sum_sites(group, layout, len(traces.pairs), kl_weight, zero) for group in groups]
+    shape = torch.broadcast_shapes(*(total.shape for total in totals))
+    shape = torch.Size([traces.num_particles, *shape[1:]])
+    log_p, log_q, *rest = (total.expand(shape) for total in totals)
+    return log_p, log_q, rest[0] if rest else None
+
+
+def _sum_sites(
+    sites: Iterable[Site], layout: _Layout, num_pairs: int, kl_weight: float, zero: Tensor
+) -> Tensor:
+    """The sites' log densities summed, of shape ``[S, *cells]`` with size 1 where they do not vary."""
+    rank = len(layout.kept_dims) + (layout.particle_dim is not None)
+    totals = [zero.reshape((1,) * rank)] * num_pairs
     for site in sites:
         term = layout.log_density(site)
         if kl_weight != 1 and (site.is_latent or site.role == "guide"):
             if kl_weight == 0:
                 continue  # 0 * -inf would be NaN
             term = kl_weight * term
-        total = log_q if site.role == "guide" else log_p
-        total[site.pair] = total[site.pair] + term
-    shape = torch.broadcast_shapes(*(term.shape for term in (*log_p, *log_q)))
-    if layout.particle_dim is not None:
-        shape = (traces.num_particles, *shape[1:])
-        return log_p[0].expand(shape), log_q[0].expand(shape)
-    stacked = [torch.stack([term.expand(shape) for term in terms]) for terms in (log_p, log_q)]
-    return stacked[0], stacked[1]
+        totals[site.pair] = totals[site.pair] + term
+    if layout.particle_dim is None:
+        return torch.stack(torch.broadcast_tensors(*totals))
+    return totals[0]

@@ -13,7 +13,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .probe import Probe, watch_batch_norm
-from .traces import PARTICLE_PLATE, OneMinibatch, Pair, Progress, Through, Traces, trace_pair
+from .traces import PARTICLE_PLATE, OneMinibatch, Pair, Progress, Route, Traces, trace_pair
 from .warn import warn
 
 __all__ = ["Runner"]
@@ -55,32 +55,32 @@ class Runner:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def run(self, pair: Pair, num_particles: int, through: Through | None = None) -> Traces:
+    def run(self, pair: Pair, num_particles: int, route: Route | None = None) -> Traces:
         """Run the pair on S particles.
 
         Arguments:
             pair: the pair and its arguments.
             num_particles: the number S of particles.
-            through: what each latent value passes through on its way from the guide to the model.
+            route: how latent values travel; straight, if None.
 
         Raises:
             ValueError: if the pair runs with one particle but not under the particle dim, naming the last
                 site that was reached.
         """
         if self.vectorize and num_particles > 1:
-            return self._run_vectorized(pair, num_particles, through)
+            return self._run_vectorized(pair, num_particles, route)
         pairs = []
         one_minibatch = OneMinibatch()
         for particle in range(num_particles):
             with one_minibatch:
-                pairs.append(trace_pair(pair, particle, through))
+                pairs.append(trace_pair(pair, particle, route))
         return Traces(pairs, num_particles, None)
 
-    def _run_vectorized(self, pair: Pair, num_particles: int, through: Through | None) -> Traces:
+    def _run_vectorized(self, pair: Pair, num_particles: int, route: Route | None) -> Traces:
         probe = self._probe(pair)
         with watch_batch_norm(enabled=not probe.watched) as seen:
             while True:
-                traces = self._one_pass(pair, num_particles, through, probe)
+                traces = self._one_pass(pair, num_particles, route, probe)
                 if traces is not None and traces.plate_nesting <= probe.nesting:
                     break
                 # The pair has more plates than when it was probed: some run over the particles' dim.
@@ -91,15 +91,13 @@ class Runner:
             probe.watched = torch.is_grad_enabled()
         return traces
 
-    def _one_pass(
-        self, pair: Pair, num_particles: int, through: Through | None, probe: Probe
-    ) -> Traces | None:
+    def _one_pass(self, pair: Pair, num_particles: int, route: Route | None, probe: Probe) -> Traces | None:
         """Traces under a plate left of the nesting known so far; None if that turned out too small."""
         dim = -1 - probe.nesting
         plate = pyro.plate(PARTICLE_PLATE, num_particles, dim=dim)
         progress = Progress()
         try:
-            traced = trace_pair(pair, None, through, enclose=plate, progress=progress)
+            traced = trace_pair(pair, None, route, enclose=plate, progress=progress)
         except Exception as error:
             if type(error) not in _ORDINARY:
                 raise

@@ -45,6 +45,15 @@ class Site(NamedTuple):
         stack = self.message["cond_indep_stack"]
         return tuple(frame for frame in stack if frame.name != PARTICLE_PLATE)
 
+    @property
+    def is_reparameterized(self) -> bool:
+        """Whether its value carries a pathwise gradient, or its density has no parameters to need one."""
+        return bool(getattr(self.message["fn"], "has_rsample", False)) or not self.log_prob.requires_grad
+
+    def at(self, message: Any) -> Site:
+        """The same site in another trace."""
+        return self._replace(message=message, log_prob=_log_prob(self.role, self.name, message))
+
     def inside(self, frame: CondIndepStackFrame) -> bool:
         return any(plate_key(frame) == plate_key(other) for other in self.frames)
 
@@ -68,7 +77,7 @@ def read_sites(traces: Traces) -> list[Site]:
     sites: list[Site] = []
     validate = is_validation_enabled()
     nesting: Any = math.inf if traces.particle_dim is None else -traces.particle_dim
-    for index, (model_trace, guide_trace) in enumerate(traces.pairs):
+    for index, (model_trace, guide_trace, _) in enumerate(traces.pairs):
         _check_names(model_trace, guide_trace)
         if validate:
             check_model_guide_match(model_trace, guide_trace, nesting)

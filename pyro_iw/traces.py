@@ -1,8 +1,8 @@
 r"""One run of a model/guide pair: the guide traced, the model replayed against it.
 
 What the rest of the package knows of Pyro's handlers is in here: ordinary guides and guide messengers, the
-plate over particles, latent values that pass through something between guide and model, and one minibatch
-for particles that run one by one.
+plate over particles, the route that latent values take from guide to model, and one minibatch for particles
+that run one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-__all__ = ["PARTICLE_PLATE", "OneMinibatch", "Pair", "Progress", "Through", "Traces", "trace_pair"]
+__all__ = [
+    "PARTICLE_PLATE",
+    "OneMinibatch",
+    "Pair",
+    "PairTraces",
+    "Progress",
+    "Route",
+    "Through",
+    "Traces",
+    "trace_pair",
+]
 
 #: Name of the plate over particles; Pyro's own ELBOs use the same.
 PARTICLE_PLATE = "num_particles_vectorized"
@@ -36,16 +46,44 @@ class Pair(NamedTuple):
     kwargs: dict[str, Any] = {}  # noqa: RUF012 - never written to
 
 
+class Route(NamedTuple):
+    """How latent values travel.
+
+    Attributes:
+        through: what each passes through on its way from the guide to the model.
+        stopped: whether no gradient flows through them at all, from one guide site to the next either.
+        rescored: whether the guide's density is also evaluated at stopped values, by a second run of it.
+    """
+
+    through: Through | None = None
+    stopped: bool = False
+    rescored: bool = False
+
+
+class PairTraces(NamedTuple):
+    """Traces of one run, without subsample sites.
+
+    Attributes:
+        model: the model, replayed against the guide.
+        guide: the guide.
+        rescored: the guide again, replayed against its own stopped values, if the route asks for it.
+    """
+
+    model: Trace
+    guide: Trace
+    rescored: Trace | None = None
+
+
 class Traces(NamedTuple):
     """The traces of S particles.
 
     Attributes:
-        pairs: (model trace, guide trace), without subsample sites: one pair if vectorised, else S.
+        pairs: one if vectorised, else S.
         num_particles: the number S of particles.
         particle_dim: the (negative) batch dim of the particles; None where each pair holds one.
     """
 
-    pairs: list[tuple[Trace, Trace]]
+    pairs: list[PairTraces]
     num_particles: int
     particle_dim: int | None
 
@@ -56,7 +94,7 @@ class Traces(NamedTuple):
             (
                 -frame.dim
                 for pair in self.pairs
-                for trace in pair
+                for trace in (pair.model, pair.guide)
                 for site in trace.nodes.values()
                 if site["type"] == "sample"
                 for frame in site["cond_indep_stack"]
@@ -114,50 +152,69 @@ class OneMinibatch(Messenger):
             self._indices.setdefault(msg["name"], msg["value"])
 
 
+class _StopValues(Messenger):
+    """Cuts the gradient at every latent value, before anything downstream or any trace sees it."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            msg["value"] = msg["value"].detach()
+
+
 def trace_pair(
     pair: Pair,
     particle: int | None = None,
-    through: Through | None = None,
+    route: Route | None = None,
     enclose: Callable[[Callable], Callable] = lambda fn: fn,
     progress: Progress | None = None,
-) -> tuple[Trace, Trace]:
+) -> PairTraces:
     """Run guide and model once.
 
     Arguments:
         pair: the pair and its arguments.
         particle: index of the particle that this run is; None if it holds all of them.
-        through: what each latent value passes through on its way from the guide to the model.
+        route: how latent values travel; straight, if None.
         enclose: wraps guide and model, as the plate over particles does.
         progress: kept up to date while they run.
-
-    Returns:
-        (model trace, guide trace), without subsample sites.
     """
-    progress = progress or Progress()
+    route, progress = route or Route(), progress or Progress()
+    guide = enclose(pair.guide)
+    if route.stopped:
+        guide = _StopValues()(guide)
+    guided, guide_trace, model_trace = _trace_guide(pair, guide, progress)
+    rescored = None
+    if route.rescored:
+        stopped = _with_values(guided, lambda value, *_: value.detach())
+        _, rescored, _ = _trace_guide(pair, poutine.replay(enclose(pair.guide), trace=stopped), progress)
+    if route.through is not None:
+        guided = _with_values(guided, route.through, particle)
+    if route.through is not None or model_trace is None:
+        model_trace = progress.record("model", poutine.replay(enclose(pair.model), trace=guided), pair)
+    return PairTraces(prune_subsample_sites(model_trace), guide_trace, rescored)
+
+
+def _trace_guide(pair: Pair, guide: Callable, progress: Progress) -> tuple[Trace, Trace, Trace | None]:
+    """All that the guide recorded, its sites without subsampling, and the model's if it ran that as well."""
     messenger = poutine.unwrap(pair.guide)
-    if isinstance(messenger, GuideMessenger):
-        try:
-            enclose(pair.guide)(*pair.args, **pair.kwargs)
-        finally:
-            progress.trace = messenger.trace
-        guided = messenger.trace
-        model_trace, guide_trace = messenger.get_traces()
-        if through is None and messenger is pair.guide and messenger.model is pair.model:
-            return model_trace, guide_trace  # the messenger has run the model along the way
-    else:
-        guided = progress.record("guide", enclose(pair.guide), pair)
-        guide_trace = prune_subsample_sites(guided)
-    if through is not None:
-        guided = _pass_through(guided, through, particle)
-    model_trace = progress.record("model", poutine.replay(enclose(pair.model), trace=guided), pair)
-    return prune_subsample_sites(model_trace), guide_trace
+    if not isinstance(messenger, GuideMessenger):
+        recorded = progress.record("guide", guide, pair)
+        return recorded, prune_subsample_sites(recorded), None
+    progress.role = "guide"
+    try:
+        guide(*pair.args, **pair.kwargs)
+    finally:
+        progress.trace = messenger.trace
+    model_trace, guide_trace = messenger.get_traces()
+    # What it ran is the model itself only if neither of them is wrapped.
+    own = messenger is pair.guide and messenger.model is pair.model
+    return messenger.trace, guide_trace, model_trace if own else None
 
 
-def _pass_through(trace: Trace, through: Through, particle: int | None) -> Trace:
+def _with_values(trace: Trace, change: Through, particle: int | None = None) -> Trace:
+    """The trace with its latent values changed."""
     trace = trace.copy()
     for name, site in list(trace.nodes.items()):
         if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site):
             event_dim = getattr(site["fn"], "event_dim", 0)
             value: Any = site["value"]
-            trace.nodes[name] = {**site, "value": through(value, event_dim, particle)}
+            trace.nodes[name] = {**site, "value": change(value, event_dim, particle)}
     return trace
