@@ -1,6 +1,7 @@
 """Importance-weighted variational bounds for any Pyro model/guide pair."""
 
 from .bounds import Bound
+from .diagnostics import GradientSNR, gradient_snr
 from .elbo import (
     CIWAE_ELBO,
     IWAE_ELBO,
@@ -20,7 +21,9 @@ __all__ = [
     "TVO_ELBO",
     "VR_ELBO",
     "Bound",
+    "GradientSNR",
     "ImportanceWeightedELBO",
     "Particles",
+    "gradient_snr",
 ]
 __version__ = "0.1.0"

@@ -263,7 +263,8 @@ class STL(_PathAlone):
 class DReG(_PathAlone):
     r"""Doubly reparameterised gradients (Tucker et al., 2018), for any smooth bound.
 
-    With :math:`c_i = \partial V_\phi / \partial \ell_i`, the score term of the total derivative is in expectation
+    The score term of the total derivative has, with :math:`c_i = \partial V_\phi / \partial \ell_i`, the
+    expectation
 
     .. math:: E[c_i \nabla_\phi \log q(z_i)] = E\Big[\frac{\partial c_i}{\partial \ell_i}
         \frac{\partial \ell_i}{\partial z_i} \nabla_\phi z_i\Big],

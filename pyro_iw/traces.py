@@ -8,6 +8,7 @@ that run one by one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
@@ -177,10 +178,9 @@ def trace_pair(
         progress: kept up to date while they run.
     """
     route, progress = route or Route(), progress or Progress()
-    guide = enclose(pair.guide)
-    if route.stopped:
-        guide = _StopValues()(guide)
-    guided, guide_trace, model_trace = _trace_guide(pair, guide, progress)
+    # Around the trace and not inside it: the trace is to record stopped values.
+    with _StopValues() if route.stopped else nullcontext():
+        guided, guide_trace, model_trace = _trace_guide(pair, enclose(pair.guide), progress)
     rescored = None
     if route.rescored:
         stopped = _with_values(guided, lambda value, *_: value.detach())

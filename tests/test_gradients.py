@@ -1,0 +1,481 @@
+"""Expected gradients of every (bound, estimator) pair, against hand-written truths.
+
+Every parameter is a vector with one equal entry for each of N independent copies of the problem, so that one
+backward pass gives N draws of the gradient. Means are compared within 4 standard errors of their difference,
+5 where a test looks at several dozen numbers at once.
+"""
+
+import itertools
+import math
+from typing import ClassVar
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from truth import normal
+
+from pyro_iw import (
+    CIWAE_ELBO,
+    IWAE_ELBO,
+    MIWAE_ELBO,
+    PIWAE_ELBO,
+    TVO_ELBO,
+    VR_ELBO,
+    Bound,
+    ImportanceWeightedELBO,
+)
+
+N_DRAWS = 20_000
+N_TRUTH = 100_000
+PARTITIONS = (0.0, 0.3, 1.0)
+
+
+class PowerMean(Bound):
+    """A user's own bound: no closed form but the value."""
+
+    def value(self, log_w):
+        return 3 * ((log_w / 3).logsumexp((0, 1)) - math.log(self.num_particles))
+
+
+LOSSES = {
+    "ELBO": lambda **kw: MIWAE_ELBO(M=4, K=1, **kw),
+    "IWAE": lambda **kw: IWAE_ELBO(K=4, **kw),
+    "MIWAE": lambda **kw: MIWAE_ELBO(M=2, K=2, **kw),
+    "CIWAE": lambda **kw: CIWAE_ELBO(K=4, beta=0.3, **kw),
+    "PIWAE": lambda **kw: PIWAE_ELBO(M=2, K=2, **kw),
+    "VR": lambda **kw: VR_ELBO(alpha=0.5, K=4, **kw),
+    "VR<0": lambda **kw: VR_ELBO(alpha=-0.5, K=4, **kw),
+    "TVO": lambda **kw: TVO_ELBO(K=4, partitions=PARTITIONS, **kw),
+    "own": lambda **kw: ImportanceWeightedELBO(PowerMean(K=4), **kw),
+}
+
+
+def objectives(name, log_w):
+    """(model's, guide's) objective of four particles on dim 0, written out."""
+    w = log_w.exp()
+    elbo, iwae = log_w.mean(0), w.mean(0).log()
+    miwae = (w[:2].mean(0).log() + w[2:].mean(0).log()) / 2
+    tempered = w ** PARTITIONS[1]
+    value = {
+        "ELBO": elbo,
+        "IWAE": iwae,
+        "MIWAE": miwae,
+        "CIWAE": 0.3 * elbo + 0.7 * iwae,
+        "PIWAE": iwae,
+        "VR": 2 * (w**0.5).mean(0).log(),
+        "VR<0": (w**1.5).mean(0).log() / 1.5,
+        "TVO": 0.3 * elbo + 0.7 * (tempered * log_w).sum(0) / tempered.sum(0),
+        "own": 3 * (w ** (1 / 3)).mean(0).log(),
+    }[name]
+    return value, (miwae if name == "PIWAE" else value)
+
+
+class Problem:
+    """A pair with N copies of its parameters, and its log-weights written out."""
+
+    theta: ClassVar[dict]
+    phi: ClassVar[dict]
+    latents = 1
+    x = 1.2
+
+    def __init__(self, count):
+        self.count = count
+        self.p = {
+            name: torch.full((count,), value, dtype=torch.float64, requires_grad=True)
+            for name, value in {**self.theta, **self.phi}.items()
+        }
+        self.obs = torch.full((count,), self.x, dtype=torch.float64)
+
+    def __hash__(self):
+        return id(self)
+
+    def plate(self):
+        return pyro.plate("copies", self.count)
+
+    def gradients(self, loss):
+        """N draws of the gradient by the package, of shape [N] for each parameter."""
+        value = loss.differentiable_loss(self.model, self.guide)
+        return dict(zip(self.p, torch.autograd.grad(value, list(self.p.values())), strict=True))
+
+    @classmethod
+    def truth(cls, name):
+        """N draws of the gradient of minus the objectives by hand, theta's and phi's roles apart."""
+        generator = torch.Generator().manual_seed(123)
+        noise = torch.randn(cls.latents, 4, N_TRUTH, dtype=torch.float64, generator=generator)
+
+        def parameters(values):
+            return {
+                k: torch.full((N_TRUTH,), v, dtype=torch.float64, requires_grad=True)
+                for k, v in values.items()
+            }
+
+        theta, phi = parameters(cls.theta), parameters(cls.phi)
+        sides = objectives(name, cls.log_weights(theta, phi, noise))
+        grads = {}
+        for role, objective in zip((theta, phi), sides, strict=True):
+            found = torch.autograd.grad(-objective.sum(), list(role.values()), retain_graph=True)
+            for key, grad in zip(role, found, strict=True):
+                grads[key] = grads.get(key, 0.0) + grad
+        return grads
+
+
+class Gaussian(Problem):
+    """One latent, a prior with a parameter: z ~ N(w, 1), x ~ N(z, s); guide N(a, c)."""
+
+    theta: ClassVar = {"w": 0.3, "s": 0.8}
+    phi: ClassVar = {"a": 0.2, "c": 0.9}
+
+    def model(self):
+        with self.plate():
+            z = pyro.sample("z", dist.Normal(self.p["w"], 1.0))
+            pyro.sample("x", dist.Normal(z, self.p["s"]), obs=self.obs)
+
+    def guide(self):
+        with self.plate():
+            pyro.sample("z", dist.Normal(self.p["a"], self.p["c"]))
+
+    @classmethod
+    def log_weights(cls, theta, phi, noise):
+        z = phi["a"] + phi["c"] * noise[0]
+        log_p = normal(z, theta["w"], 1.0) + normal(cls.x, z, theta["s"])
+        return log_p - normal(z, phi["a"], phi["c"])
+
+
+class Hierarchy(Problem):
+    """Three levels, q(z1) q(z2 | z1) q(z3 | z2, z1), with parameters of the guide at every one."""
+
+    theta: ClassVar = {"w": 0.6, "s": 0.8}
+    phi: ClassVar = {"a1": 0.4, "c1": 0.8, "a2": 0.5, "c2": 0.7, "a3": 0.3, "c3": 0.9}
+    latents = 3
+    nonreparameterized = ()
+
+    def model(self):
+        with self.plate():
+            z3 = pyro.sample("z3", dist.Normal(self.p["w"], 1.0))
+            z2 = pyro.sample("z2", dist.Normal(self.p["w"] * z3, 1.0))
+            z1 = pyro.sample("z1", dist.Normal(z2, 1.0))
+            pyro.sample("x", dist.Normal(z1, self.p["s"]), obs=self.obs)
+
+    def site(self, name, loc, scale):
+        fn = dist.Normal(loc, scale)
+        if name in self.nonreparameterized:
+            fn = fn.has_rsample_(False)
+        return pyro.sample(name, fn)
+
+    def guide(self):
+        p = self.p
+        with self.plate():
+            z1 = self.site("z1", p["a1"], p["c1"])
+            z2 = self.site("z2", p["a2"] * z1, p["c2"] * torch.exp(0.3 * z1))
+            self.site("z3", p["a3"] * (z2 + z1), p["c3"] * torch.exp(0.2 * z2))
+
+    @classmethod
+    def log_weights(cls, theta, phi, noise):
+        z1 = phi["a1"] + phi["c1"] * noise[0]
+        scale2 = phi["c2"] * torch.exp(0.3 * z1)
+        z2 = phi["a2"] * z1 + scale2 * noise[1]
+        scale3 = phi["c3"] * torch.exp(0.2 * z2)
+        z3 = phi["a3"] * (z2 + z1) + scale3 * noise[2]
+        log_p = normal(z3, theta["w"], 1.0) + normal(z2, theta["w"] * z3, 1.0)
+        log_p = log_p + normal(z1, z2, 1.0) + normal(cls.x, z1, theta["s"])
+        log_q = normal(z1, phi["a1"], phi["c1"]) + normal(z2, phi["a2"] * z1, scale2)
+        return log_p - log_q - normal(z3, phi["a3"] * (z2 + z1), scale3)
+
+
+class Flow(Problem):
+    """The guide pushes a normal through exp and an affine map with parameters of their own."""
+
+    theta: ClassVar = {"w": 0.3, "s": 0.8}
+    phi: ClassVar = {"a": -0.3, "c": 0.5, "m": -0.2, "t": 1.1}
+
+    model = Gaussian.model
+
+    def guide(self):
+        p = self.p
+        transforms = [
+            dist.transforms.ExpTransform(),
+            dist.transforms.AffineTransform(p["m"], p["t"]),
+        ]
+        with self.plate():
+            pyro.sample("z", dist.TransformedDistribution(dist.Normal(p["a"], p["c"]), transforms))
+
+    @classmethod
+    def log_weights(cls, theta, phi, noise):
+        u = phi["a"] + phi["c"] * noise[0]
+        z = phi["m"] + phi["t"] * torch.exp(u)
+        log_p = normal(z, theta["w"], 1.0) + normal(cls.x, z, theta["s"])
+        return log_p - (normal(u, phi["a"], phi["c"]) - u - phi["t"].log())
+
+
+class Tied(Problem):
+    """One parameter in the prior and in the guide."""
+
+    theta: ClassVar = {"w": 0.3, "s": 0.8}
+    phi: ClassVar = {"w": 0.3, "c": 0.9}
+
+    model = Gaussian.model
+
+    def guide(self):
+        with self.plate():
+            pyro.sample("z", dist.Normal(0.5 + self.p["w"], self.p["c"]))
+
+    @classmethod
+    def log_weights(cls, theta, phi, noise):
+        z = 0.5 + phi["w"] + phi["c"] * noise[0]
+        log_p = normal(z, theta["w"], 1.0) + normal(cls.x, z, theta["s"])
+        return log_p - normal(z, 0.5 + phi["w"], phi["c"])
+
+
+class MixedUp(Hierarchy):
+    """The middle level cannot be reparameterised: paths lead into its parameters and out of its value."""
+
+    nonreparameterized = ("z2",)
+
+
+class MixedEnds(Hierarchy):
+    """The first and the last level cannot be reparameterised."""
+
+    nonreparameterized = ("z1", "z3")
+
+
+_TRUTHS = {}
+
+
+def truth(problem, name):
+    key = (problem.log_weights.__func__, name)
+    if key not in _TRUTHS:
+        _TRUTHS[key] = {k: (g.mean(), g.var() / len(g)) for k, g in problem.truth(name).items()}
+    return _TRUTHS[key]
+
+
+def deviations(grads, expected):
+    """How many standard errors each parameter's mean gradient is off."""
+    return {
+        key: float((grads[key].mean() - mean) / (grads[key].var() / len(grads[key]) + variance).sqrt())
+        for key, (mean, variance) in expected.items()
+    }
+
+
+UNBIASED = [(name, "reparam") for name in LOSSES] + [(name, "dreg") for name in LOSSES] + [("ELBO", "stl")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "estimator"), UNBIASED)
+@pytest.mark.parametrize("problem", [Gaussian, Hierarchy, Flow, Tied])
+def test_unbiased(problem, name, estimator):
+    grads = problem(N_DRAWS).gradients(LOSSES[name](estimator=estimator))
+    off = deviations(grads, truth(problem, name))
+    assert max(map(abs, off.values())) < 5, off
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", [Gaussian, Hierarchy])
+def test_dreg_one_by_one(problem):
+    loss = IWAE_ELBO(K=4, estimator="dreg", vectorize_particles=False)
+    off = deviations(problem(N_DRAWS).gradients(loss), truth(problem, "IWAE"))
+    assert max(map(abs, off.values())) < 5, off
+
+
+SCORED = [
+    (name, estimator)
+    for name in ("ELBO", "IWAE", "MIWAE", "CIWAE", "PIWAE", "VR", "TVO", "own")
+    for estimator in ("score", "vimco")
+    if (name, estimator) != ("ELBO", "vimco")
+]
+
+
+MIXED = [(MixedUp, *pair) for pair in SCORED] + [(MixedEnds, *pair) for pair in SCORED if pair[0] == "PIWAE"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("problem", "name", "estimator"), MIXED)
+def test_mixed_sites_are_unbiased(problem, name, estimator):
+    """The truth is that of the same hierarchy with all of its sites reparameterised."""
+    grads = problem(N_DRAWS).gradients(LOSSES[name](estimator=estimator))
+    off = deviations(grads, truth(problem, name))
+    assert max(map(abs, off.values())) < 5, off
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["IWAE", "MIWAE", "PIWAE", "CIWAE"])
+def test_stl_is_biased_for_more_than_one_particle_inside(name):
+    grads = Gaussian(N_DRAWS).gradients(LOSSES[name](estimator="stl"))
+    off = deviations(grads, truth(Gaussian, name))
+    assert max(abs(off[key]) for key in Gaussian.phi) > 10
+    assert max(abs(off[key]) for key in Gaussian.theta) < 5
+
+
+@pytest.mark.slow
+def test_dreg_has_less_noise_than_reparam():
+    for problem in (Gaussian, Hierarchy):
+        noise = [
+            problem(2000).gradients(IWAE_ELBO(K=64, estimator=estimator)) for estimator in ("reparam", "dreg")
+        ]
+        for key in problem.phi:
+            assert noise[1][key].std() < 0.5 * noise[0][key].std()
+
+
+@pytest.mark.parametrize("estimator", ["stl", "dreg"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_gradient_is_left_when_the_guide_is_the_posterior(name, estimator):
+    """z ~ N(0, 1), x | z ~ N(z, 1): the posterior is N(x / 2, 1 / 2)."""
+    x = torch.tensor([1.0, -2.0])
+    slope = torch.tensor(0.5, requires_grad=True)
+    scale = torch.tensor(0.5**0.5, requires_grad=True)
+
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide():
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Normal(slope * x, scale))
+
+    for _ in range(5):
+        loss = LOSSES[name](estimator=estimator).differentiable_loss(model, guide)
+        grads = torch.autograd.grad(loss, [slope, scale])
+        torch.testing.assert_close(torch.stack(grads), torch.zeros(2), rtol=0, atol=1e-5)
+
+
+class Bernoulli:
+    """z ~ Bernoulli(1/2), x ~ N(2 z - w, 1); guide Bernoulli(sigmoid(logit)): all outcomes can be listed."""
+
+    w, logit, x = 0.4, 0.3, 0.9
+
+    def log_terms(self, w, logit):
+        """log p and log q of z = 0 and z = 1."""
+        z = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        log_p = math.log(0.5) + normal(torch.tensor(self.x, dtype=torch.float64), 2 * z - w, 1.0)
+        log_q = torch.stack([torch.nn.functional.logsigmoid(-logit), torch.nn.functional.logsigmoid(logit)])
+        return log_p, log_q
+
+    def leaves(self):
+        return [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (self.w, self.logit)]
+
+    def exact(self, name):
+        """Gradient of minus E[objective] over all 2^4 outcomes, theta's and phi's objectives apart."""
+        grads = []
+        for role in (0, 1):
+            w, logit = self.leaves()
+            log_p, log_q = self.log_terms(w, logit)
+            expected = 0.0
+            for outcome in itertools.product((0, 1), repeat=4):
+                index = list(outcome)
+                objective = objectives(name, log_p[index] - log_q[index])[role]
+                expected = expected + log_q[index].sum().exp() * objective
+            grads.append(torch.autograd.grad(-expected, (w, logit))[role].item())
+        return grads
+
+    def exact_wake(self, weights):
+        """E[sum_i weight_i d log q(z_i) / d logit], the weights a function of the four log-weights."""
+        w, logit = self.leaves()
+        log_p, log_q = self.log_terms(w, logit)
+        (slope0,) = torch.autograd.grad(log_q[0], logit, retain_graph=True)
+        (slope1,) = torch.autograd.grad(log_q[1], logit, retain_graph=True)
+        slopes = torch.stack([slope0, slope1]).detach()
+        total = 0.0
+        for outcome in itertools.product((0, 1), repeat=4):
+            index = list(outcome)
+            log_w = (log_p - log_q)[index].detach()
+            total += (log_q[index].sum().exp().detach() * (weights(log_w) * slopes[index]).sum()).item()
+        return -total
+
+    def draws(self, loss, count):
+        w = torch.full((count,), self.w, dtype=torch.float64, requires_grad=True)
+        logit = torch.full((count,), self.logit, dtype=torch.float64, requires_grad=True)
+
+        def model():
+            with pyro.plate("copies", count):
+                z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5, dtype=torch.float64)))
+                x = torch.tensor(self.x, dtype=torch.float64)
+                pyro.sample("x", dist.Normal(2 * z - w, 1.0), obs=x)
+
+        def guide():
+            with pyro.plate("copies", count):
+                pyro.sample("z", dist.Bernoulli(logits=logit))
+
+        return torch.autograd.grad(loss.differentiable_loss(model, guide), (w, logit))
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator", "vectorize"),
+    [(*pair, True) for pair in SCORED] + [("IWAE", "vimco", False), ("PIWAE", "score", False)],
+)
+def test_a_discrete_latent_against_all_outcomes(name, estimator, vectorize):
+    problem = Bernoulli()
+    loss = LOSSES[name](estimator=estimator, vectorize_particles=vectorize)
+    for grad, exact in zip(problem.draws(loss, 40_000), problem.exact(name), strict=True):
+        error = grad.std() / len(grad) ** 0.5
+        assert abs(grad.mean() - exact) < 4 * error
+        assert abs(exact) > 8 * error  # a lost factor or a zero gradient would be seen
+
+
+def test_one_particle_without_a_control_variate():
+    problem = Bernoulli()
+    w, logit = problem.leaves()
+    log_p, log_q = problem.log_terms(w, logit)
+    (exact,) = torch.autograd.grad(-(log_q.exp() * (log_p - log_q)).sum(), logit)
+    _, grad = problem.draws(IWAE_ELBO(K=1, estimator="score"), 100_000)
+    assert abs(grad.mean() - exact) < 4 * grad.std() / len(grad) ** 0.5
+
+
+def test_control_variates_reduce_the_noise():
+    problem = Bernoulli()
+    spread = {
+        name: problem.draws(IWAE_ELBO(K=4, estimator=name), 20_000)[1].std() for name in ("score", "vimco")
+    }
+
+    class NoControl(IWAE_ELBO):
+        pass
+
+    loss = NoControl(K=4, estimator="score")
+    loss._estimator.replacement = lambda bound, log_w: None
+    bare = problem.draws(loss, 20_000)[1].std()
+    assert max(spread.values()) < 0.7 * bare
+
+
+@pytest.mark.parametrize("name", ["IWAE", "MIWAE", "PIWAE"])
+def test_wake_wake_against_all_outcomes(name):
+    """theta climbs the bound, the guide the weighted log q, the weights normalised in each group."""
+
+    def weights(log_w):
+        if name == "IWAE":
+            return log_w.softmax(0)
+        return torch.cat([log_w[:2].softmax(0), log_w[2:].softmax(0)]) / 2
+
+    problem = Bernoulli()
+    w_grad, logit_grad = problem.draws(LOSSES[name](estimator="rws"), 100_000)
+    for grad, exact in ((w_grad, problem.exact(name)[0]), (logit_grad, problem.exact_wake(weights))):
+        error = grad.std() / len(grad) ** 0.5
+        assert abs(grad.mean() - exact) < 4 * error
+        assert abs(exact) > 10 * error
+
+
+def test_wake_wake_sends_no_gradient_through_reparameterised_values():
+    """By hand on the same draws: sum_i s_i d log q(stopped z_i), parents stopped as well."""
+    phi: ClassVar = {
+        k: torch.tensor(v, requires_grad=True) for k, v in {"a": 0.4, "c": 0.8, "b": 0.5}.items()
+    }
+    kept = {}
+
+    def model():
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        v = pyro.sample("v", dist.Normal(u, 1.0))
+        pyro.sample("x", dist.Normal(v, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        kept["u"] = u = pyro.sample("u", dist.Normal(phi["a"], phi["c"]))
+        kept["v"] = pyro.sample("v", dist.Normal(phi["b"] * u, phi["c"]))
+
+    loss = IWAE_ELBO(K=5, estimator="rws").differentiable_loss(model, guide)
+    grads = torch.autograd.grad(loss, list(phi.values()))
+    u, v = kept["u"], kept["v"]
+    assert not u.requires_grad
+    log_p = normal(u, 0.0, 1.0) + normal(v, u, 1.0) + normal(torch.tensor(1.0), v, 1.0)
+    log_q = normal(u, phi["a"], phi["c"]) + normal(v, phi["b"] * u, phi["c"])
+    s = (log_p - log_q).detach().softmax(0)
+    expected = torch.autograd.grad(-(s * log_q).sum(), list(phi.values()))
+    for grad, truth_ in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, truth_)
