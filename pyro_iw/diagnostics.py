@@ -125,7 +125,7 @@ def gradient_snr(
 
     Raises:
         ValueError: if ``num_draws`` < 2, the loss has no ``differentiable_loss``, no parameter gets a
-            gradient, or two parameters have one name (as the modules' own may, under
+            gradient, or model and guide have different ones of one name (as they may under
             ``module_local_params``).
 
     Example:
@@ -198,13 +198,9 @@ class _Parameters(Messenger):
 
     def _pyro_post_param(self, msg: Any) -> None:
         name, value = msg["name"], msg["value"]
-        # A module's own nn.Parameter, under module_local_params, is itself what is optimised.
-        tensor = value.unconstrained() if hasattr(value, "unconstrained") else value
-        if self.tensors.setdefault(name, tensor) is not tensor:
-            raise ValueError(
-                f"Model and guide have two different parameters named {name!r}, which module_local_params "
-                "allows, but which cannot be told apart here. Rename one of them."
-            )
+        # A module's own nn.Parameter, under module_local_params, is itself what is optimised. An autoguide
+        # that sets itself up asks for a parameter twice, the second time for the one that it keeps.
+        self.tensors[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 def _draw(loss: Any, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> dict[str, Tensor]:
@@ -235,6 +231,12 @@ def _names(pair: Pair) -> dict[str, set[str]]:
         with _Parameters() as modelled:
             poutine.replay(pair.model, trace=trace)(*pair.args, **pair.kwargs)
     names = {"model": set(modelled.tensors), "guide": set(guided.tensors)}
+    for name in names["model"] & names["guide"]:
+        if modelled.tensors[name] is not guided.tensors[name]:
+            raise ValueError(
+                f"Model and guide each have a parameter named {name!r} of their own, which "
+                "module_local_params allows, but which cannot be told apart here. Rename one of them."
+            )
     if isinstance(poutine.unwrap(pair.guide), GuideMessenger):  # which runs the model, too
         names["guide"] -= names["model"]
     return names

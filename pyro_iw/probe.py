@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from .enumeration import is_enumerated
 from .traces import Pair, Traces, trace_pair
 
 __all__ = ["Probe", "watch_batch_norm"]
@@ -32,6 +33,7 @@ class Probe:
         model: gives the model of the pair, or None once that is gone.
         nesting: number of batch dims that the pair's own plates take.
         normalised: how many values each BatchNorm in train mode sees at once.
+        enumerates: whether the model has sites that are to be enumerated in parallel.
         watched: whether batch normalisation has been looked at in a pass with gradients.
     """
 
@@ -39,6 +41,7 @@ class Probe:
         self.model = model or (lambda: None)
         self.nesting = 0
         self.normalised: dict[_BatchNorm, int] = {}
+        self.enumerates = False
         self.watched = False
 
     def run(self, pair: Pair, check: Callable[[Traces], Any] | None = None) -> None:
@@ -52,8 +55,19 @@ class Probe:
             traces = Traces([trace_pair(pair)], 1, None)
             if check is not None:
                 check(traces)
-        self.nesting = max(self.nesting, traces.plate_nesting)
+        self.learn(traces)
         self.normalised.update(seen)
+
+    def learn(self, traces: Traces) -> bool:
+        """Take note of what further traces show; whether that is news."""
+        before = self.nesting, self.enumerates
+        self.nesting = max(self.nesting, traces.plate_nesting)
+        self.enumerates = self.enumerates or any(
+            is_enumerated(name, message, pair.guide)
+            for pair in traces.pairs
+            for name, message in pair.model.nodes.items()
+        )
+        return before != (self.nesting, self.enumerates)
 
 
 @contextmanager

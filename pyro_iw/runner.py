@@ -67,26 +67,31 @@ class Runner:
             ValueError: if the pair runs with one particle but not under the particle dim, naming the last
                 site that was reached.
         """
-        if self.vectorize and num_particles > 1:
-            return self._run_vectorized(pair, num_particles, route)
+        probe = self._probe(pair)
+        while True:
+            # What the pair shows in this run may be news: then it ran beside its dims.
+            if self.vectorize and num_particles > 1:
+                traces = self._run_vectorized(pair, num_particles, route, probe)
+            else:
+                traces = self._run_one_by_one(pair, num_particles, route, probe)
+            if traces is not None and not probe.learn(traces):
+                return traces
+
+    def _run_one_by_one(self, pair: Pair, num_particles: int, route: Route | None, probe: Probe) -> Traces:
+        enum_dim = -1 - probe.nesting if probe.enumerates else None
         pairs = []
         one_minibatch = OneMinibatch()
         for particle in range(num_particles):
             with one_minibatch:
-                pairs.append(trace_pair(pair, particle, route))
-        return Traces(pairs, num_particles, None)
+                pairs.append(trace_pair(pair, particle, route, enum_dim=enum_dim))
+        return Traces(pairs, num_particles, None, enum_dim)
 
-    def _run_vectorized(self, pair: Pair, num_particles: int, route: Route | None) -> Traces:
-        probe = self._probe(pair)
+    def _run_vectorized(
+        self, pair: Pair, num_particles: int, route: Route | None, probe: Probe
+    ) -> Traces | None:
         with watch_batch_norm(enabled=not probe.watched) as seen:
-            while True:
-                traces = self._one_pass(pair, num_particles, route, probe)
-                if traces is not None and traces.plate_nesting <= probe.nesting:
-                    break
-                # The pair has more plates than when it was probed: some run over the particles' dim.
-                if traces is not None:
-                    probe.nesting = traces.plate_nesting
-        if not probe.watched:
+            traces = self._one_pass(pair, num_particles, route, probe)
+        if not probe.watched and traces is not None:
             self._check_batch_norm(seen, probe, pair)
             probe.watched = torch.is_grad_enabled()
         return traces
@@ -94,10 +99,11 @@ class Runner:
     def _one_pass(self, pair: Pair, num_particles: int, route: Route | None, probe: Probe) -> Traces | None:
         """Traces under a plate left of the nesting known so far; None if that turned out too small."""
         dim = -1 - probe.nesting
+        enum_dim = dim - 1 if probe.enumerates else None
         plate = pyro.plate(PARTICLE_PLATE, num_particles, dim=dim)
         progress = Progress()
         try:
-            traced = trace_pair(pair, None, route, enclose=plate, progress=progress)
+            traced = trace_pair(pair, None, route, plate, enum_dim, progress)
         except Exception as error:
             if type(error) not in _ORDINARY:
                 raise
@@ -115,7 +121,7 @@ class Runner:
                 "(*z.shape[:-1], ...)), or pass vectorize_particles=False to run the particles one by one. "
                 "(If it fails for some values of the latents only, see the error itself, above.)"
             ) from error
-        return Traces([traced], num_particles, dim)
+        return Traces([traced], num_particles, dim, enum_dim)
 
     def _probe(self, pair: Pair) -> Probe:
         """What is known of the pair, from one pass with one particle if it is new."""

@@ -2,12 +2,13 @@ r"""Sample sites and their log densities, checked.
 
 Reads the sites that carry a density off the traces of a model/guide pair, evaluates their log densities, and
 refuses by name what would make the importance weights wrong: a latent that the guide leaves out, a site
-that is to be enumerated, a density whose shape puts particles or batch where they do not belong.
+whose enumeration is not to be had, a density whose shape puts particles or batch where they do not belong.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from .enumeration import is_enumerated, marginalize
 from .traces import PARTICLE_PLATE, Traces
 
 __all__ = ["Site", "plate_key", "read_sites"]
@@ -72,27 +74,52 @@ def read_sites(traces: Traces) -> list[Site]:
     Raises:
         ValueError: if a latent is missing from the guide, shapes clash, or a factor in the guide
             does not say whether it is reparameterised; the site is named.
-        NotImplementedError: if a site is to be enumerated in parallel; it is named.
+        NotImplementedError: if a site is to be enumerated and cannot be; it is named.
     """
     sites: list[Site] = []
     validate = is_validation_enabled()
-    nesting: Any = math.inf if traces.particle_dim is None else -traces.particle_dim
+    nesting = _plate_dims(traces)
     for index, (model_trace, guide_trace, _) in enumerate(traces.pairs):
         _check_names(model_trace, guide_trace)
         if validate:
-            check_model_guide_match(model_trace, guide_trace, nesting)
+            with warnings.catch_warnings():
+                # Said better by the error above, and of a site to be enumerated there is nothing to say.
+                warnings.filterwarnings("ignore", "Found vars in model but not guide")
+                check_model_guide_match(model_trace, guide_trace, nesting)
         for role, trace in (("guide", guide_trace), ("model", model_trace)):
+            found = []
             for name, message in trace.nodes.items():
                 if message["type"] != "sample" or _has_no_density(message):
                     continue
                 site = Site(role, name, message, _log_prob(role, name, message), index)
-                _check_particle_dim(site, traces)
                 if validate:
                     message["log_prob"] = site.log_prob
                     check_site_shape(message, nesting)
                     _check_mask(site)
-                sites.append(site)
+                found.append(site)
+            if role == "model" and traces.enum_dim is not None:
+                found = _marginalized(found, model_trace, guide_trace)
+            for site in found:
+                _check_particle_dim(site, traces)
+            sites += found
     return sites
+
+
+def _plate_dims(traces: Traces) -> Any:
+    """Number of batch dims right of any enumeration: those of plates and particles."""
+    if traces.enum_dim is not None:
+        return -traces.enum_dim - 1
+    return math.inf if traces.particle_dim is None else -traces.particle_dim
+
+
+def _marginalized(sites: list[Site], model_trace: Any, guide_trace: Any) -> list[Site]:
+    """The sites with the enumerated ones, and what depends on them, replaced by what is left of them."""
+    log_probs = {site.name: site.log_prob for site in sites}
+    absorbed, terms = marginalize(model_trace, guide_trace, log_probs)
+    pair = sites[0].pair
+    return [site for site in sites if site.name not in absorbed] + [
+        Site("model", name, message, log_prob, pair) for name, message, log_prob in terms
+    ]
 
 
 def _has_no_density(message: Any) -> bool:
@@ -109,12 +136,9 @@ def _check_names(model_trace: Any, guide_trace: Any) -> None:
                 continue
             latent = not message["is_observed"]
             if latent and message["infer"].get("enumerate") == "parallel":
-                raise NotImplementedError(
-                    f"Site {name!r} of the {role} is to be enumerated in parallel, which importance-weighted "
-                    "bounds do not do yet. Sum it out of the model by hand, remove its "
-                    "infer={'enumerate': 'parallel'}, or train with pyro.infer.TraceEnum_ELBO."
-                )
-            if latent and role == "model" and name not in guide_trace.nodes:
+                _check_enumerated(role, name, message, guide_trace)
+            missing = role == "model" and latent and name not in guide_trace.nodes
+            if missing and not is_enumerated(name, message, guide_trace):
                 raise ValueError(
                     f"Latent site {name!r} of the model is missing from the guide, so its importance weight "
                     f"is unknown. Sample {name!r} in the guide, or observe it in the model."
@@ -125,6 +149,25 @@ def _check_names(model_trace: Any, guide_trace: Any) -> None:
                     f"pyro.factor({name!r}, ...) in the guide must say whether it arises from "
                     "reparameterised sampling: pass has_rsample=True or has_rsample=False."
                 )
+
+
+def _check_enumerated(role: str, name: str, message: Any, guide_trace: Any) -> None:
+    if role == "guide" or name in guide_trace.nodes:
+        raise NotImplementedError(
+            f"Site {name!r} of the {role} is to be enumerated in parallel, but the guide samples it. Leave "
+            f"{name!r} out of the guide to have it summed out of the model, remove its infer={{'enumerate': "
+            "'parallel'}, or train with pyro.infer.TraceEnum_ELBO."
+        )
+    if not getattr(message["fn"], "has_enumerate_support", False):
+        raise NotImplementedError(
+            f"Site {name!r} of the {role} is to be enumerated in parallel, but its distribution "
+            f"{type(message['fn']).__name__} has no values to enumerate."
+        )
+    if message["infer"].get("num_samples"):
+        raise NotImplementedError(
+            f"Site {name!r} of the {role} asks for num_samples= in its enumeration; only exact sums are "
+            "supported. Remove num_samples, or sample the site in the guide."
+        )
 
 
 def _log_prob(role: str, name: str, message: Any) -> Tensor:

@@ -82,11 +82,14 @@ class Traces(NamedTuple):
         pairs: one if vectorised, else S.
         num_particles: the number S of particles.
         particle_dim: the (negative) batch dim of the particles; None where each pair holds one.
+        enum_dim: the first (negative) dim for enumerated sites of the model, left of all others; None where
+            nothing is enumerated.
     """
 
     pairs: list[PairTraces]
     num_particles: int
     particle_dim: int | None
+    enum_dim: int | None = None
 
     @property
     def plate_nesting(self) -> int:
@@ -166,6 +169,7 @@ def trace_pair(
     particle: int | None = None,
     route: Route | None = None,
     enclose: Callable[[Callable], Callable] = lambda fn: fn,
+    enum_dim: int | None = None,
     progress: Progress | None = None,
 ) -> PairTraces:
     """Run guide and model once.
@@ -175,6 +179,7 @@ def trace_pair(
         particle: index of the particle that this run is; None if it holds all of them.
         route: how latent values travel; straight, if None.
         enclose: wraps guide and model, as the plate over particles does.
+        enum_dim: first dim for the model's sites that are enumerated in parallel; if None they are sampled.
         progress: kept up to date while they run.
     """
     route, progress = route or Route(), progress or Progress()
@@ -187,8 +192,11 @@ def trace_pair(
         _, rescored, _ = _trace_guide(pair, poutine.replay(enclose(pair.guide), trace=stopped), progress)
     if route.through is not None:
         guided = _with_values(guided, route.through, particle)
-    if route.through is not None or model_trace is None:
-        model_trace = progress.record("model", poutine.replay(enclose(pair.model), trace=guided), pair)
+    if route.through is not None or model_trace is None or enum_dim is not None:
+        model = enclose(pair.model)
+        if enum_dim is not None:
+            model = poutine.enum(model, first_available_dim=enum_dim)
+        model_trace = progress.record("model", poutine.replay(model, trace=guided), pair)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace, rescored)
 
 

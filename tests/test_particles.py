@@ -333,23 +333,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match="Latent site 'z' of the model is missing from the guide"):
             IWAE_ELBO(K=4).loss(local_model, guide, x)
 
-    @pytest.mark.parametrize("where", ["model", "guide"])
-    def test_a_site_enumerated_in_parallel(self, x, where):
-        infer = {"enumerate": "parallel"}
-
-        def model(x):
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Bernoulli(0.5), infer=infer if where == "model" else {})
-                pyro.sample("x", normal(z, 1.0), obs=x)
-
-        def guide(x):
-            if where == "guide":
-                with pyro.plate("data", len(x)):
-                    pyro.sample("z", dist.Bernoulli(0.5), infer=infer)
-
-        with pytest.raises(NotImplementedError, match=f"Site 'z' of the {where}.*TraceEnum_ELBO"):
-            IWAE_ELBO(K=4).loss(model, guide, x)
-
     def test_sequential_enumeration_is_sampled_with_one_warning(self, x):
         def guide(x):
             with pyro.plate("data", len(x)):
