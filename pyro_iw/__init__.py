@@ -2,15 +2,8 @@
 
 from .bounds import Bound
 from .diagnostics import GradientSNR, gradient_snr
-from .elbo import (
-    CIWAE_ELBO,
-    IWAE_ELBO,
-    MIWAE_ELBO,
-    PIWAE_ELBO,
-    TVO_ELBO,
-    VR_ELBO,
-    ImportanceWeightedELBO,
-)
+from .elbo import ImportanceWeightedELBO
+from .losses import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
 from .particles import Particles
 
 __all__ = [

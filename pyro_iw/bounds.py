@@ -46,6 +46,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .logmean import logmeanexp, replaced_logmeanexp, softmax, without_dead
+
 __all__ = ["CIWAE", "IWAE", "MIWAE", "PIWAE", "TVO", "VR", "Bound"]
 
 
@@ -119,7 +121,7 @@ class Bound:
         with torch.enable_grad():
             leaf = log_w.detach().requires_grad_()
             (a,) = torch.autograd.grad(self.value(leaf).sum(), leaf)
-        return _without_dead(a, log_w)
+        return without_dead(a, log_w)
 
     def path_weights(self, log_w: Tensor) -> Tensor:
         r"""The weights minus the Hessian's diagonal :math:`\partial^2 V / \partial \ell^2`; of one shape.
@@ -134,7 +136,7 @@ class Bound:
                 if a.requires_grad:  # else the bound is linear
                     (row,) = torch.autograd.grad(a[index].sum(), leaf, retain_graph=True)
                     curvature[index] = row[index]
-        return _without_dead(a.detach() - curvature, log_w)
+        return without_dead(a.detach() - curvature, log_w)
 
     def replaced(self, log_w: Tensor, replacement: Tensor) -> Tensor:
         """The value with each particle's log-weight replaced in turn, the others as they are.
@@ -188,18 +190,18 @@ class MIWAE(Bound):
         return self.K == 1
 
     def value(self, log_w: Tensor) -> Tensor:
-        return _logmeanexp(log_w, 1).mean(0)
+        return logmeanexp(log_w, 1).mean(0)
 
     def weights(self, log_w: Tensor) -> Tensor:
-        return _softmax(log_w, 1) / self.M
+        return softmax(log_w, 1) / self.M
 
     def path_weights(self, log_w: Tensor) -> Tensor:
-        return _softmax(log_w, 1) ** 2 / self.M
+        return softmax(log_w, 1) ** 2 / self.M
 
     def replaced(self, log_w: Tensor, replacement: Tensor) -> Tensor:
-        groups = _logmeanexp(log_w, 1).unsqueeze(1)
+        groups = logmeanexp(log_w, 1).unsqueeze(1)
         others = groups.sum(0) - groups if self.M > 1 else torch.zeros_like(groups)
-        return (others + _replaced_logmeanexp(log_w, replacement, 1)) / self.M
+        return (others + replaced_logmeanexp(log_w, replacement, 1)) / self.M
 
 
 class IWAE(MIWAE):
@@ -256,20 +258,20 @@ class CIWAE(Bound):
     def value(self, log_w: Tensor) -> Tensor:
         # At either end the other term drops out: 0 * -inf would be NaN.
         if self.beta == 0:
-            return _logmeanexp(log_w, (0, 1))
+            return logmeanexp(log_w, (0, 1))
         if self.beta == 1:
             return log_w.mean((0, 1))
-        return self.beta * log_w.mean((0, 1)) + (1 - self.beta) * _logmeanexp(log_w, (0, 1))
+        return self.beta * log_w.mean((0, 1)) + (1 - self.beta) * logmeanexp(log_w, (0, 1))
 
     def weights(self, log_w: Tensor) -> Tensor:
-        return _without_dead(self.beta / self.K + (1 - self.beta) * _softmax(log_w, 1), log_w)
+        return without_dead(self.beta / self.K + (1 - self.beta) * softmax(log_w, 1), log_w)
 
     def path_weights(self, log_w: Tensor) -> Tensor:
-        return _without_dead(self.beta / self.K + (1 - self.beta) * _softmax(log_w, 1) ** 2, log_w)
+        return without_dead(self.beta / self.K + (1 - self.beta) * softmax(log_w, 1) ** 2, log_w)
 
     def replaced(self, log_w: Tensor, replacement: Tensor) -> Tensor:
         mean = log_w.mean(1, keepdim=True) + (replacement - log_w) / self.K
-        iwae = _replaced_logmeanexp(log_w, replacement, 1)
+        iwae = replaced_logmeanexp(log_w, replacement, 1)
         if self.beta in (0, 1):
             return mean if self.beta == 1 else iwae
         return self.beta * mean + (1 - self.beta) * iwae
@@ -306,10 +308,10 @@ class PIWAE(Bound):
         return MIWAE(self.M, self.K)
 
     def value(self, log_w: Tensor) -> Tensor:
-        return _logmeanexp(log_w, (0, 1))
+        return logmeanexp(log_w, (0, 1))
 
     def weights(self, log_w: Tensor) -> Tensor:
-        return _softmax(log_w.flatten(0, 1), 0).reshape(log_w.shape)
+        return softmax(log_w.flatten(0, 1), 0).reshape(log_w.shape)
 
     def path_weights(self, log_w: Tensor) -> Tensor:
         return self.weights(log_w) ** 2
@@ -351,10 +353,10 @@ class VR(Bound):
     def value(self, log_w: Tensor) -> Tensor:
         if self.alpha == 1:
             return log_w.mean((0, 1))
-        return _logmeanexp((1 - self.alpha) * log_w, (0, 1)) / (1 - self.alpha)
+        return logmeanexp((1 - self.alpha) * log_w, (0, 1)) / (1 - self.alpha)
 
     def _softmax(self, log_w: Tensor) -> Tensor:
-        s = _softmax((1 - self.alpha) * log_w, 1)
+        s = softmax((1 - self.alpha) * log_w, 1)
         if self.alpha > 1:  # one dead particle makes the bound -inf, and leaves no gradient
             return s.masked_fill((log_w == -math.inf).any(1, keepdim=True), 0.0)
         return s
@@ -370,7 +372,7 @@ class VR(Bound):
         if self.alpha == 1:
             return log_w.mean(1, keepdim=True) + (replacement - log_w) / self.K
         power = 1 - self.alpha
-        return _replaced_logmeanexp(power * log_w, power * replacement, 1) / power
+        return replaced_logmeanexp(power * log_w, power * replacement, 1) / power
 
 
 class TVO(Bound):
@@ -436,63 +438,20 @@ class TVO(Bound):
 
     def weights(self, log_w: Tensor) -> Tensor:
         widths, betas, s, _, deviation = self._terms(log_w)
-        return _without_dead((widths * s * (1 + betas * deviation)).sum(0), log_w)
+        return without_dead((widths * s * (1 + betas * deviation)).sum(0), log_w)
 
     def path_weights(self, log_w: Tensor) -> Tensor:
         widths, betas, s, _, deviation = self._terms(log_w)
         tilted = 1 + betas * deviation
         first = s * tilted
         second = betas * s * (1 - s) * tilted + betas * s * (1 - first)
-        return _without_dead((widths * (first - second)).sum(0), log_w)
+        return without_dead((widths * (first - second)).sum(0), log_w)
 
 
 def describe(bound: Bound) -> str:
     """The bound's constructor arguments as text: ``M=8, K=8``."""
     names = [name for name in inspect.signature(type(bound)).parameters if hasattr(bound, name)]
     return ", ".join(f"{name}={getattr(bound, name)!r}" for name in names)
-
-
-def leave_one_out_mean(log_w: Tensor) -> Tensor:
-    """For each particle the mean of the log-weights of its group's others, of the shape of ``log_w``."""
-    return (log_w.sum(1, keepdim=True) - log_w) / (log_w.shape[1] - 1)
-
-
-def leave_one_out_logmeanexp(log_w: Tensor, dim: int = 1) -> Tensor:
-    """For each particle the logarithm of the mean weight of the others along ``dim``, in O(K) memory."""
-    return _exclusive_logsumexp(log_w, dim) - math.log(log_w.shape[dim] - 1)
-
-
-def _logmeanexp(log_w: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Logarithm of the mean of the exponentials; -inf where all are -inf."""
-    dims = (dim,) if isinstance(dim, int) else dim
-    count = math.prod(log_w.shape[d] for d in dims)
-    return torch.logsumexp(log_w, dims) - math.log(count)
-
-
-def _exclusive_logsumexp(log_w: Tensor, dim: int) -> Tensor:
-    """logsumexp of all entries along ``dim`` but the own one, by sums from either side.
-
-    Subtracting the own weight from the total would lose the others where it dominates.
-    """
-    nothing = torch.full_like(log_w.narrow(dim, 0, 1), -math.inf)
-    size = log_w.shape[dim]
-    before = torch.logcumsumexp(log_w, dim).narrow(dim, 0, size - 1)
-    after = torch.logcumsumexp(log_w.flip(dim), dim).flip(dim).narrow(dim, 1, size - 1)
-    return torch.logaddexp(torch.cat([nothing, before], dim), torch.cat([after, nothing], dim))
-
-
-def _replaced_logmeanexp(log_w: Tensor, replacement: Tensor, dim: int) -> Tensor:
-    others = _exclusive_logsumexp(log_w, dim)
-    return torch.logaddexp(others, replacement) - math.log(log_w.shape[dim])
-
-
-def _softmax(log_w: Tensor, dim: int) -> Tensor:
-    return _without_dead(torch.softmax(log_w, dim), log_w)
-
-
-def _without_dead(weights: Tensor, log_w: Tensor) -> Tensor:
-    """Zero the weights of particles at -inf, where a softmax of nothing but -inf is NaN."""
-    return weights.masked_fill(log_w == -math.inf, 0.0)
 
 
 def _positive_integer(name: str, value: int) -> int:

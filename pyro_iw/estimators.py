@@ -51,7 +51,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .bounds import Bound, leave_one_out_logmeanexp, leave_one_out_mean
+from .bounds import Bound
+from .logmean import leave_one_out_logmeanexp, leave_one_out_mean
 from .particles import Particles
 from .traces import Route
 

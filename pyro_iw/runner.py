@@ -69,12 +69,17 @@ class Runner:
         """
         probe = self._probe(pair)
         while True:
-            # What the pair shows in this run may be news: then it ran beside its dims.
             if self.vectorize and num_particles > 1:
                 traces = self._run_vectorized(pair, num_particles, route, probe)
             else:
                 traces = self._run_one_by_one(pair, num_particles, route, probe)
-            if traces is not None and not probe.learn(traces):
+            if traces is None:
+                continue
+            # More plates than were known, or a site to enumerate: then the run was beside its dims.
+            dims_matter = traces.particle_dim is not None or traces.enum_dim is not None
+            enumerated = probe.enumerates
+            news = probe.learn(traces)
+            if not news or not (dims_matter or enumerated != probe.enumerates):
                 return traces
 
     def _run_one_by_one(self, pair: Pair, num_particles: int, route: Route | None, probe: Probe) -> Traces:

@@ -32,7 +32,16 @@ class Site(NamedTuple):
     message: Any
     log_prob: Tensor  # of the batch shape, unscaled and unmasked
     pair: int  # index of the pair of traces it belongs to
+    frames: tuple[CondIndepStackFrame, ...]  # its plates, that over particles aside
     scale: float | Tensor = 1.0  # what remains inside the logarithm
+
+    @classmethod
+    def read(cls, role: str, name: str, message: Any, pair: int, log_prob: Tensor | None = None) -> Site:
+        """The site of a trace, its log density evaluated unless given."""
+        if log_prob is None:
+            log_prob = _log_prob(role, name, message)
+        frames = tuple(f for f in message["cond_indep_stack"] if f.name != PARTICLE_PLATE)
+        return cls(role, name, message, log_prob, pair, frames)
 
     @property
     def is_latent(self) -> bool:
@@ -41,11 +50,6 @@ class Site(NamedTuple):
     @property
     def is_factor(self) -> bool:
         return isinstance(self.message["fn"], Unit)
-
-    @property
-    def frames(self) -> tuple[CondIndepStackFrame, ...]:
-        stack = self.message["cond_indep_stack"]
-        return tuple(frame for frame in stack if frame.name != PARTICLE_PLATE)
 
     @property
     def is_reparameterized(self) -> bool:
@@ -91,7 +95,7 @@ def read_sites(traces: Traces) -> list[Site]:
             for name, message in trace.nodes.items():
                 if message["type"] != "sample" or _has_no_density(message):
                     continue
-                site = Site(role, name, message, _log_prob(role, name, message), index)
+                site = Site.read(role, name, message, index)
                 if validate:
                     message["log_prob"] = site.log_prob
                     check_site_shape(message, nesting)
@@ -118,7 +122,7 @@ def _marginalized(sites: list[Site], model_trace: Any, guide_trace: Any) -> list
     absorbed, terms = marginalize(model_trace, guide_trace, log_probs)
     pair = sites[0].pair
     return [site for site in sites if site.name not in absorbed] + [
-        Site("model", name, message, log_prob, pair) for name, message, log_prob in terms
+        Site.read("model", name, message, pair, log_prob) for name, message, log_prob in terms
     ]
 
 
