@@ -26,6 +26,9 @@ from pyro.optim import Adam, ClippedAdam
 from torch import nn
 
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO
+from pyro_iw.particles import collect
+from pyro_iw.runner import Runner
+from pyro_iw.traces import Pair, Route
 
 LOSSES = {
     "IWAE": lambda **kw: IWAE_ELBO(K=4, **kw),
@@ -429,3 +432,33 @@ def test_a_wrapped_guide_messenger_gives_one_loss_with_and_without_gradients(los
         pyro.set_rng_seed(0)
         values.append(evaluate(model, poutine.scale(guide, 0.1)))
     assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "one_by_one"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_guides_density_at_stopped_values_is_its_density(pair, vectorize):
+    """What stl and dreg subtract: the same numbers, by a second run of the guide, without the path."""
+    model, guide = PAIRS[pair]()
+    guide()
+    runner = Runner(vectorize=vectorize)
+    plates = () if pair != "subsampled_vae" else None
+    particles = collect(runner.run(Pair(model, guide), 3, Route(rescored=True)), plates)
+    torch.testing.assert_close(particles.log_q_stopped, particles.log_q)
+
+
+@pytest.mark.parametrize("estimator", ["stl", "dreg", "rws", "score"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_estimator_takes_a_step_on_every_pair(pair, estimator):
+    model, guide = PAIRS[pair]()
+    svi = SVI(model, guide, Adam({"lr": 0.01}), loss=MIWAE_ELBO(M=2, K=3, estimator=estimator))
+    before = None
+    for _ in range(3):
+        assert math.isfinite(svi.step())
+        parameters = [value.detach().clone() for value in pyro.get_param_store().values()]
+        parameters += [p.detach().clone() for p in guide.parameters()] if isinstance(guide, nn.Module) else []
+        assert all(torch.isfinite(p).all() for p in parameters)
+        moved = before is None or any(
+            not torch.equal(now, then) for now, then in zip(parameters, before, strict=True)
+        )
+        assert moved
+        before = parameters
