@@ -172,7 +172,9 @@ def measure(
         smallest = min(point["theta"], point["phi"])
         if smallest >= CLEAR * result.floor or draws >= max_draws:
             return point
-        draws = min(max_draws, math.ceil(1.2 * (CLEAR / smallest) ** 2))
+        # Without any signal the ratio would be that of |normal|, sqrt(2 / π) times the floor.
+        signal = max(smallest**2 - 2 / math.pi * result.floor**2, smallest**2 / 4)
+        draws = min(max_draws, math.ceil(1.1 * CLEAR**2 / signal))
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -221,10 +223,10 @@ def table(results: dict) -> str:
     lines = []
     width = max(len(name) for name in results["curves"])
     for group, windows in WINDOWS.items():
-        head = [f"{s:>7}" for s in results["particles"]] + [f"{name:>8}" for name in windows]
+        head = [f"{s:>8}" for s in results["particles"]] + [f"{name:>8}" for name in windows]
         lines.append(f"{f'SNR({SYMBOLS[group]})':<{width}}{''.join(head)}")
         for name, curve in results["curves"].items():
-            cells = [f"{ratio:7.3f}" for ratio in curve[group]]
+            cells = [f"{ratio:8.3f}" for ratio in curve[group]]
             cells += [f"{curve['slopes'][group][window]:+8.2f}" for window in windows]
             lines.append(f"{name:<{width}}{''.join(cells)}")
         lines.append("")
@@ -259,7 +261,7 @@ def save_figure(results: dict, path: Path) -> None:
             results["particles"], floors, color="0.6", linewidth=1, label="floor 1/√draws, lowest curve"
         )
         axes.set_title(f"SNR({SYMBOLS[group]})")
-        axes.set_xlabel("particles S = M·K  (elbo: M, K = 1; iwae: K, M = 1)")
+        axes.set_xlabel("particles S = M·K")
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     all_axes[0].set_ylabel("mean over elements of |E g| / sd g")
@@ -277,7 +279,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--estimators", nargs="+", choices=ESTIMATORS, default=["reparam", "dreg"], help="of each bound")
     add("--dimension", type=positive_int, default=20, help="of z and x")
     add("--datapoints", type=positive_int, default=1024, help="in the batch")
-    add("--draws", type=positive_int, default=200, help="gradients drawn for each ratio, at least 2")
+    add("--draws", type=positive_int, default=100, help="gradients drawn for each ratio, at least 2")
     add("--max-draws", type=positive_int, default=4000, help="of a ratio too close to its floor")
     add("--max-k", type=positive_int, default=256, help="largest number of particles; powers of 4 up to it")
     add("--seed", type=int, default=0, help="of everything random")

@@ -356,6 +356,8 @@ class VR(Bound):
         return logmeanexp((1 - self.alpha) * log_w, (0, 1)) / (1 - self.alpha)
 
     def _softmax(self, log_w: Tensor) -> Tensor:
+        if self.alpha == 1:
+            return without_dead(torch.full_like(log_w, 1 / self.K), log_w)
         s = softmax((1 - self.alpha) * log_w, 1)
         if self.alpha > 1:  # one dead particle makes the bound -inf, and leaves no gradient
             return s.masked_fill((log_w == -math.inf).any(1, keepdim=True), 0.0)
@@ -382,8 +384,8 @@ class TVO(Bound):
         s_p = \mathrm{softmax}(\beta_p \ell)
 
     The integrand, the mean of :math:`\ell` under a posterior tempered by :math:`\beta`, increases in
-    :math:`\beta` and integrates to the log evidence over [0, 1], so its left sum is a lower bound (up to the
-    bias of self-normalised weights).
+    :math:`\beta` and integrates to the log evidence over [0, 1], so its left sum is a lower bound. On the
+    same particles it lies between the ELBO and :class:`IWAE`.
     ``partitions=(0, 1)`` is the ELBO. The gradients here are those of V as a function of the log-weights;
     those of the paper replace the guide's by a covariance that needs no reparameterisation.
 

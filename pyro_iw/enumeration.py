@@ -101,6 +101,8 @@ def marginalize(trace: Trace, guide_trace: Trace, log_probs: dict[str, Tensor]) 
             "scale": scale,
             "infer": {},
             "cond_indep_stack": tuple(frames[symbol] for symbol in ordinal),
+            # Sampled by the guide, but with a prior that depends on what is enumerated.
+            "absorbed_latents": [name for name in absorbed if name in guide_trace.nodes],
         }
         label = " + ".join(absorbed)
         terms += [(label, message, packed.unpack(tensor, trace.symbol_to_dim)) for tensor in tensors]

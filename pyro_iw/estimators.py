@@ -129,7 +129,7 @@ def _refuse_half_precision(value: Tensor) -> None:
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     if autocast or value.dtype == torch.float16:
         raise ValueError(
-            "Particle weights that differ between model and guide (PIWAE, estimator='dreg') need float32, "
+            "Particle weights that differ between model and path (PIWAE, estimator='dreg') need float32, "
             "float64 or bfloat16: in float16 their ratio overflows. Run this loss in another dtype, or "
             "another bound or estimator."
         )
@@ -233,23 +233,8 @@ class Reparam(Estimator):
         return b, [(particles.log_q, -b)]
 
 
-class _PathAlone(Reparam):
-    """Derivative along the particles' path alone: the total one less that at stopped values."""
-
-    def route(self, bound: Bound) -> Route:
-        return Route(through=Boundary(), rescored=True)
-
-    def path_weights(self, bound: Bound, log_w: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
-        c = self.path_weights(bound, log_w)
-        assert particles.log_q_stopped is not None
-        return c, [(particles.log_q, -c), (particles.log_q_stopped, c)]
-
-
-class STL(_PathAlone):
-    """Sticking the landing (Roeder et al., 2017): the score term left out.
+class STL(Reparam):
+    """Sticking the landing (Roeder et al., 2017): the derivative along the path alone, the score left out.
 
     Unbiased for the ELBO alone; for K > 1 its expectation is not the gradient of the bound. Zero when the
     guide is the exact posterior.
@@ -257,11 +242,20 @@ class STL(_PathAlone):
 
     name = "stl"
 
-    def path_weights(self, bound: Bound, log_w: Tensor) -> Tensor:
+    def route(self, bound: Bound) -> Route:
+        return super().route(bound)._replace(rescored=True)
+
+    def path_weights(self, particles: Particles, bound: Bound, log_w: Tensor) -> Tensor:
+        """Weights of the path, of the shape of ``log_w``."""
         return bound.weights(log_w)
 
+    def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
+        c = self.path_weights(particles, bound, log_w)
+        assert particles.log_q_stopped is not None
+        return c, [(particles.log_q, -c), (particles.log_q_stopped, c)]
 
-class DReG(_PathAlone):
+
+class DReG(STL):
     r"""Doubly reparameterised gradients (Tucker et al., 2018), for any smooth bound.
 
     The score term of the total derivative has, with :math:`c_i = \partial V_\phi / \partial \ell_i`, the
@@ -271,14 +265,34 @@ class DReG(_PathAlone):
         \frac{\partial \ell_i}{\partial z_i} \nabla_\phi z_i\Big],
 
     for only :math:`\ell_i` depends on :math:`z_i`. That leaves the path alone, with the weights
-    :math:`c_i - \partial^2 V_\phi / \partial \ell_i^2`. Unbiased; zero when the guide is the exact posterior;
-    its signal-to-noise ratio grows with K where that of ``reparam`` falls.
+    :math:`c_i - \lambda\, \partial^2 V_\phi / \partial \ell_i^2`, where :math:`\lambda` is the weight of
+    :math:`\log q` in :math:`\ell` (``kl_weight``, 1 unless given). Unbiased; zero when the guide is the exact
+    posterior; its signal-to-noise ratio grows with K where that of ``reparam`` falls.
     """
 
     name = "dreg"
 
-    def path_weights(self, bound: Bound, log_w: Tensor) -> Tensor:
-        return bound.path_weights(log_w)
+    def route(self, bound: Bound) -> Route:
+        return Route(through=Boundary(), rescored=True)
+
+    def check(self, particles: Particles, bound: Bound) -> None:
+        super().check(particles, bound)
+        scales = [site.scale for site in particles.guide_sites]
+        tempered = any(isinstance(scale, Tensor) or scale != scales[0] for scale in scales)
+        if tempered and not bound.guide_bound.is_linear:
+            listed = ", ".join(dict.fromkeys(repr(site.name) for site in particles.guide_sites))
+            raise ValueError(
+                f"Guide sites {listed} differ in poutine.scale, or have a tensor for one, inside the "
+                "logarithm. estimator='dreg' needs one number there. Scale them alike, or use "
+                "estimator='reparam'."
+            )
+
+    def path_weights(self, particles: Particles, bound: Bound, log_w: Tensor) -> Tensor:
+        scale = particles.guide_sites[0].scale if particles.guide_sites else 1.0
+        if bound.is_linear or (scale == 1 and particles.kl_weight == 1):
+            return bound.path_weights(log_w)
+        weight = particles.kl_weight * scale
+        return (1 - weight) * bound.weights(log_w) + weight * bound.path_weights(log_w)
 
 
 class Score(Estimator):
@@ -363,7 +377,7 @@ class RWS(Estimator):
 
     def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
         b = bound.weights(log_w)
-        return b, [(particles.log_q, b)]
+        return b, [(particles.log_prob(particles.guide_sites), b)]
 
 
 class _Weighted(torch.autograd.Function):

@@ -175,7 +175,8 @@ class TVO_ELBO(_NamedELBO):
         \mathcal L = \sum_n \sum_{p=0}^{P-1} (\beta_{p+1} - \beta_p)
             \sum_k \frac{w_{nk}^{\beta_p}}{\sum_j w_{nj}^{\beta_p}} \log w_{nk}
 
-    ``partitions=1`` is the ELBO. The gradients are those of this estimate along reparameterised particles.
+    ``partitions=1`` is the ELBO. The gradients are those of this estimate; the paper's own
+    covariance form, which needs no reparameterisation, is not used.
 
     References:
         | The Thermodynamic Variational Objective (Masrani et al., 2019), https://arxiv.org/abs/1907.00031

@@ -40,6 +40,7 @@ class Particles:
             share; a number, or a tensor that broadcasts to ``[*cells]``.
         plates: the kept plates, in the order of their dims.
         sites: the sites that carry a density, guide first.
+        kl_weight: the weight of the prior and of the guide's density within ``log_p`` and ``log_q``.
         log_q_stopped: log q at stopped values, of the same shape, where the route asked for it.
     """
 
@@ -48,6 +49,7 @@ class Particles:
     scale: float | Tensor
     plates: tuple[CondIndepStackFrame, ...]
     sites: tuple[Site, ...] = field(repr=False)
+    kl_weight: float
     log_q_stopped: Tensor | None = field(repr=False)
     _layout: _Layout = field(repr=False)
 
@@ -70,16 +72,21 @@ class Particles:
         return per_cell.reshape(-1, *shape)
 
     @property
+    def guide_sites(self) -> list[Site]:
+        """The guide's sites."""
+        return [site for site in self.sites if site.role == "guide"]
+
+    @property
     def nonreparameterized_sites(self) -> list[Site]:
         """The guide's sites without a pathwise gradient whose density has parameters."""
         return [
             site
-            for site in self.sites
-            if site.role == "guide" and (site.is_latent or site.is_factor) and not site.is_reparameterized
+            for site in self.guide_sites
+            if (site.is_latent or site.is_factor) and not site.is_reparameterized
         ]
 
     def log_prob(self, sites: list[Site]) -> Tensor:
-        """The masked but unscaled log density of some of the sites, of shape ``[S, *cells]``."""
+        """The masked but unweighted log density of some of the sites, of shape ``[S, *cells]``."""
         unscaled = [site._replace(scale=1.0) for site in sites]
         pairs = 1 if self._layout.particle_dim is not None else len(self.log_p)
         total = _sum_sites(unscaled, self._layout, pairs, 1.0, self.log_q.new_zeros(()))
@@ -147,8 +154,22 @@ def collect(
     if isinstance(scale, Tensor):
         scale = _Layout(None, kept_dims).sum_to_cells(scale)
     layout = _Layout(traces.particle_dim, kept_dims)
+    if kl_weight != 1:
+        _check_kl_weight(sites)
     log_p, log_q, log_q_stopped = _log_densities(sites, layout, traces, kl_weight)
-    return Particles(log_p, log_q, scale, kept, tuple(sites), log_q_stopped, layout)
+    return Particles(log_p, log_q, scale, kept, tuple(sites), kl_weight, log_q_stopped, layout)
+
+
+def _check_kl_weight(sites: list[Site]) -> None:
+    """Refuse a prior that has gone into a sum together with the likelihood, and cannot be weighted alone."""
+    for site in sites:
+        latents = site.message.get("absorbed_latents")
+        if latents:
+            raise NotImplementedError(
+                f"kl_weight other than 1 needs the prior apart from the likelihood, but the prior of "
+                f"{', '.join(map(repr, latents))} depends on an enumerated site and is summed with it in "
+                f"{site}. Use kl_weight=1, or sample the enumerated site in the guide."
+            )
 
 
 def _common(sites: Iterable[Site]) -> list[CondIndepStackFrame]:

@@ -140,7 +140,7 @@ def _check_names(model_trace: Any, guide_trace: Any) -> None:
                 continue
             latent = not message["is_observed"]
             if latent and message["infer"].get("enumerate") == "parallel":
-                _check_enumerated(role, name, message, guide_trace)
+                _check_enumerated(role, name, message)
             missing = role == "model" and latent and name not in guide_trace.nodes
             if missing and not is_enumerated(name, message, guide_trace):
                 raise ValueError(
@@ -155,8 +155,8 @@ def _check_names(model_trace: Any, guide_trace: Any) -> None:
                 )
 
 
-def _check_enumerated(role: str, name: str, message: Any, guide_trace: Any) -> None:
-    if role == "guide" or name in guide_trace.nodes:
+def _check_enumerated(role: str, name: str, message: Any) -> None:
+    if role == "guide":
         raise NotImplementedError(
             f"Site {name!r} of the {role} is to be enumerated in parallel, but the guide samples it. Leave "
             f"{name!r} out of the guide to have it summed out of the model, remove its infer={{'enumerate': "

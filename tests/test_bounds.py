@@ -154,6 +154,7 @@ def test_a_cell_without_density_is_minus_infinity_and_weighs_nothing(name):
         (MIWAE(M=2, K=1), -math.inf),
         (PIWAE(M=2, K=1), math.log(0.5)),
         (VR(alpha=0.5, K=2), 2 * math.log(0.5)),
+        (VR(alpha=1.0, K=2), -math.inf),
         (VR(alpha=2.0, K=2), -math.inf),
         (TVO(K=2, partitions=(0.0, 0.5, 1.0)), -math.inf),
     ],

@@ -241,6 +241,19 @@ class TestRefusals:
         with pytest.raises(NotImplementedError, match="'x' hang together by enumeration but differ in scale"):
             IWAE_ELBO(K=4).loss(model, guide)
 
+    def test_a_weighted_prior_that_is_summed_with_the_likelihood(self):
+        def model():
+            c = pyro.sample("c", dist.Bernoulli(0.5), infer=PARALLEL)
+            z = pyro.sample("z", dist.Normal(2 * c, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+        def guide():
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.0))
+
+        IWAE_ELBO(K=4).loss_and_grads(model, guide)
+        with pytest.raises(NotImplementedError, match=r"kl_weight other than 1.*prior of 'z' depends on"):
+            IWAE_ELBO(K=4, kl_weight=0.5).loss_and_grads(model, guide)
+
     def test_a_structure_that_cannot_be_contracted(self):
         """Two independent plates of enumerated sites meet in one observation."""
 

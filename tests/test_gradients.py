@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import pytest
 import torch
 from truth import normal
@@ -267,6 +268,51 @@ def test_unbiased(problem, name, estimator):
     grads = problem(N_DRAWS).gradients(LOSSES[name](estimator=estimator))
     off = deviations(grads, truth(problem, name))
     assert max(map(abs, off.values())) < 5, off
+
+
+class Weighted(Gaussian):
+    """The guide's density and the prior weighted by 0.3 in the log-weight, by kl_weight."""
+
+    @classmethod
+    def log_weights(cls, theta, phi, noise):
+        z = phi["a"] + phi["c"] * noise[0]
+        kl = normal(z, phi["a"], phi["c"]) - normal(z, theta["w"], 1.0)
+        return normal(cls.x, z, theta["s"]) - 0.3 * kl
+
+
+class Tempered(Gaussian):
+    """The guide's density alone weighted by 0.3, by its scale."""
+
+    def guide(self):
+        with poutine.scale(scale=0.3):
+            super().guide()
+
+    @classmethod
+    def log_weights(cls, theta, phi, noise):
+        z = phi["a"] + phi["c"] * noise[0]
+        log_p = normal(z, theta["w"], 1.0) + normal(cls.x, z, theta["s"])
+        return log_p - 0.3 * normal(z, phi["a"], phi["c"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["reparam", "dreg"])
+@pytest.mark.parametrize("name", ["ELBO", "IWAE", "PIWAE", "VR"])
+@pytest.mark.parametrize("problem", [Weighted, Tempered])
+def test_unbiased_under_a_weight_on_the_guides_density(problem, name, estimator):
+    loss = LOSSES[name](estimator=estimator, kl_weight=0.3 if problem is Weighted else 1.0)
+    off = deviations(problem(N_DRAWS).gradients(loss), truth(problem, name))
+    assert max(map(abs, off.values())) < 5, off
+
+
+def test_dreg_refuses_weights_that_differ_between_sites():
+    class Uneven(Hierarchy):
+        def site(self, name, loc, scale):
+            with poutine.scale(scale=0.5 if name == "z2" else 1.0):
+                return super().site(name, loc, scale)
+
+    with pytest.raises(ValueError, match="Guide sites 'z1', 'z2', 'z3' differ in"):
+        Uneven(3).gradients(IWAE_ELBO(K=4, estimator="dreg"))
+    Uneven(3).gradients(IWAE_ELBO(K=4, estimator="reparam"))
 
 
 @pytest.mark.slow
