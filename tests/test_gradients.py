@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
+from pyro.infer import RenyiELBO
 from truth import normal
 
 from pyro_iw import (
@@ -525,3 +526,25 @@ def test_wake_wake_sends_no_gradient_through_reparameterised_values():
     expected = torch.autograd.grad(-(s * log_q).sum(), list(phi.values()))
     for grad, truth_ in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, truth_)
+
+
+def test_pyros_renyi_elbo_gives_a_discrete_guide_no_gradient():
+    """What the score-type estimators are for: at alpha = 0 Pyro's loss is silent about it."""
+
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(2 * z, 1.0), obs=torch.tensor(0.9))
+
+    def guide():
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.3))))
+
+    logit = None
+    for loss in (
+        RenyiELBO(alpha=0, num_particles=4, vectorize_particles=True, max_plate_nesting=0),
+        IWAE_ELBO(K=4, estimator="vimco"),
+    ):
+        loss.loss_and_grads(model, guide)
+        logit = pyro.param("logit").unconstrained()
+        if isinstance(loss, RenyiELBO):
+            assert logit.grad == 0
+    assert logit.grad != 0
