@@ -5,6 +5,7 @@ is the only line that knows about importance weighting. Try::
 
     python examples/vae.py                                     # MIWAE(8, 8) on 8×8 digits
     python examples/vae.py --loss piwae -M 4 -K 16
+    python examples/vae.py --loss iwae --estimator dreg
     python examples/vae.py --data mnist --data-dir data --epochs 50
 
 All bounds are reported in nats per datapoint.
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, ImportanceWeightedELBO
 
 LOSSES = ("elbo", "iwae", "miwae", "ciwae", "piwae")
+ESTIMATORS = ("auto", "reparam", "stl", "dreg", "rws")
 ACTIVE_THRESHOLD = 0.01
 # Rows (particles × images) that one evaluation pass holds in memory.
 EVALUATION_ROWS = 10_000
@@ -115,18 +117,20 @@ class VAE(nn.Module):
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
 
-def make_loss(name: str, M: int = 8, K: int = 8, beta: float = 0.5) -> ImportanceWeightedELBO:
+def make_loss(
+    name: str, M: int = 8, K: int = 8, beta: float = 0.5, estimator: str = "auto"
+) -> ImportanceWeightedELBO:
     """The loss of that name; all of them spend M·K particles a datapoint."""
     if name == "elbo":
-        return MIWAE_ELBO(M=M * K, K=1)
+        return MIWAE_ELBO(M=M * K, K=1, estimator=estimator)
     if name == "iwae":
-        return IWAE_ELBO(K=M * K)
+        return IWAE_ELBO(K=M * K, estimator=estimator)
     if name == "miwae":
-        return MIWAE_ELBO(M=M, K=K)
+        return MIWAE_ELBO(M=M, K=K, estimator=estimator)
     if name == "ciwae":
-        return CIWAE_ELBO(K=M * K, beta=beta)
+        return CIWAE_ELBO(K=M * K, beta=beta, estimator=estimator)
     if name == "piwae":
-        return PIWAE_ELBO(M=M, K=K)
+        return PIWAE_ELBO(M=M, K=K, estimator=estimator)
     raise ValueError(f"unknown loss {name!r}: choose one of {', '.join(LOSSES)}")
 
 
@@ -348,6 +352,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("-M", type=positive_int, default=8, help="averages outside the log")
     add("-K", type=positive_int, default=8, help="particles inside the log")
     add("--beta", type=unit_interval, default=0.5, help="the ELBO's share in ciwae")
+    add("--estimator", choices=ESTIMATORS, default="auto", help="of the guide's gradient")
     add("--data", choices=datasets.NAMES, default="digits", help="the images")
     add("--data-dir", type=Path, default=Path("data"), help="where their files are; not for digits")
     add("--device", default="cpu", help="a torch device, such as cuda")
@@ -401,7 +406,7 @@ def run(args: argparse.Namespace, heldout_losses: Mapping[str, ELBO] | None = No
     images = data.train.flatten(1).to(args.device)
     heldout = heldout_images(data, args.seed).flatten(1).to(args.device)
     vae = VAE(images.shape[1], mean_image=images.mean(0)).to(args.device)
-    loss = make_loss(args.loss, args.M, args.K, args.beta)
+    loss = make_loss(args.loss, args.M, args.K, args.beta, args.estimator)
 
     history = train(
         vae,

@@ -212,6 +212,13 @@ def test_vae_smoke(loss: str, tmp_path: Path) -> None:
     assert not torch.equal(again.decoder[-1].bias, start)
 
 
+@pytest.mark.parametrize("estimator", vae.ESTIMATORS)
+def test_vae_with_every_estimator(estimator: str, tmp_path: Path) -> None:
+    metrics = vae.main(["--smoke", "--estimator", estimator, "--out", str(tmp_path)])
+    assert metrics["settings"]["estimator"] == estimator
+    assert math.isfinite(metrics["results"]["heldout_nll"])
+
+
 @pytest.mark.parametrize("loss", vae.LOSSES)
 def test_every_loss_spends_the_same_budget(loss: str) -> None:
     network = vae.VAE(6, latent=2, hidden=3)
