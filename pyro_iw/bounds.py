@@ -42,6 +42,7 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -77,6 +78,10 @@ class Bound:
                 [0.5000, 0.5000],
                 [0.0000, 0.0000]])
     """
+
+    #: Whether a constant added to all log-weights is added to the value, so that differences of values may be
+    #: taken of shifted log-weights, with all their digits. True of the bounds here.
+    is_shift_equivariant: ClassVar[bool] = False
 
     def __init__(self, M: int = 1, K: int = 1) -> None:
         self.M = _positive_integer("M", M)
@@ -182,6 +187,8 @@ class MIWAE(Bound):
         tensor(2.)
     """
 
+    is_shift_equivariant = True
+
     def __init__(self, M: int, K: int) -> None:
         super().__init__(M, K)
 
@@ -245,6 +252,8 @@ class CIWAE(Bound):
         tensor(2.)
     """
 
+    is_shift_equivariant = True
+
     def __init__(self, K: int, beta: float) -> None:
         super().__init__(K=K)
         if not _is_number(beta) or not 0 <= beta <= 1:
@@ -300,6 +309,8 @@ class PIWAE(Bound):
         (tensor([0.2500, 0.7500]), tensor([0.5000, 0.5000]))
     """
 
+    is_shift_equivariant = True
+
     def __init__(self, M: int, K: int) -> None:
         super().__init__(M, K)
 
@@ -339,6 +350,8 @@ class VR(Bound):
         >>> VR(alpha=0.5, K=2).value(torch.tensor([[1.0, 9.0]]).log()).exp()  # ((1 + 3) / 2) ** 2
         tensor(4.)
     """
+
+    is_shift_equivariant = True
 
     def __init__(self, alpha: float, K: int) -> None:
         super().__init__(K=K)
@@ -404,6 +417,8 @@ class TVO(Bound):
         >>> TVO(K=2, partitions=(0.0, 1.0)).value(torch.tensor([[1.0, 3.0]]))
         tensor(2.)
     """
+
+    is_shift_equivariant = True
 
     def __init__(self, K: int, partitions: int | Sequence[float]) -> None:
         super().__init__(K=K)

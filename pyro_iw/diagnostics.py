@@ -12,6 +12,7 @@ References:
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -136,7 +137,7 @@ def gradient_snr(
         >>> better.guide.elementwise > result.guide.elementwise > result.floor
         True
     """
-    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 2:
+    if isinstance(num_draws, bool) or not isinstance(num_draws, numbers.Integral) or num_draws < 2:
         raise ValueError(f"num_draws must be an integer >= 2, for there to be a variance, got {num_draws!r}")
     if not hasattr(loss, "differentiable_loss"):
         raise ValueError(f"{loss!r} has no differentiable_loss to take gradients of")

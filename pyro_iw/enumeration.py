@@ -20,6 +20,7 @@ import math
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
@@ -76,24 +77,51 @@ def marginalize(trace: Trace, guide_trace: Trace, log_probs: dict[str, Tensor]) 
     absorbed = [name for name in log_probs if not sum_dims.isdisjoint(values[name]._pyro_dims)]  # type: ignore[attr-defined]
     absorbed += [name for name in enumerated if name not in absorbed]  # those with a single value
 
+    dims = {name: set(values[name]._pyro_dims) & sum_dims for name in absorbed}  # type: ignore[attr-defined]
+    terms = []
+    for component in _components(absorbed, dims):
+        terms += _contract(component, trace, guide_trace, values, sum_dims)
+    return Marginals(set(absorbed), terms)
+
+
+def _components(names: list[str], dims: dict[str, set[str]]) -> list[list[str]]:
+    """The names in groups that share enumeration dims, directly or through one another."""
+    groups: list[tuple[set[str], list[str]]] = []
+    for name in names:
+        linked, members = set(dims[name]), [name]
+        apart = []
+        for group in groups:
+            if linked.isdisjoint(group[0]):
+                apart.append(group)
+            else:
+                linked, members = linked | group[0], group[1] + members
+        groups = [*apart, (linked, members)]
+    return [sorted(members, key=names.index) for _, members in groups]
+
+
+def _contract(
+    names: list[str], trace: Trace, guide_trace: Trace, values: dict[str, Tensor], sum_dims: set[str]
+) -> list[tuple[str, dict[str, Any], Tensor]]:
+    """One component summed out."""
     tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     frames = {}
-    for name in absorbed:
+    for name in names:
         stack = [frame for frame in trace.nodes[name]["cond_indep_stack"] if frame.vectorized]
-        ordinal = frozenset(trace.plate_to_symbol[frame.name] for frame in stack)
         frames.update({trace.plate_to_symbol[frame.name]: frame for frame in stack})
+        ordinal = frozenset(trace.plate_to_symbol[frame.name] for frame in stack)
         tree.setdefault(ordinal, []).append(values[name])
-    scale = _common_scale(trace, absorbed)
+    scale = _common_scale(trace, names, one_context=len(tree) == 1)
+    enumerated = [name for name in names if is_enumerated(name, trace.nodes[name], guide_trace)]
     try:
         contracted = contract_tensor_tree(tree, sum_dims)
     except (NotImplementedError, ValueError) as error:
         raise NotImplementedError(
             f"The enumerated site(s) {', '.join(map(repr, enumerated))} cannot be summed out together with "
-            f"{', '.join(repr(name) for name in absorbed if name not in enumerated)}: {error}"
+            f"{', '.join(repr(name) for name in names if name not in enumerated)}: {error}"
         ) from error
     terms = []
     for ordinal, tensors in contracted.items():
-        message = {
+        message: dict[str, Any] = {
             "type": "sample",
             "fn": None,
             "is_observed": True,
@@ -102,26 +130,29 @@ def marginalize(trace: Trace, guide_trace: Trace, log_probs: dict[str, Tensor]) 
             "infer": {},
             "cond_indep_stack": tuple(frames[symbol] for symbol in ordinal),
             # Sampled by the guide, but with a prior that depends on what is enumerated.
-            "absorbed_latents": [name for name in absorbed if name in guide_trace.nodes],
+            "absorbed_latents": [name for name in names if name in guide_trace.nodes],
         }
-        label = " + ".join(absorbed)
+        label = " + ".join(names)
         terms += [(label, message, packed.unpack(tensor, trace.symbol_to_dim)) for tensor in tensors]
-    return Marginals(set(absorbed), terms)
+    return terms
 
 
-def _common_scale(trace: Trace, names: list[str]) -> float | Tensor:
+def _common_scale(trace: Trace, names: list[str], one_context: bool) -> float | Tensor:
     """The scale that all of these sites share, which can be taken out of the sum."""
     scales = [trace.nodes[name]["scale"] for name in names]
+    first = scales[0]
     for name, scale in zip(names, scales, strict=True):
-        same = scale is scales[0] or (
-            not isinstance(scale, Tensor)
-            and not isinstance(scales[0], Tensor)
-            and math.isclose(scale, scales[0], rel_tol=1e-9)
-        )
+        if isinstance(scale, Tensor) or isinstance(first, Tensor):
+            here, there = torch.as_tensor(scale), torch.as_tensor(first)
+            same = here.shape == there.shape and torch.allclose(here.double(), there.double(), rtol=1e-6)
+            # A scale that varies over a plate inside the sum has no place outside of it.
+            same = same and (here.numel() == 1 or one_context)
+        else:
+            same = math.isclose(scale, first, rel_tol=1e-9)
         if not same:
             raise NotImplementedError(
                 f"Sites {names[0]!r} and {name!r} hang together by enumeration but differ in scale (by a "
                 "poutine.scale or a subsampled plate around one of them alone), so the sum over the "
                 "enumerated values has no scale to take out. Scale both alike, or enumerate inside the plate."
             )
-    return scales[0] if scales else 1.0
+    return first

@@ -16,7 +16,7 @@ stl      :math:`b_i` times the derivative along the path alone; biased for K > 1
 dreg     :math:`b_i` less :math:`\partial^2 V_\phi / \partial \ell_i^2`, times that along the path alone
 score    reparam's, plus :math:`V_\phi - V_{-i}` times the score of the sites without a path
 vimco    the same with another control variate :math:`V_{-i}`
-rws      :math:`b_i` times the score at stopped values: the wake phase, no path at all
+rws      the normalised weight times the score at stopped values: the wake phase, no path at all
 =======  ==============================================================================================
 
 **Two sets of weights, one backward pass.** Where the path's weights are not the model's, the model sees
@@ -49,10 +49,11 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from .bounds import Bound
-from .logmean import leave_one_out_logmeanexp, leave_one_out_mean
+from .logmean import leave_one_out_logmeanexp, leave_one_out_mean, softmax
 from .particles import Particles
 from .traces import Route
 
@@ -233,6 +234,24 @@ class Reparam(Estimator):
         return b, [(particles.log_q, -b)]
 
 
+def _refuse_late_parameters(particles: Particles, name: str) -> None:
+    """Refuse guides whose densities depend on parameters other than as a distribution that was sampled.
+
+    At stopped values the derivative of such a density is no score: a transformation by parameters of a draw
+    without any (AutoStructured), a point estimate (AutoDelta), a factor or an observed site.
+    """
+    late = [site for site in particles.guide_sites if site.has_late_parameters]
+    if late:
+        listed = ", ".join(dict.fromkeys(repr(site.name) for site in late))
+        raise ValueError(
+            f"Guide site(s) {listed} depend on parameters after sampling (a Delta of parameters, as in "
+            "AutoDelta, AutoStructured and hand-made transformations of noise, or a factor or observed site "
+            f"with parameters), so their density at fixed values has no score, which estimator={name!r} "
+            "needs. Use estimator='reparam', or sample these sites from a distribution with the parameters "
+            "(TransformedDistribution)."
+        )
+
+
 class STL(Reparam):
     """Sticking the landing (Roeder et al., 2017): the derivative along the path alone, the score left out.
 
@@ -244,6 +263,18 @@ class STL(Reparam):
 
     def route(self, bound: Bound) -> Route:
         return super().route(bound)._replace(rescored=True)
+
+    def check(self, particles: Particles, bound: Bound) -> None:
+        super().check(particles, bound)
+        _refuse_late_parameters(particles, self.name)
+        assert particles.log_q_stopped is not None
+        log_q, again = particles.log_q, particles.log_q_stopped
+        if is_validation_enabled() and not torch.allclose(log_q, again, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"The guide gives another density when it is run again on its own values, which "
+                f"estimator={self.name!r} does. Put its random layers (dropout) in eval mode, or use "
+                "estimator='reparam'."
+            )
 
     def path_weights(self, particles: Particles, bound: Bound, log_w: Tensor) -> Tensor:
         """Weights of the path, of the shape of ``log_w``."""
@@ -323,13 +354,18 @@ class Score(Estimator):
         terms = [(particles.log_q, -b)]
         sites = particles.nonreparameterized_sites
         if sites:
+            if bound.is_shift_equivariant and bound.num_particles > 1:
+                # The signal is far smaller than the log-weights, whose digits it would lose.
+                top = log_w.amax((0, 1))
+                log_w = log_w - top.masked_fill(~top.isfinite(), 0.0)
+            value = bound.value(log_w).expand_as(log_w)
+            signal = value
             replacement = self.replacement(bound, log_w)
-            signal = bound.value(log_w).expand_as(log_w)
             if replacement is not None:
-                signal = signal - bound.replaced(log_w, replacement)
-            # A cell whose bound is -inf has no gradient.
-            signal = signal.masked_fill(~signal.isfinite(), 0.0)
-            terms.append((particles.log_prob(sites), signal))
+                signal = value - bound.replaced(log_w, replacement)
+            # A cell whose bound is -inf has no gradient, and a particle without another live one no baseline.
+            signal = signal.masked_fill(~(value.isfinite() & signal.isfinite()), 0.0)
+            terms.append((particles.log_prob(sites, masked=False), signal))
         return b, terms
 
 
@@ -357,8 +393,9 @@ class VIMCO(Score):
 class RWS(Estimator):
     """Wake-wake (Bornschein & Bengio, 2014): the guide climbs log q under the importance weights.
 
-    No gradient flows through a latent value, so any guide will do. The weights are self-normalised in each
-    cell, which makes the scheme safe on minibatches; the guide's gradient is that of the divergence from the
+    No gradient flows through a latent value, so any guide will do. Its weights are the importance weights,
+    normalised in each group of K of each cell, whatever the bound; the cells make the scheme safe on
+    minibatches. The guide's gradient is that of the divergence from the
     posterior to the guide, estimated with a bias that vanishes as K grows, and not of the bound.
     """
 
@@ -369,15 +406,16 @@ class RWS(Estimator):
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
-        if bound.guide_bound.is_linear:
+        _refuse_late_parameters(particles, self.name)
+        if bound.guide_bound.K == 1:
             raise ValueError(
-                f"estimator='rws' needs importance weights that differ, and {bound.guide_bound!r} weighs "
-                "all particles alike. Take K > 1, or estimator='score'."
+                f"estimator='rws' needs importance weights to normalise, and {bound.guide_bound!r} has "
+                "groups of K=1. Take K > 1, or estimator='score'."
             )
 
     def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
-        b = bound.weights(log_w)
-        return b, [(particles.log_prob(particles.guide_sites), b)]
+        s = softmax(log_w, 1) / bound.M
+        return s, [(particles.log_prob(particles.guide_sites), s)]
 
 
 class _Weighted(torch.autograd.Function):

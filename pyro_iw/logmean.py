@@ -23,8 +23,15 @@ __all__ = [
 
 
 def leave_one_out_mean(log_w: Tensor) -> Tensor:
-    """For each particle the mean of the log-weights of its group's others, of the shape of ``log_w``."""
-    return (log_w.sum(1, keepdim=True) - log_w) / (log_w.shape[1] - 1)
+    """For each particle the mean of the log-weights of its group's others, of the shape of ``log_w``.
+
+    Others at -inf are left out of the mean; it is -inf where there are no more.
+    """
+    alive = log_w != -math.inf
+    total = log_w.masked_fill(~alive, 0.0)
+    count = alive.sum(1, keepdim=True) - alive.to(torch.int64)
+    mean = (total.sum(1, keepdim=True) - total) / count.clamp(min=1)
+    return mean.masked_fill(count == 0, -math.inf)
 
 
 def leave_one_out_logmeanexp(log_w: Tensor, dim: int = 1) -> Tensor:

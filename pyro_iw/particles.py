@@ -85,9 +85,11 @@ class Particles:
             if (site.is_latent or site.is_factor) and not site.is_reparameterized
         ]
 
-    def log_prob(self, sites: list[Site]) -> Tensor:
-        """The masked but unweighted log density of some of the sites, of shape ``[S, *cells]``."""
+    def log_prob(self, sites: list[Site], masked: bool = True) -> Tensor:
+        """The unweighted log density of some of the sites, of shape ``[S, *cells]``, masked or not."""
         unscaled = [site._replace(scale=1.0) for site in sites]
+        if not masked:
+            unscaled = [site._replace(message={**site.message, "mask": None}) for site in unscaled]
         pairs = 1 if self._layout.particle_dim is not None else len(self.log_p)
         total = _sum_sites(unscaled, self._layout, pairs, 1.0, self.log_q.new_zeros(()))
         return total.expand(self.log_p.shape)
@@ -350,8 +352,8 @@ def _log_densities(
     guide = [site for site in sites if site.role == "guide"]
     model = [site for site in sites if site.role == "model"]
     groups = [model, guide]
-    if traces.pairs[0].rescored is not None:
-        groups.append([site.at(traces.pairs[site.pair].rescored.nodes[site.name]) for site in guide])  # type: ignore[union-attr]
+    if any(site.rescored is not None for site in guide):
+        groups.append([site.rescored_site() for site in guide])
     zero = sites[0].log_prob.new_zeros(()) if sites else torch.zeros(())
     totals = [_sum_sites(group, layout, len(traces.pairs), kl_weight, zero) for group in groups]
     shape = torch.broadcast_shapes(*(total.shape for total in totals))

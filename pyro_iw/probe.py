@@ -111,7 +111,7 @@ def watch_batch_norm(enabled: bool = True, restore: bool = False) -> Iterator[di
 @contextmanager
 def _fork_rng() -> Iterator[None]:
     """Random draws that leave PyTorch's, NumPy's and Python's states as they were."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state models may use
     try:
         with torch.random.fork_rng(devices=devices):

@@ -123,7 +123,8 @@ class Runner:
                 f"failed {progress.where()} with {type(error).__name__}: {error}\n"
                 f"Particles add a batch dim of size {num_particles} at dim {dim}, left of every plate. Let "
                 "the computation broadcast over leading dims (index dims from the right, end reshapes in "
-                "(*z.shape[:-1], ...)), or pass vectorize_particles=False to run the particles one by one. "
+                "(*z.shape[:-1], ...); a latent outside the plates comes with a dim of size 1 for each), or "
+                "pass vectorize_particles=False to run the particles one by one. "
                 "(If it fails for some values of the latents only, see the error itself, above.)"
             ) from error
         return Traces([traced], num_particles, dim, enum_dim)

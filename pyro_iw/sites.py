@@ -12,7 +12,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import Unit
+from pyro.distributions import Delta, Unit
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.util import check_model_guide_match, check_site_shape
@@ -34,6 +34,7 @@ class Site(NamedTuple):
     pair: int  # index of the pair of traces it belongs to
     frames: tuple[CondIndepStackFrame, ...]  # its plates, that over particles aside
     scale: float | Tensor = 1.0  # what remains inside the logarithm
+    rescored: Any = None  # its message in a second run of the guide, at stopped values
 
     @classmethod
     def read(cls, role: str, name: str, message: Any, pair: int, log_prob: Tensor | None = None) -> Site:
@@ -56,9 +57,21 @@ class Site(NamedTuple):
         """Whether its value carries a pathwise gradient, or its density has no parameters to need one."""
         return bool(getattr(self.message["fn"], "has_rsample", False)) or not self.log_prob.requires_grad
 
-    def at(self, message: Any) -> Site:
-        """The same site in another trace."""
-        return self._replace(message=message, log_prob=_log_prob(self.role, self.name, message))
+    @property
+    def has_late_parameters(self) -> bool:
+        """Whether its density at stopped values depends on parameters, though no sampling from it does."""
+        site = self if self.rescored is None else self.rescored_site()
+        if not site.is_latent:
+            return site.log_prob.requires_grad
+        fn = site.message["fn"]
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        return isinstance(fn, Delta) and (fn.v.requires_grad or fn.log_density.requires_grad)
+
+    def rescored_site(self) -> Site:
+        """The same site in the second run."""
+        log_prob = _log_prob(self.role, self.name, self.rescored)
+        return self._replace(message=self.rescored, log_prob=log_prob)
 
     def inside(self, frame: CondIndepStackFrame) -> bool:
         return any(plate_key(frame) == plate_key(other) for other in self.frames)
@@ -83,7 +96,7 @@ def read_sites(traces: Traces) -> list[Site]:
     sites: list[Site] = []
     validate = is_validation_enabled()
     nesting = _plate_dims(traces)
-    for index, (model_trace, guide_trace, _) in enumerate(traces.pairs):
+    for index, (model_trace, guide_trace, rescored) in enumerate(traces.pairs):
         _check_names(model_trace, guide_trace)
         if validate:
             with warnings.catch_warnings():
@@ -96,6 +109,8 @@ def read_sites(traces: Traces) -> list[Site]:
                 if message["type"] != "sample" or _has_no_density(message):
                     continue
                 site = Site.read(role, name, message, index)
+                if role == "guide" and rescored is not None:
+                    site = site._replace(rescored=rescored.nodes[name])
                 if validate:
                     message["log_prob"] = site.log_prob
                     check_site_shape(message, nesting)
@@ -143,9 +158,11 @@ def _check_names(model_trace: Any, guide_trace: Any) -> None:
                 _check_enumerated(role, name, message)
             missing = role == "model" and latent and name not in guide_trace.nodes
             if missing and not is_enumerated(name, message, guide_trace):
+                finite = getattr(message["fn"], "has_enumerate_support", False)
+                enumerate_it = " or mark it infer={'enumerate': 'parallel'} to sum it out," if finite else ""
                 raise ValueError(
                     f"Latent site {name!r} of the model is missing from the guide, so its importance weight "
-                    f"is unknown. Sample {name!r} in the guide, or observe it in the model."
+                    f"is unknown. Sample {name!r} in the guide,{enumerate_it} or observe it in the model."
                 )
             is_factor = isinstance(message["fn"], Unit)
             if role == "guide" and is_factor and "has_rsample" not in vars(message["fn"]):
@@ -175,9 +192,17 @@ def _check_enumerated(role: str, name: str, message: Any) -> None:
 
 
 def _log_prob(role: str, name: str, message: Any) -> Tensor:
+    if "unscaled_log_prob" in message:
+        return message["unscaled_log_prob"]
     fn, value = message["fn"], message["value"]
     try:
         return fn.log_prob(value, *message["args"], **message["kwargs"])
+    except KeyError as error:
+        raise ValueError(
+            f"The log density at site {name!r} ({role}) cannot be evaluated at this value: {error}. A "
+            "transform without an inverse can score only what it has just made; use it with "
+            "estimator='reparam' or 'score'."
+        ) from error
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"Evaluating the log density at site {name!r} ({role}) failed with {type(error).__name__}: "
@@ -211,6 +236,7 @@ def _check_particle_dim(site: Site, traces: Traces) -> None:
         raise ValueError(
             f"The log density at site {site} has shape {tuple(log_prob.shape)}, but under "
             f"{traces.num_particles} particles its leftmost dim should be {dim}, of size "
-            f"{traces.num_particles}. Let the computation broadcast over leading dims, declare the other "
-            "batch dims by pyro.plate or .to_event(), or pass vectorize_particles=False."
+            f"{traces.num_particles}. Let the computation broadcast over leading dims (a latent outside "
+            "the plates comes with a dim of size 1 for each), declare the other batch dims by pyro.plate or "
+            ".to_event(), or pass vectorize_particles=False."
         )

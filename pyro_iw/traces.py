@@ -8,7 +8,7 @@ that run one by one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
@@ -17,6 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
+from torch.distributions import TransformedDistribution
 
 __all__ = [
     "PARTICLE_PLATE",
@@ -186,6 +187,7 @@ def trace_pair(
     # Around the trace and not inside it: the trace is to record stopped values.
     with _StopValues() if route.stopped else nullcontext():
         guided, guide_trace, model_trace = _trace_guide(pair, enclose(pair.guide), progress)
+    _score_transformed(guide_trace)
     rescored = None
     if route.rescored:
         stopped = _with_values(guided, lambda value, *_: value.detach())
@@ -217,6 +219,16 @@ def _trace_guide(pair: Pair, guide: Callable, progress: Progress) -> tuple[Trace
     return messenger.trace, guide_trace, model_trace if own else None
 
 
+def _score_transformed(trace: Trace) -> None:
+    """Evaluate transformed distributions at once: one without an inverse knows its last value alone."""
+    site: Any
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and isinstance(site["fn"], TransformedDistribution):
+            with suppress(ValueError, RuntimeError, KeyError):  # raised again, with a name, when it is read
+                log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+                site["unscaled_log_prob"] = log_prob
+
+
 def _with_values(trace: Trace, change: Through, particle: int | None = None) -> Trace:
     """The trace with its latent values changed."""
     trace = trace.copy()
@@ -224,5 +236,7 @@ def _with_values(trace: Trace, change: Through, particle: int | None = None) -> 
         if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site):
             event_dim = getattr(site["fn"], "event_dim", 0)
             value: Any = site["value"]
-            trace.nodes[name] = {**site, "value": change(value, event_dim, particle)}
+            changed: Any = {**site, "value": change(value, event_dim, particle)}
+            changed.pop("unscaled_log_prob", None)
+            trace.nodes[name] = changed
     return trace

@@ -1,5 +1,7 @@
 """Enumerated model sites against the same models with the sums written out."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
@@ -154,6 +156,36 @@ def test_on_a_minibatch_the_scale_stays_outside(vectorize):
     loss = IWAE_ELBO(K=4, vectorize_particles=vectorize)
     assert_same(run(loss, problem.model, problem.guide), run(loss, problem.summed, problem.guide))
     assert loss.particles(problem.model, problem.guide).scale == pytest.approx(10)
+
+
+@pytest.mark.parametrize("scale", [0.1, torch.tensor(0.1), torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])], ids=repr)
+def test_a_shared_scale_stays_outside(scale):
+    problem, loss = Mixture(), IWAE_ELBO(K=4)
+    guide = poutine.scale(problem.guide, scale)
+    first = run(loss, poutine.scale(problem.model, scale), guide)
+    assert_same(first, run(loss, poutine.scale(problem.summed, scale), guide))
+
+
+def test_components_may_differ_in_scale():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        c = pyro.sample("c", dist.Bernoulli(0.3), infer=PARALLEL)
+        pyro.sample("x", dist.Normal(z + c, 1.0), obs=torch.tensor(1.0))
+        with poutine.scale(scale=2.0):
+            d = pyro.sample("d", dist.Bernoulli(0.6), infer=PARALLEL)
+            pyro.sample("y", dist.Normal(z - d, 1.0), obs=torch.tensor(0.5))
+
+    def summed():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        for name, p, x, sign, scale in (("x", 0.3, 1.0, 1.0, 1.0), ("y", 0.6, 0.5, -1.0, 2.0)):
+            log_probs = [normal(torch.tensor(x), z + sign * value, 1.0) for value in (0.0, 1.0)]
+            mix = torch.stack([math.log(1 - p) + log_probs[0], math.log(p) + log_probs[1]])
+            pyro.factor(name, scale * mix.logsumexp(0))
+
+    def guide():
+        pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.4)), 1.0))
+
+    assert_same(run(IWAE_ELBO(K=4), model, guide), run(IWAE_ELBO(K=4), summed, guide))
 
 
 def test_under_a_mask():

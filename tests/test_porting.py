@@ -447,7 +447,7 @@ def test_the_guides_density_at_stopped_values_is_its_density(pair, vectorize):
 
 
 @pytest.mark.parametrize("estimator", ["stl", "dreg", "rws", "score"])
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", [name for name in PAIRS if name != "AutoStructured"])
 def test_every_estimator_takes_a_step_on_every_pair(pair, estimator):
     model, guide = PAIRS[pair]()
     svi = SVI(model, guide, Adam({"lr": 0.01}), loss=MIWAE_ELBO(M=2, K=3, estimator=estimator))
@@ -462,3 +462,20 @@ def test_every_estimator_takes_a_step_on_every_pair(pair, estimator):
         )
         assert moved
         before = parameters
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "one_by_one"])
+def test_a_flow_without_an_inverse(vectorize):
+    flow = dist.transforms.Planar(2)
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def guide():
+        pyro.module("flow", flow)
+        base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    IWAE_ELBO(K=3, vectorize_particles=vectorize).loss_and_grads(model, guide)
+    with pytest.raises(ValueError, match=r"site 'z' \(guide\).*without an inverse.*'reparam'"):
+        IWAE_ELBO(K=3, estimator="dreg", vectorize_particles=vectorize).loss_and_grads(model, guide)
