@@ -1,4 +1,4 @@
-"""The one-layer VAE of Burda et al. (1509.00519), trained with any of the package's bounds.
+"""The one-layer VAE of Burda et al. (1509.00519), trained with one of five bounds and any estimator.
 
 Decoder 50–200–200–pixels with tanh units, guide mirrored, trained by Pyro's own ``SVI``: the loss
 is the only line that knows about importance weighting. Try::
