@@ -366,7 +366,10 @@ class VR(Bound):
     def value(self, log_w: Tensor) -> Tensor:
         if self.alpha == 1:
             return log_w.mean((0, 1))
-        return logmeanexp((1 - self.alpha) * log_w, (0, 1)) / (1 - self.alpha)
+        power = 1 - self.alpha
+        # Close to the ELBO the division would blow up float32's rounding of the logarithm.
+        exact = log_w.double() if abs(power) < 1e-2 else log_w
+        return (logmeanexp(power * exact, (0, 1)) / power).to(log_w.dtype)
 
     def _softmax(self, log_w: Tensor) -> Tensor:
         if self.alpha == 1:

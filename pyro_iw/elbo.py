@@ -9,6 +9,7 @@ bit.
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable
@@ -239,8 +240,18 @@ class ImportanceWeightedELBO(ELBO):
         traces = trace_pair(Pair(model, guide, args, kwargs))
         return traces.model, traces.guide
 
+    def _options(self) -> str:
+        """The keywords that are not at their default, as they would be typed."""
+        defaults = inspect.signature(ImportanceWeightedELBO).parameters
+        values = {
+            name: getattr(self, name) for name in ("estimator", "plates", "kl_weight", "vectorize_particles")
+        }
+        return "".join(
+            f", {name}={value!r}" for name, value in values.items() if value != defaults[name].default
+        )
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.bound!r})"
+        return f"{type(self).__name__}({self.bound!r}{self._options()})"
 
 
 def _as_names(plates: str | Iterable[str] | None) -> tuple[str, ...] | None:

@@ -15,7 +15,7 @@ class _NamedELBO(ImportanceWeightedELBO):
     """A loss named after its bound and built from the bound's own arguments."""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({bounds.describe(self.bound)})"
+        return f"{type(self).__name__}({bounds.describe(self.bound)}{self._options()})"
 
 
 class IWAE_ELBO(_NamedELBO):

@@ -60,10 +60,10 @@ class Site(NamedTuple):
     @property
     def has_late_parameters(self) -> bool:
         """Whether its density at stopped values depends on parameters, though no sampling from it does."""
-        site = self if self.rescored is None else self.rescored_site()
-        if not site.is_latent:
+        if not self.is_latent:
+            site = self if self.rescored is None else self.rescored_site()
             return site.log_prob.requires_grad
-        fn = site.message["fn"]
+        fn = (self.rescored or self.message)["fn"]
         while hasattr(fn, "base_dist"):
             fn = fn.base_dist
         return isinstance(fn, Delta) and (fn.v.requires_grad or fn.log_density.requires_grad)

@@ -101,6 +101,13 @@ def test_limits_of_the_renyi_bound():
     assert values == sorted(values, reverse=True)
 
 
+def test_the_renyi_bound_close_to_the_elbo_keeps_its_digits():
+    log_w = torch.randn(1, 5, 3) - 100
+    for alpha in (0.9999, 0.99999, 1 - 1e-7, 1 + 1e-7):
+        exact = VR(alpha=alpha, K=5).value(log_w.double())
+        torch.testing.assert_close(VR(alpha=alpha, K=5).value(log_w).double(), exact, rtol=1e-6, atol=1e-5)
+
+
 def test_limits_of_the_thermodynamic_objective():
     log_w = torch.randn(1, 5, 3, dtype=torch.float64)
     torch.testing.assert_close(TVO(K=5, partitions=1).value(log_w), log_w.mean((0, 1)))

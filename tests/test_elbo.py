@@ -582,6 +582,10 @@ class TestPublicFace:
 
     def test_repr(self):
         assert repr(CIWAE_ELBO(K=4, beta=0.5)) == "CIWAE_ELBO(K=4, beta=0.5)"
+        loss = IWAE_ELBO(K=4, estimator="dreg", plates="data", kl_weight=0.5, vectorize_particles=False)
+        assert repr(loss) == (
+            "IWAE_ELBO(K=4, estimator='dreg', plates=('data',), kl_weight=0.5, vectorize_particles=False)"
+        )
 
     def test_nothing_to_train_is_no_error(self):
         def model():
