@@ -337,6 +337,15 @@ def unit_interval(text: str) -> float:
     return value
 
 
+def torch_device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    return device
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -355,7 +364,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--estimator", choices=ESTIMATORS, default="auto", help="of the guide's gradient")
     add("--data", choices=datasets.NAMES, default="digits", help="the images")
     add("--data-dir", type=Path, default=Path("data"), help="where their files are; not for digits")
-    add("--device", default="cpu", help="a torch device, such as cuda")
+    add("--device", type=torch_device, default="cpu", help="a torch device, such as cuda")
     add("--epochs", type=positive_int, default=20, help="passes over the training images")
     add("--batch-size", type=positive_int, default=20, help="images a gradient step")
     add("--learning-rate", type=positive_float, default=1e-3, help="Adam's")
@@ -372,11 +381,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and complete the command line; exits with a message where it makes no sense."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    try:
-        args.device = torch.device(args.device)
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device: {str(error).splitlines()[0]}")
     if args.smoke:
         for name, value in SMOKE.items():
             given = getattr(args, name)

@@ -131,11 +131,12 @@ class ImportanceWeightedELBO(ELBO):
         # the device in mid-step, which is a price for validation alone.
         early = is_validation_enabled() or estimate.loss.device.type == "cpu"
         if early:
-            self._check_finite(estimate.loss.item(), particles, estimate)
+            loss = estimate.loss.item()
+            self._check_finite(loss, particles, estimate)
         if estimate.loss.requires_grad:
             estimate.loss.backward()
-        loss = estimate.loss.item()
         if not early:
+            loss = estimate.loss.item()
             self._check_finite(loss, particles, estimate)
         self.steps += 1
         return loss

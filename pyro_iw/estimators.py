@@ -152,8 +152,8 @@ class Estimator(ABC):
         Raises:
             ValueError: naming the sites and what to do.
         """
-        for site in particles.sites:
-            if site.role == "guide" and "baseline" in site.message["infer"]:
+        for site in particles.guide_sites:
+            if "baseline" in site.message["infer"]:
                 raise ValueError(
                     f"Guide site {site.name!r} asks for a baseline by infer={{'baseline': ...}}, which the "
                     "estimators here do not use: they take their control variates from the other particles. "
@@ -393,10 +393,10 @@ class VIMCO(Score):
 class RWS(Estimator):
     """Wake-wake (Bornschein & Bengio, 2014): the guide climbs log q under the importance weights.
 
-    No gradient flows through a latent value, so any guide will do. Its weights are the importance weights,
-    normalised in each group of K of each cell, whatever the bound; the cells make the scheme safe on
-    minibatches. The guide's gradient is that of the divergence from the
-    posterior to the guide, estimated with a bias that vanishes as K grows, and not of the bound.
+    No gradient flows through a latent value, so a guide of any distributions will do. Its weights are the
+    importance weights, normalised in each group of K of each cell, whatever the bound; the cells make the
+    scheme safe on minibatches. The guide's gradient is that of the divergence from the posterior to the
+    guide, estimated with a bias that vanishes as K grows, and not of the bound.
     """
 
     name = "rws"

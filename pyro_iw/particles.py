@@ -140,7 +140,7 @@ def collect(
             sites.
         is_linear: whether the bound is the mean of the log-weights, for which a scale inside is right too.
         kl_weight: :math:`\beta` in :math:`\log p(x \mid z) + \beta (\log p(z) - \log q(z \mid x))`.
-        warn_dropped: called with a message if observed sites alone keep a plate from being kept.
+        warn_dropped: called with a message if a plate of all the model's latents is lost to other sites.
 
     Raises:
         ValueError: if a plate is unknown or has sites outside, or a subsampled plate is not kept,

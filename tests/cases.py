@@ -57,13 +57,16 @@ class DataPlate(Case):
         with self.plate():
             pyro.sample("z", RecordedNormal(a * self.x, c))
 
+    def log_joint(self, theta, z, n):
+        return normal(z, 0.0, 1.0) + normal(self.x[n], theta["w"] * z, theta["s"])
+
     def log_weights(self, theta, phi, noise):
         log_p, log_q = [], []
         for eps in noise[0]:
             row_p, row_q = [], []
             for n in range(4):
                 z = phi["a"] * self.x[n] + phi["c"] * eps[n]
-                row_p.append(normal(z, 0.0, 1.0) + normal(self.x[n], theta["w"] * z, theta["s"]))
+                row_p.append(self.log_joint(theta, z, n))
                 row_q.append(normal(z, phi["a"] * self.x[n], phi["c"]))
             log_p.append(row_p)
             log_q.append(row_q)
@@ -121,18 +124,8 @@ class Tempered(Subsampled):
             with poutine.scale(scale=0.25):
                 pyro.sample("x", dist.Normal(w * z, s), obs=self.x)
 
-    def log_weights(self, theta, phi, noise):
-        log_p, log_q = [], []
-        for eps in noise[0]:
-            row_p, row_q = [], []
-            for n in range(4):
-                z = phi["a"] * self.x[n] + phi["c"] * eps[n]
-                likelihood = normal(self.x[n], theta["w"] * z, theta["s"])
-                row_p.append(normal(z, 0.0, 1.0) + 0.25 * likelihood)
-                row_q.append(normal(z, phi["a"] * self.x[n], phi["c"]))
-            log_p.append(row_p)
-            log_q.append(row_q)
-        return log_p, log_q
+    def log_joint(self, theta, z, n):
+        return normal(z, 0.0, 1.0) + 0.25 * normal(self.x[n], theta["w"] * z, theta["s"])
 
 
 class Masked(DataPlate):

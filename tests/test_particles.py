@@ -417,7 +417,7 @@ class TestRefusals:
         z = particles.sites[0].message["value"]
         torch.testing.assert_close(particles.log_q, normal(0.0, 1.0).log_prob(z) + 3 * z)
 
-    def test_a_model_without_validation_is_not_slowed_by_it(self, x):
+    def test_a_step_without_validation_is_silent(self, x):
         with pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.simplefilter("error")
             IWAE_ELBO(K=4).loss_and_grads(local_model, local_guide, x)
