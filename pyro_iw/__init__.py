@@ -3,8 +3,11 @@
 from .bounds import Bound
 from .diagnostics import GradientSNR, gradient_snr
 from .elbo import ImportanceWeightedELBO
+from .evaluation import RateDistortion, active_units, bound_curve, rate_distortion
+from .importance import ImportanceSampler, LogMarginal
 from .losses import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
 from .particles import Particles
+from .samples import ImportanceSamples
 
 __all__ = [
     "CIWAE_ELBO",
@@ -15,8 +18,15 @@ __all__ = [
     "VR_ELBO",
     "Bound",
     "GradientSNR",
+    "ImportanceSampler",
+    "ImportanceSamples",
     "ImportanceWeightedELBO",
+    "LogMarginal",
     "Particles",
+    "RateDistortion",
+    "active_units",
+    "bound_curve",
     "gradient_snr",
+    "rate_distortion",
 ]
 __version__ = "0.1.0"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .bounds import Bound
 from .estimators import Estimate, get_estimator
-from .particles import Particles, collect
+from .particles import Particles, as_plate_names, collect
 from .runner import Runner
 from .sites import read_sites
 from .traces import Pair, Route, trace_pair
@@ -91,7 +91,7 @@ class ImportanceWeightedELBO(ELBO):
             _check_kl_weight(kl_weight)
         self.bound = bound
         self.estimator = estimator
-        self.plates = _as_names(plates)
+        self.plates = as_plate_names(plates)
         self.kl_weight = kl_weight
         #: Number of gradient steps taken, which is calls of ``loss_and_grads`` and, with gradients enabled,
         #: of ``differentiable_loss``. Set it to go on with a ``kl_weight`` schedule.
@@ -253,15 +253,6 @@ class ImportanceWeightedELBO(ELBO):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.bound!r}{self._options()})"
-
-
-def _as_names(plates: str | Iterable[str] | None) -> tuple[str, ...] | None:
-    if plates is None:
-        return None
-    names = (plates,) if isinstance(plates, str) else tuple(dict.fromkeys(plates))
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"plates must be a name or names of plates, got {plates!r}")
-    return names
 
 
 def _check_kl_weight(kl_weight: float) -> float:

@@ -26,7 +26,7 @@ from .sites import Site, plate_key, read_sites
 from .traces import Traces
 from .warn import warn
 
-__all__ = ["Particles", "collect"]
+__all__ = ["Particles", "as_plate_names", "collect"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,16 @@ def collect(
         _check_kl_weight(sites)
     log_p, log_q, log_q_stopped = _log_densities(sites, layout, traces, kl_weight)
     return Particles(log_p, log_q, scale, kept, tuple(sites), kl_weight, log_q_stopped, layout)
+
+
+def as_plate_names(plates: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """The names as a tuple, with None for None; ValueError unless they are names."""
+    if plates is None:
+        return None
+    names = (plates,) if isinstance(plates, str) else tuple(dict.fromkeys(plates))
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"plates must be a name or names of plates, got {plates!r}")
+    return names
 
 
 def _check_kl_weight(sites: list[Site]) -> None:

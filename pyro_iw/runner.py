@@ -82,6 +82,14 @@ class Runner:
             if not news or not (dims_matter or enumerated != probe.enumerates):
                 return traces
 
+    def prepare(self, pair: Pair) -> int:
+        """Get to know the pair, and make its lazy parameters, ahead of the first run.
+
+        Returns:
+            Number of batch dims that the pair's own plates take, as far as is known.
+        """
+        return self._probe(pair).nesting
+
     def _run_one_by_one(self, pair: Pair, num_particles: int, route: Route | None, probe: Probe) -> Traces:
         enum_dim = -1 - probe.nesting if probe.enumerates else None
         pairs = []

@@ -7,6 +7,7 @@ that run one by one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
@@ -141,20 +142,26 @@ class Progress:
 
 
 class OneMinibatch(Messenger):
-    """Gives every run inside it the subsample that the first one drew."""
+    """Gives every run inside it the subsample that the first one drew.
+
+    Attributes:
+        indices: the subsample of each plate, by name.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._indices: dict[str, Any] = {}
+        self.indices: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self._indices:
-            msg["value"] = self._indices[msg["name"]]
+        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.indices:
+            msg["value"] = self.indices[msg["name"]]
             msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            self._indices.setdefault(msg["name"], msg["value"])
+        # A plate that runs on all of its indices has no minibatch, and may be over draws, which vary in
+        # number.
+        if site_is_subsample(msg) and (msg["fn"].subsample_size or math.inf) < msg["fn"].size:
+            self.indices.setdefault(msg["name"], msg["value"])
 
 
 class _StopValues(Messenger):

@@ -1,0 +1,268 @@
+r"""Importance samples as ArviZ knows posteriors: named dims, groups, one file.
+
+The draws of the posterior are resampled by weight, so that what ArviZ computes from equally weighted draws
+(summaries, PSIS-LOO, predictive checks) holds for them. They are independent given the particles: their ESS
+and R̂ in ``az.summary`` say nothing of the weights, whose own diagnostics are in ``sample_stats``.
+
+=====================  =========================================================================
+group                  variables
+=====================  =========================================================================
+posterior              latent and deterministic sites, resampled, ``[chain=1, draw, *batch, *event]``
+sample_stats           ``log_p``, ``log_q``, ``log_weight`` of each draw ``[chain, draw, *cells]`` and
+                       ``ess``, ``khat`` of each cell ``[*cells]``
+log_likelihood         observed sites, ``[chain, draw, *batch]``, in nats; 0 where masked
+posterior_predictive   observed sites sampled anew, ``[chain, draw, *batch, *event]``
+prior                  latent and deterministic sites drawn from the model
+prior_predictive       observed sites drawn from the model
+observed_data          what was observed
+constant_data          tensor arguments of the model that are not observed themselves
+=====================  =========================================================================
+
+References:
+    | ArviZ a unified library for exploratory analysis of Bayesian models in Python (Kumar et al., 2019),
+      https://doi.org/10.21105/joss.01143
+"""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
+
+from .bounds import positive_integer
+from .optional import require
+from .psis import warn_of_khat
+
+if TYPE_CHECKING:
+    from .latents import Latent
+    from .rerun import Observed
+    from .samples import ImportanceSamples
+
+__all__ = ["to_arviz"]
+
+_DRAWS = ("chain", "draw")
+
+#: A group under construction: each variable's dims and values.
+Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
+
+
+def to_arviz(
+    samples: ImportanceSamples,
+    *,
+    num_samples: int = 1000,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    constant_data: Mapping[str, Any] | None = None,
+    log_likelihood: bool = True,
+    predictive: bool = True,
+    prior: bool = True,
+) -> Any:
+    """Convert importance samples for ArviZ.
+
+    Arguments:
+        samples: the samples; smoothed ones are resampled by their smoothed weights.
+        num_samples: number of draws from posterior and prior; an integer >= 1.
+        coords: labels of a dim, by its name. The default counts from 0, for a subsampled plate gives its
+            indices.
+        dims: names for the rightmost dims of a site, by the site's name. By default dims of plates have the
+            plate's name, and others are called ``{site}_dim_{i}``.
+        constant_data: for the group of that name, by variable. The default is every tensor among the model's
+            arguments that is not observed.
+        log_likelihood: whether to include the group of that name.
+        predictive: whether to include posterior_predictive.
+        prior: whether to include prior and prior_predictive.
+
+    Returns:
+        An ``arviz.InferenceData`` with ArviZ 0.x, an ``xarray.DataTree`` with ArviZ >= 1. Warns where k̂ says
+        that the guide misses mass.
+
+    Raises:
+        ImportError: if ArviZ is missing.
+        ValueError: if ``dims`` names an unknown site or has too many names for one, ``coords`` names an
+            unknown dim or has the wrong length, or a cell has no living particle.
+        NotImplementedError: if the model has enumerated sites; pass ``log_likelihood=False``,
+            ``predictive=False`` to do without.
+
+    Example:
+        >>> samples = ImportanceSampler(model, guide, num_particles=2000)(data)
+        >>> posterior = samples.to_arviz(num_samples=500, coords={"data": ["a", "b", "c"]}).posterior
+        >>> dict(posterior["z"].sizes)
+        {'chain': 1, 'draw': 500, 'data': 3}
+    """
+    positive_integer("num_samples", num_samples)
+    wrap = _container()
+    names = _Names(samples, dims or {})
+    warn_of_khat(samples.khat, samples.num_particles)
+    indices = samples.resample(num_samples)
+    draws = samples.take(indices)
+    groups: dict[str, Variables] = {"posterior": {}, "sample_stats": _sample_stats(samples, indices, names)}
+    for name, latent in samples.latents.items():
+        groups["posterior"][name] = names.variable(name, draws[name], latent.frames, latent.event_dim, _DRAWS)
+
+    if not samples.rerun.enumerated:
+        shown = samples.observed({name: values[:1] for name, values in draws.items()})
+    elif log_likelihood or predictive:
+        samples.observed(draws)  # raises
+    else:
+        shown = {}
+    data = {name: site for name, site in shown.items() if site.log_prob is not None}
+    names.check(set(samples.latents) | set(shown) | set(constant_data or ()))
+    observed = samples.observed(draws) if log_likelihood or len(data) < len(shown) else {}
+    for name, site in observed.items():
+        if site.log_prob is None:
+            variable = names.variable(name, site.values, site.frames, site.event_dim, _DRAWS)
+            groups["posterior"][name] = variable
+        elif log_likelihood:
+            variable = names.variable(
+                name, site.log_prob, site.frames, site.event_dim, _DRAWS, is_density=True
+            )
+            groups.setdefault("log_likelihood", {})[name] = variable
+    if predictive and data:
+        new = samples.rerun.sample_given(samples.as_latents(draws), data)
+        groups["posterior_predictive"] = {
+            name: names.variable(name, new[name], site.frames, site.event_dim, _DRAWS)
+            for name, site in data.items()
+        }
+    if prior:
+        drawn: dict[str, Latent | Observed] = {**samples.latents, **shown}
+        new = samples.rerun.sample_prior(num_samples, drawn)
+        for name, of in drawn.items():
+            group = "prior_predictive" if name in data else "prior"
+            variable = names.variable(name, new[name], of.frames, of.event_dim, _DRAWS)
+            groups.setdefault(group, {})[name] = variable
+    groups["observed_data"] = {
+        name: names.variable(name, site.values, site.frames, site.event_dim) for name, site in data.items()
+    }
+    if constant_data is None:
+        constant_data = _constants(samples, [site.values for site in data.values()])
+    groups["constant_data"] = {
+        name: names.variable(name, torch.as_tensor(values), (), torch.as_tensor(values).dim())
+        for name, values in constant_data.items()
+    }
+    labels = names.labels(groups, coords or {})
+    return wrap({name: _dataset(group, labels, samples) for name, group in groups.items() if group})
+
+
+class _Names:
+    """What the dims of each variable are called."""
+
+    def __init__(self, samples: ImportanceSamples, dims: Mapping[str, Sequence[str]]) -> None:
+        self.dims = {
+            name: (given,) if isinstance(given, str) else tuple(given) for name, given in dims.items()
+        }
+        self.indices = samples.rerun.minibatch.indices
+        self.sizes: dict[str, int] = {}
+        self.plates: set[str] = set()
+
+    def check(self, sites: set[str]) -> None:
+        unknown = sorted(set(self.dims) - sites)
+        if unknown:
+            raise ValueError(f"dims names {unknown}, but there are only the sites {sorted(sites)}.")
+
+    def variable(
+        self,
+        name: str,
+        values: Tensor,
+        frames: Sequence[CondIndepStackFrame],
+        event_dim: int,
+        leading: tuple[str, ...] = (),
+        is_density: bool = False,
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        """Dims and values of a variable, with a chain of its own in front of its draws.
+
+        Arguments:
+            name: of the site.
+            values: of shape ``[*batch, *event]``, behind the draws if there are ``leading`` dims.
+            frames: the plates around the site.
+            event_dim: the site's number of event dims.
+            leading: ``("chain", "draw")``, or nothing for what is no draw.
+            is_density: whether the values are log densities, without the event dims.
+        """
+        array = values.detach().cpu().numpy()
+        if leading:
+            array = array[None]
+        shape = array.shape[len(leading) :]
+        rank = len(shape) - (0 if is_density else event_dim)
+        plates = {frame.dim: frame.name for frame in frames}
+        labels = [*(plates.get(dim, "") for dim in range(-rank, 0)), *[""] * event_dim]
+        self.plates.update(label for label in labels if label)
+        given = self.dims.get(name, ())
+        if len(given) > len(labels):
+            raise ValueError(
+                f"dims gives {len(given)} names {list(given)} for {name!r}, which has {len(labels)} dims."
+            )
+        labels[len(labels) - len(given) :] = given
+        labels = [label or f"{name}_dim_{i}" for i, label in enumerate(labels)][: len(shape)]
+        self.sizes.update(zip(labels, shape, strict=True))
+        return (*leading, *labels), array
+
+    def labels(self, groups: Mapping[str, Variables], coords: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Labels of all dims, as given or counted."""
+        for name, given in coords.items():
+            if name not in self.sizes:
+                raise ValueError(f"coords names dim {name!r}, but there are only {sorted(self.sizes)}.")
+            if len(given) != self.sizes[name]:
+                raise ValueError(
+                    f"coords has {len(given)} labels for dim {name!r} of size {self.sizes[name]}."
+                )
+        labels: dict[str, Any] = {name: np.arange(size) for name, size in self.sizes.items()}
+        for name in self.plates & set(self.indices):
+            chosen = self.indices[name]
+            if isinstance(chosen, Tensor) and len(chosen) == self.sizes.get(name):
+                labels[name] = chosen.cpu().numpy()
+        return {**labels, **{name: np.asarray(given) for name, given in coords.items()}}
+
+
+def _sample_stats(samples: ImportanceSamples, indices: Tensor, names: _Names) -> Variables:
+    stats: Variables = {}
+    per_draw = {"log_p": samples.log_p, "log_q": samples.log_q, "log_weight": samples.log_weights}
+    for name, values in per_draw.items():
+        stats[name] = names.variable(name, values.gather(0, indices), samples.frames, 0, _DRAWS)
+    for name, values in {"ess": samples.ess, "khat": samples.khat}.items():
+        stats[name] = names.variable(name, values, samples.frames, 0)
+    return stats
+
+
+def _constants(samples: ImportanceSamples, observed: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Tensors among the model's arguments, by the model's names for them, that are not observed."""
+    pair = samples.rerun.pair
+    bound = inspect.signature(pair.model).bind(*pair.args, **pair.kwargs).arguments
+    return {
+        name: value
+        for name, value in bound.items()
+        if isinstance(value, Tensor)
+        and not any(
+            value is other or (value.shape == other.shape and torch.equal(value, other)) for other in observed
+        )
+    }
+
+
+def _dataset(group: Variables, labels: Mapping[str, Any], samples: ImportanceSamples) -> Any:
+    xarray = require("xarray", "arviz", "to_arviz")
+    used = {dim for dims, _ in group.values() for dim in dims}
+    coords: dict[str, Any] = {dim: labels[dim] for dim in used if dim in labels}
+    for dims, array in group.values():
+        if dims[:2] == _DRAWS:
+            coords |= {"chain": np.arange(1), "draw": np.arange(array.shape[1])}
+    attributes = {
+        "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "inference_library": "pyro_iw",
+        "inference_library_version": version("pyro-iw"),
+        "num_particles": samples.num_particles,
+    }
+    return xarray.Dataset(dict(group), coords=coords, attrs=attributes)
+
+
+def _container() -> Any:
+    """What makes one object of the groups, in the installed ArviZ's own kind."""
+    arviz = require("arviz", "arviz", "to_arviz")
+    if hasattr(arviz, "InferenceData"):
+        return lambda groups: arviz.InferenceData(**groups)
+    return require("xarray", "arviz", "to_arviz").DataTree.from_dict

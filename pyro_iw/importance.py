@@ -1,0 +1,362 @@
+r"""Importance sampling with the guide as proposal: the log evidence of every datapoint, and its particles.
+
+With S particles :math:`z_s \sim q_\phi(z \mid x)` and weights :math:`w_s = p_\theta(x, z_s) / q_\phi(z_s \mid
+x)`,
+
+.. math:: \log \hat p(x) = L_S = \log \frac1S \sum_{s=1}^S w_s
+
+falls short of :math:`\log p(x)` by about :math:`\mathrm{Var}[w] / (2 S\, p(x)^2)` in expectation. Particles
+run in chunks, whose weights are added up as they come, so S may be as large as time allows. One value a cell
+of the plates common to all sample sites (for a VAE: a datapoint), in nats, without the scale of subsampling.
+
+References:
+    | Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
+    | Debiasing Evidence Approximations (Nowozin, 2018), https://openreview.net/forum?id=HyZoi-WRb
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .bounds import Bound, positive_integer
+from .latents import Latent, cat, enumerated_sites, read_latents
+from .particles import Particles, as_plate_names, collect
+from .proposal import check_proposal
+from .rerun import Rerun
+from .runner import Runner
+from .samples import ImportanceSamples
+from .sites import read_sites
+from .streaming import RunningBound, RunningLogMean, jackknife
+from .traces import OneMinibatch, Pair, Traces
+from .warn import warn
+
+__all__ = ["ImportanceSampler", "LogMarginal", "read_batch"]
+
+# Seconds before a progress bar shows.
+_DELAY = 2.0
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LogMarginal:
+    """The log evidence of every datapoint of a data set.
+
+    Attributes:
+        values: :math:`\\log \\hat p(x_n)` in nats, of shape ``[N]``.
+        monte_carlo_errors: standard error of each from the finite number of particles (delta method),
+            ``[N]``. It says nothing of mass that no particle has reached.
+        ess: effective number of particles of each, ``[N]``.
+        num_particles: number S of particles.
+        bounds: another bound on the same particles, where it was asked for, of shape ``[N]``.
+    """
+
+    values: Tensor
+    monte_carlo_errors: Tensor
+    ess: Tensor
+    num_particles: int
+    bounds: Tensor | None = None
+
+    @property
+    def mean(self) -> float:
+        """Mean over the datapoints, in nats; its negative is the held-out NLL."""
+        return self.values.double().mean().item()
+
+    @property
+    def monte_carlo_error(self) -> float:
+        """Standard error of :attr:`mean` for these very datapoints, from the finite number of particles."""
+        return self.monte_carlo_errors.double().square().sum().sqrt().item() / len(self.values)
+
+    @property
+    def sampling_error(self) -> float:
+        """Standard error of :attr:`mean` as an estimate for the population the datapoints come from."""
+        return self.values.double().std().item() / math.sqrt(len(self.values))
+
+    @property
+    def minus_kl(self) -> float:
+        r"""Mean of :attr:`bounds` less :attr:`values`, in nats: how far the guide is from the posterior.
+
+        For the ELBO this is :math:`-\mathrm{KL}(q \,\|\, p)` up to the bias of the values; for IWAE-64 the
+        column "-KL" of Rainforth et al. (2018), the divergence of the guide that IWAE-64 implies.
+
+        Raises:
+            ValueError: if no bound was asked for.
+        """
+        if self.bounds is None:
+            raise ValueError("minus_kl compares with a bound: pass bound= to log_marginal_dataset.")
+        return (self.bounds.double() - self.values.double()).mean().item()
+
+    def __repr__(self) -> str:
+        return (
+            f"LogMarginal(mean={self.mean:.4f}, monte_carlo_error={self.monte_carlo_error:.2g}, "
+            f"N={len(self.values)}, num_particles={self.num_particles})"
+        )
+
+
+class ImportanceSampler:
+    r"""Judges a model/guide pair by importance sampling, with the guide as proposal.
+
+    Arguments:
+        model: the model (a callable with Pyro primitives).
+        guide: the guide.
+        num_particles: number S of particles a cell; an integer >= 1.
+        chunk_size: number of particles in memory at once; the last chunk may be smaller.
+        plates: name or names of the plates whose cells have a weight each; ``()`` for one joint weight; None
+            for the plates common to all sample sites.
+        jackknife: whether :meth:`log_marginal` corrects the leading term of the bias, 1/S, by
+
+            .. math:: S L_S - (S - 1)\, \frac1S \sum_s L_{S-1}^{(-s)}
+
+            where particle s is left out in turn (Nowozin, 2018, of order 1). Keeps S numbers a cell. The
+            result is no bound, and its variance is larger.
+        vectorize_particles: run a chunk in one pass under a plate on the leftmost batch dim, which model and
+            guide must broadcast over; otherwise one particle at a time.
+        max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
+            once if infinite.
+        progress: whether to show a progress bar, if it takes more than two seconds.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> sampler = ImportanceSampler(model, guide, num_particles=1000)
+        >>> sampler.log_marginal(data).shape  # one value a datapoint
+        torch.Size([3])
+        >>> samples = sampler(data)
+        >>> samples.posterior(500)["z"].shape
+        torch.Size([500, 3])
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        num_particles: int = 1000,
+        *,
+        chunk_size: int = 100,
+        plates: str | Iterable[str] | None = None,
+        jackknife: bool = False,
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = math.inf,
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.guide = guide
+        self.num_particles = positive_integer("num_particles", num_particles)
+        self.chunk_size = min(positive_integer("chunk_size", chunk_size), self.num_particles)
+        self.plates = as_plate_names(plates)
+        self.jackknife = jackknife
+        if jackknife and self.num_particles == 1:
+            raise ValueError("jackknife=True leaves out one particle in turn, which needs num_particles > 1.")
+        self.progress = progress
+        self._runner = Runner(vectorize_particles, max_plate_nesting, check=read_sites)
+        self._warned: set[str] = set()
+
+    def log_marginal(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The log evidence of every cell, of shape ``[*cells]``, in nats; a scalar where there is one weight.
+
+        Memory is that of one chunk, whatever the number of particles (``jackknife`` keeps their weights).
+
+        Arguments:
+            args: positional arguments of model and guide.
+            kwargs: keyword arguments of both.
+
+        Raises:
+            ValueError: if the model has no latent site, the support of a guide site is smaller than that of
+                the model's, or a log-weight is NaN or +inf; naming the site.
+
+        Example:
+            >>> exact = dist.Normal(0.0, 2**0.5).log_prob(data)
+            >>> estimate = ImportanceSampler(model, guide, 5000).log_marginal(data)
+            >>> torch.allclose(estimate, exact, atol=0.1)
+            True
+        """
+        with self._bar(1) as bar:
+            return self._stream(Pair(self.model, self.guide, args, kwargs), bar, RunningLogMean())
+
+    def log_marginal_dataset(
+        self,
+        loader: Iterable[Any],
+        to_args: Callable[[Any], Any] | None = None,
+        bound: Bound | None = None,
+    ) -> LogMarginal:
+        """The log evidence of every datapoint of a data set.
+
+        Arguments:
+            loader: gives batches, as a :class:`~torch.utils.data.DataLoader` does: the positional arguments
+                of model and guide in a tuple or list, or their keyword arguments in a dict, or the only
+                argument. The last batch may be smaller.
+            to_args: turns what the loader gives into one of these, where a batch holds more than the model
+                takes, or has to move to another device.
+            bound: a bound to evaluate on the same particles, in groups of its M K, for ``minus_kl``.
+
+        Raises:
+            ValueError: if there is no batch, the bound takes more particles than there are, or the pair does
+                not have one weight for each index of exactly one plate; and as :meth:`log_marginal`.
+
+        Example:
+            >>> loader = torch.utils.data.DataLoader(data, batch_size=2)
+            >>> sampler = ImportanceSampler(model, guide, num_particles=5000)
+            >>> result = sampler.log_marginal_dataset(loader, bound=pyro_iw.bounds.IWAE(K=1))
+            >>> result
+            LogMarginal(mean=-1.69..., monte_carlo_error=0.003..., N=3, num_particles=5000)
+            >>> round(result.minus_kl, 1)  # the guide's mean is off by 0.2 x, its variance too small
+            -0.1
+        """
+        if bound is not None and bound.num_particles > self.num_particles:
+            raise ValueError(
+                f"{bound!r} takes {bound.num_particles} particles, but num_particles={self.num_particles}."
+            )
+        parts: list[list[Tensor]] = []
+        with self._bar(len(loader) if isinstance(loader, Sized) else None) as bar:
+            for batch in loader:
+                args, kwargs = read_batch(batch, to_args)
+                running = RunningLogMean()
+                bounds = None if bound is None else RunningBound(bound)
+                value = self._stream(Pair(self.model, self.guide, args, kwargs), bar, running, bounds)
+                if value.dim() != 1:
+                    raise ValueError(
+                        "A data set is evaluated datapoint by datapoint, which needs one importance weight "
+                        "for each index of one plate, but a batch gives weights of shape "
+                        f"{tuple(value.shape)}. Put all latents into one plate over the data, name it by "
+                        "plates=, or, for a joint model, call log_marginal on all of the data."
+                    )
+                columns = [value, running.standard_error, running.ess]
+                parts.append(columns if bounds is None else [*columns, bounds.value.to(value)])
+        if not parts:
+            raise ValueError("The loader gave no batch, so there is nothing to evaluate.")
+        values, errors, ess, *bounds_values = (torch.cat(column) for column in zip(*parts, strict=True))
+        return LogMarginal(values, errors, ess, self.num_particles, *bounds_values)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ImportanceSamples:
+        """Draw S particles and keep them, with their densities.
+
+        Arguments and errors are those of :meth:`log_marginal`.
+        """
+        pair = Pair(self.model, self.guide, args, kwargs)
+        minibatch = OneMinibatch()
+        log_p, log_q = [], []
+        latents: list[dict[str, Latent]] = []
+        with self._bar(1) as bar:
+            for particles, traces in self._chunks(pair, bar, minibatch):
+                log_p.append(particles.log_p)
+                log_q.append(particles.log_q)
+                latents.append(read_latents(traces))
+        rerun = Rerun(
+            pair,
+            self._runner.prepare(pair),
+            self._runner.vectorize,
+            self.chunk_size,
+            minibatch,
+            enumerated_sites(traces),
+        )
+        samples = ImportanceSamples(
+            {name: cat([chunk[name] for chunk in latents]) for name in latents[0]},
+            torch.cat(log_p),
+            torch.cat(log_q),
+            particles.plates,
+            rerun,
+        )
+        self._check_weights(samples.log_weights, particles)
+        return samples
+
+    def particles(self, *args: Any, **kwargs: Any) -> Iterator[Particles]:
+        """The particles chunk by chunk, for an estimate of your own in the memory of one chunk.
+
+        Arguments and errors are those of :meth:`log_marginal`.
+        """
+        with self._bar(1) as bar:
+            for particles, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
+                yield particles
+
+    def _stream(
+        self, pair: Pair, bar: tqdm, running: RunningLogMean, bounds: RunningBound | None = None
+    ) -> Tensor:
+        """The log evidence of the cells, and on the way whatever else is to be added up."""
+        kept = []
+        for particles, _ in self._chunks(pair, bar):
+            log_w = particles.log_weights
+            running.add(log_w)
+            if bounds is not None:
+                bounds.add(log_w)
+            if self.jackknife:
+                kept.append(log_w)
+        self._check_weights(running.value, particles)
+        value = jackknife(torch.cat(kept)) if self.jackknife else running.value
+        return value.to(log_w.dtype)
+
+    def _chunks(
+        self, pair: Pair, bar: tqdm, minibatch: OneMinibatch | None = None
+    ) -> Iterator[tuple[Particles, Traces]]:
+        minibatch = minibatch or OneMinibatch()
+        with torch.no_grad():
+            self._runner.prepare(pair)
+        left = self.num_particles
+        while left:
+            size = min(self.chunk_size, left)
+            # Never across a yield: whoever consumes this may leave it, or run under other settings.
+            with torch.no_grad(), minibatch:
+                traces = self._runner.run(pair, size)
+                particles = collect(traces, self.plates, is_linear=False, warn_dropped=self._warn_once)
+                if left == self.num_particles:
+                    check_proposal(particles.sites, traces, self._warn_once)
+            bar.update(size)
+            left -= size
+            yield particles, traces
+
+    def _bar(self, batches: int | None) -> tqdm:
+        total = None if batches is None else batches * self.num_particles
+        return tqdm(
+            total=total,
+            desc="particles",
+            unit_scale=True,
+            delay=_DELAY,
+            leave=False,
+            disable=not self.progress,
+        )
+
+    def _check_weights(self, log_w: Tensor, particles: Particles) -> None:
+        """Refuse NaN and +inf, and warn of cells that no particle has reached."""
+        bad = log_w.isnan() | log_w.isposinf()
+        if bool(bad.any()):
+            site = particles.first_site(lambda log_prob: ~log_prob.isfinite())
+            where = f"site {site}" if site is not None else "a site in an earlier chunk"
+            raise ValueError(
+                f"Log-weights are NaN or +inf (seen first at {where}), so the estimate would be as well. "
+                "Look for a NaN in the data or the parameters, or a scale of 0."
+            )
+        dead = (log_w if log_w.dim() < particles.log_p.dim() else log_w.amax(0)).isneginf()
+        if bool(dead.any()):
+            site = particles.first_site(torch.isneginf)
+            warn(
+                f"In {int(dead.sum())} of {dead.numel()} cell(s) none of the {self.num_particles} "
+                f"particles has positive density (first at site {site}), so the estimate there is -inf. "
+                "The guide proposes values outside the model's support, or the data do not fit the model's.",
+                RuntimeWarning,
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warn(message)
+
+    def __repr__(self) -> str:
+        return f"ImportanceSampler(num_particles={self.num_particles}, chunk_size={self.chunk_size})"
+
+
+def read_batch(batch: Any, to_args: Callable[[Any], Any] | None = None) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments of model and guide from a loader's batch.
+
+    Arguments:
+        batch: a tuple or list of positional arguments, a dict of keyword arguments, or the only argument.
+        to_args: makes one of these of what the loader gives.
+    """
+    given = batch if to_args is None else to_args(batch)
+    if isinstance(given, dict):
+        return (), given
+    return (tuple(given) if isinstance(given, tuple | list) else (given,)), {}

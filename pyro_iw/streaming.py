@@ -1,0 +1,125 @@
+r"""What can be said of weights that come in chunks, in the memory of one chunk.
+
+References:
+    | Debiasing Evidence Approximations (Nowozin, 2018), https://openreview.net/forum?id=HyZoi-WRb
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .bounds import Bound
+from .logmean import exclusive_logsumexp, logmeanexp
+
+__all__ = ["RunningBound", "RunningLogMean", "jackknife"]
+
+
+class RunningLogMean:
+    r"""Log of a mean weight and the effective number of particles, added up chunk by chunk in float64.
+
+    Example:
+        >>> running = RunningLogMean()
+        >>> for chunk in torch.tensor([1.0, 2.0, 3.0, 6.0]).log().split(3):
+        ...     running.add(chunk)
+        >>> running.value.exp(), running.ess  # 12 / 4 and 12 ** 2 / 50
+        (tensor(3.0000, dtype=torch.float64), tensor(2.8800, dtype=torch.float64))
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first = self._second = torch.tensor(-math.inf, dtype=torch.float64)
+
+    def add(self, log_w: Tensor) -> None:
+        """Add log-weights of shape ``[chunk, *cells]``."""
+        log_w = log_w.double()
+        self._first = torch.logaddexp(self._first.to(log_w.device), log_w.logsumexp(0))
+        self._second = torch.logaddexp(self._second.to(log_w.device), (2 * log_w).logsumexp(0))
+        self.count += len(log_w)
+
+    @property
+    def value(self) -> Tensor:
+        """Log of the mean weight, of shape ``[*cells]``."""
+        return self._first - math.log(self.count)
+
+    @property
+    def ess(self) -> Tensor:
+        r""":math:`(\sum w)^2 / \sum w^2`, of shape ``[*cells]``; 0 where all are dead."""
+        return (2 * self._first - self._second).exp().nan_to_num(nan=0.0)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Of :attr:`value`, by the delta method, ``[*cells]``; NaN for a single particle or a dead cell."""
+        if self.count == 1:
+            return torch.full_like(self._first, math.nan)
+        variance = (1 / self.ess - 1 / self.count).clamp(min=0) * self.count / (self.count - 1)
+        return variance.sqrt().masked_fill(self._first.isneginf(), math.nan)
+
+
+class RunningBound:
+    """Mean of a bound over disjoint groups of M K particles, added up group by group in float64.
+
+    Arguments:
+        bound: the bound. Particles left over at the end, too few for a group, do not count.
+
+    Attributes:
+        groups: the number of groups so far.
+
+    Example:
+        >>> running = RunningBound(pyro_iw.bounds.IWAE(K=2))
+        >>> for chunk in torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]).log().split(3):
+        ...     running.add(chunk)
+        >>> running.value.exp(), running.groups  # the geometric mean of 2 and 6
+        (tensor(3.4641, dtype=torch.float64), 2)
+    """
+
+    def __init__(self, bound: Bound) -> None:
+        self.bound = bound
+        self.groups = 0
+        self._rest: Tensor | None = None
+        self._mean = self._squares = torch.tensor(0.0, dtype=torch.float64)
+
+    def add(self, log_w: Tensor) -> None:
+        """Add log-weights of shape ``[chunk, *cells]``."""
+        if self._rest is not None:
+            log_w = torch.cat([self._rest, log_w])
+        size = self.bound.num_particles
+        whole = len(log_w) // size * size
+        self._rest = log_w[whole:].clone()
+        if not whole:
+            return
+        # To a bound, groups are so many more cells.
+        groups = log_w[:whole].reshape(-1, self.bound.M, self.bound.K, *log_w.shape[1:]).movedim(0, -1)
+        values = self.bound.value(groups).double()
+        new = values.shape[-1]
+        total = self.groups + new
+        deviation = values.mean(-1) - self._mean.to(values.device)
+        spread = (values - values.mean(-1, keepdim=True)).square().sum(-1)
+        self._squares = self._squares.to(values.device) + spread + deviation**2 * (self.groups * new / total)
+        self._mean = self._mean.to(values.device) + deviation * (new / total)
+        self.groups = total
+
+    @property
+    def value(self) -> Tensor:
+        """The mean, of shape ``[*cells]``, in nats."""
+        return self._mean
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Of :attr:`value`, of shape ``[*cells]``; NaN for a single group."""
+        if self.groups < 2:
+            return torch.full_like(self._mean, math.nan)
+        return (self._squares / (self.groups - 1) / self.groups).sqrt()
+
+
+def jackknife(log_w: Tensor) -> Tensor:
+    """Leave-one-out correction of the log mean weight over dim 0, in float64."""
+    log_w = log_w.double()
+    size = len(log_w)
+    without = exclusive_logsumexp(log_w, 0) - math.log(size - 1)
+    value = logmeanexp(log_w, 0)
+    # One particle has all of the weight: nothing is left without it, and nothing can be said of the bias.
+    correction = (size - 1) * (value - without).mean(0)
+    return torch.where(correction.isfinite(), value + correction, value)
