@@ -242,11 +242,13 @@ class ImportanceSampler:
         minibatch = OneMinibatch()
         log_p, log_q = [], []
         latents: list[dict[str, Latent]] = []
+        dead = None
         with self._bar(1) as bar:
             for particles, traces in self._chunks(pair, bar, minibatch):
                 log_p.append(particles.log_p)
                 log_q.append(particles.log_q)
                 latents.append(read_latents(traces))
+                dead = dead or _dead_site(particles)
         rerun = Rerun(
             pair,
             self._runner.prepare(pair),
@@ -262,7 +264,7 @@ class ImportanceSampler:
             particles.plates,
             rerun,
         )
-        self._check_weights(samples.log_weights, particles)
+        _warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
         return samples
 
     def particles(self, *args: Any, **kwargs: Any) -> Iterator[Particles]:
@@ -279,14 +281,17 @@ class ImportanceSampler:
     ) -> Tensor:
         """The log evidence of the cells, and on the way whatever else is to be added up."""
         kept = []
-        for particles, _ in self._chunks(pair, bar):
+        dead = None
+        for particles, traces in self._chunks(pair, bar):
             log_w = particles.log_weights
             running.add(log_w)
             if bounds is not None:
                 bounds.add(log_w)
             if self.jackknife:
                 kept.append(log_w)
-        self._check_weights(running.value, particles)
+            dead = dead or _dead_site(particles)
+            del particles, traces  # or two chunks would be in memory while the next one runs
+        _warn_of_dead(running.value, self.num_particles, dead)
         value = jackknife(torch.cat(kept)) if self.jackknife else running.value
         return value.to(log_w.dtype)
 
@@ -305,9 +310,11 @@ class ImportanceSampler:
                 particles = collect(traces, self.plates, is_linear=False, warn_dropped=self._warn_once)
                 if left == self.num_particles:
                     check_proposal(particles.sites, traces, self._warn_once)
+            _check_finite(particles)
             bar.update(size)
             left -= size
             yield particles, traces
+            del particles, traces
 
     def _bar(self, batches: int | None) -> tqdm:
         total = None if batches is None else batches * self.num_particles
@@ -320,26 +327,6 @@ class ImportanceSampler:
             disable=not self.progress,
         )
 
-    def _check_weights(self, log_w: Tensor, particles: Particles) -> None:
-        """Refuse NaN and +inf, and warn of cells that no particle has reached."""
-        bad = log_w.isnan() | log_w.isposinf()
-        if bool(bad.any()):
-            site = particles.first_site(lambda log_prob: ~log_prob.isfinite())
-            where = f"site {site}" if site is not None else "a site in an earlier chunk"
-            raise ValueError(
-                f"Log-weights are NaN or +inf (seen first at {where}), so the estimate would be as well. "
-                "Look for a NaN in the data or the parameters, or a scale of 0."
-            )
-        dead = (log_w if log_w.dim() < particles.log_p.dim() else log_w.amax(0)).isneginf()
-        if bool(dead.any()):
-            site = particles.first_site(torch.isneginf)
-            warn(
-                f"In {int(dead.sum())} of {dead.numel()} cell(s) none of the {self.num_particles} "
-                f"particles has positive density (first at site {site}), so the estimate there is -inf. "
-                "The guide proposes values outside the model's support, or the data do not fit the model's.",
-                RuntimeWarning,
-            )
-
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
@@ -347,6 +334,41 @@ class ImportanceSampler:
 
     def __repr__(self) -> str:
         return f"ImportanceSampler(num_particles={self.num_particles}, chunk_size={self.chunk_size})"
+
+
+def _check_finite(particles: Particles) -> None:
+    """Refuse NaN and +inf, naming the site."""
+    log_w = particles.log_weights
+    bad = log_w.isnan() | log_w.isposinf()
+    if bool(bad.any()):
+        site = (
+            particles.first_site(torch.isnan)
+            or particles.first_site(torch.isposinf)
+            or particles.first_site(torch.isneginf, role="guide")
+        )
+        raise ValueError(
+            f"{int(bad.sum())} of {log_w.numel()} log-weights are NaN or +inf (first at site {site}), and "
+            "so would be the estimate. Look for a NaN in the data or the parameters, or a scale of 0."
+        )
+
+
+def _dead_site(particles: Particles) -> str | None:
+    """The first site at which a particle has zero density."""
+    if not bool(particles.log_weights.isneginf().any()):
+        return None
+    return str(particles.first_site(torch.isneginf) or particles.first_site(torch.isposinf, role="guide"))
+
+
+def _warn_of_dead(value: Tensor, num_particles: int, site: str | None) -> None:
+    """Warn of cells that no particle has reached."""
+    dead = value.isneginf()
+    if bool(dead.any()):
+        warn(
+            f"In {int(dead.sum())} of {dead.numel()} cell(s) none of the {num_particles} particles has "
+            f"positive density (first at site {site}), so the estimate there is -inf. The guide proposes "
+            "values outside the model's support, or the data do not fit the model.",
+            RuntimeWarning,
+        )
 
 
 def read_batch(batch: Any, to_args: Callable[[Any], Any] | None = None) -> tuple[tuple, dict[str, Any]]:
