@@ -1,0 +1,267 @@
+"""Conversion to ArviZ: groups, names and values against the samples; both majors' containers."""
+
+import importlib.machinery
+import sys
+import types
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray
+
+from pyro_iw import ImportanceSampler
+from pyro_iw.optional import require
+
+arviz = require("arviz", "arviz", "This test")
+# ArviZ 0.23 is behind the matplotlib it is tested with here.
+pytestmark = pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")
+
+SIGMA = torch.tensor([1.0, 2.0, 0.5])
+Y = torch.tensor([0.5, -1.0, 2.0])
+
+
+def global_model(sigma, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("school", 3):
+        eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+        theta = pyro.deterministic("theta", mu + eta)
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def global_guide(sigma, y):
+    pyro.sample("mu", dist.Normal(0.6, 1.0))
+    with pyro.plate("school", 3):
+        pyro.sample("eta", dist.Normal(0.0, 1.0))
+
+
+def image_model(x):
+    with pyro.plate("images", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        logits = z.sum(-1, keepdim=True) + torch.zeros(5)
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+
+def image_guide(x):
+    with pyro.plate("images", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+@pytest.fixture
+def samples():
+    return ImportanceSampler(global_model, global_guide, 4000)(SIGMA, Y)
+
+
+@pytest.fixture
+def data(samples):
+    return samples.to_arviz(num_samples=300, coords={"school": ["A", "B", "C"]})
+
+
+def sizes(variable):
+    return {str(name): size for name, size in variable.sizes.items()}
+
+
+class TestGroups:
+    def test_dims_of_all_groups(self, data):
+        draws = {"chain": 1, "draw": 300}
+        expected = {
+            "posterior": {
+                "mu": draws,
+                "eta": {**draws, "school": 3},
+                "theta": {**draws, "school": 3},
+            },
+            "prior": {"mu": draws, "eta": {**draws, "school": 3}, "theta": {**draws, "school": 3}},
+            "sample_stats": {"log_p": draws, "log_q": draws, "log_weight": draws, "ess": {}, "khat": {}},
+            "log_likelihood": {"y": {**draws, "school": 3}},
+            "posterior_predictive": {"y": {**draws, "school": 3}},
+            "prior_predictive": {"y": {**draws, "school": 3}},
+            "observed_data": {"y": {"school": 3}},
+            "constant_data": {"sigma": {"sigma_dim_0": 3}},
+        }
+        assert set(data.groups()) == set(expected)
+        for group, variables in expected.items():
+            assert {str(n): sizes(v) for n, v in data[group].data_vars.items()} == variables
+        assert data.posterior["school"].values.tolist() == ["A", "B", "C"]
+
+    def test_values(self, samples, data):
+        posterior = data.posterior
+        theta = posterior["mu"].values[..., None] + posterior["eta"].values
+        np.testing.assert_allclose(posterior["theta"].values, theta, rtol=1e-5, atol=1e-6)
+        log_lik = dist.Normal(torch.tensor(theta), SIGMA).log_prob(Y)
+        np.testing.assert_allclose(data.log_likelihood["y"].values, log_lik.numpy(), rtol=1e-4, atol=1e-5)
+        stats = data.sample_stats
+        np.testing.assert_allclose(stats["log_weight"], stats["log_p"] - stats["log_q"], atol=1e-4)
+        log_q = dist.Normal(0.6, 1.0).log_prob(torch.tensor(posterior["mu"].values))
+        log_q = log_q + dist.Normal(0.0, 1.0).log_prob(torch.tensor(posterior["eta"].values)).sum(-1)
+        np.testing.assert_allclose(stats["log_q"].values, log_q.numpy(), rtol=1e-4)
+        assert stats["ess"].item() == pytest.approx(samples.ess.item())
+        assert stats["khat"].item() == pytest.approx(samples.khat.item())
+        np.testing.assert_array_equal(data.observed_data["y"].values, Y.numpy())
+        np.testing.assert_array_equal(data.constant_data["sigma"].values, SIGMA.numpy())
+        # 300 draws of variance 4 and about 1: five standard errors.
+        assert abs(data.prior["mu"].mean().item()) < 5 * 2 / 300**0.5
+        assert data.posterior["mu"].mean().item() == pytest.approx(samples.expectation("mu").item(), abs=0.3)
+        # Predictive draws scatter about their own theta with their own sigma.
+        residual = (data.posterior_predictive["y"] - posterior["theta"]).values / SIGMA.numpy()
+        assert residual.std() == pytest.approx(1.0, abs=0.12)
+
+    def test_events_and_one_posterior_a_datapoint(self):
+        x = torch.ones(4, 5)
+        samples = ImportanceSampler(image_model, image_guide, 500)(x)
+        data = samples.to_arviz(
+            num_samples=50,
+            dims={"z": ["unit"], "x": ["pixel"]},
+            coords={"unit": ["u", "v"], "images": [7, 8, 9, 10]},
+        )
+        draws = {"chain": 1, "draw": 50, "images": 4}
+        assert sizes(data.posterior["z"]) == {**draws, "unit": 2}
+        assert sizes(data.log_likelihood["x"]) == draws
+        assert sizes(data.posterior_predictive["x"]) == {**draws, "pixel": 5}
+        assert sizes(data.sample_stats["khat"]) == {"images": 4}
+        assert sizes(data.observed_data["x"]) == {"images": 4, "pixel": 5}
+        assert "constant_data" not in data.groups()
+        assert data.posterior["images"].values.tolist() == [7, 8, 9, 10]
+
+    def test_a_minibatch_is_labelled_by_its_indices(self):
+        def model():
+            with pyro.plate("data", 20, subsample_size=3):
+                pyro.sample("z", dist.Normal(0.0, 1.0))
+
+        samples = ImportanceSampler(model, model, 500)()
+        data = samples.to_arviz(num_samples=20)
+        expected = samples.rerun.minibatch.indices["data"].tolist()
+        assert data.posterior["data"].values.tolist() == expected
+
+    def test_groups_may_be_left_out(self, samples):
+        data = samples.to_arviz(num_samples=10, log_likelihood=False, predictive=False, prior=False)
+        assert set(data.groups()) == {"posterior", "sample_stats", "observed_data", "constant_data"}
+        given = samples.to_arviz(num_samples=10, prior=False, constant_data={"year": [1981]})
+        assert given.constant_data["year"].values.tolist() == [1981]
+
+    def test_without_vectorisation(self):
+        sampler = ImportanceSampler(global_model, global_guide, 300, vectorize_particles=False)
+        data = sampler(SIGMA, Y).to_arviz(num_samples=20)
+        assert sizes(data.prior["mu"]) == {"chain": 1, "draw": 20}
+        assert sizes(data.posterior_predictive["y"]) == {"chain": 1, "draw": 20, "school": 3}
+
+    def test_enumerated_sites(self):
+        def model():
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                c = pyro.sample("c", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+                pyro.sample("x", dist.Normal(z + c, 1.0), obs=torch.zeros(3))
+
+        def guide():
+            with pyro.plate("data", 3):
+                pyro.sample("z", dist.Normal(0.0, 1.0))
+
+        samples = ImportanceSampler(model, guide, 300)()
+        with pytest.raises(NotImplementedError, match="'c'"):
+            samples.to_arviz(num_samples=10)
+        data = samples.to_arviz(num_samples=10, log_likelihood=False, predictive=False)
+        assert sizes(data.posterior["z"]) == {"chain": 1, "draw": 10, "data": 3}
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")  # of leaving out one of three schools
+class TestArviZ:
+    """What ArviZ does with it."""
+
+    def test_summary_and_comparison(self, data):
+        summary = arviz.summary(data, kind="stats")
+        assert {"mu", "eta[A]", "theta[C]"} <= set(summary.index)
+        assert summary.loc["mu", "mean"] == pytest.approx(data.posterior["mu"].mean().item(), abs=1e-3)
+        loo = arviz.loo(data, pointwise=True)
+        log_lik = data.log_likelihood["y"].values[0]
+        naive = np.log(1 / np.exp(-log_lik).mean(0)).sum()  # plain importance-sampling LOO
+        assert loo.elpd_loo == pytest.approx(naive, abs=0.3)
+
+    def test_plots(self, data):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        arviz.plot_posterior(data, var_names=["mu"])
+        arviz.plot_ppc(data)
+        arviz.plot_khat(arviz.loo(data, pointwise=True))
+        plt.close("all")
+
+    def test_netcdf_round_trip(self, data, tmp_path):
+        data.to_netcdf(str(tmp_path / "posterior.nc"))
+        back = arviz.from_netcdf(str(tmp_path / "posterior.nc"))
+        assert set(back.groups()) == set(data.groups())
+        for group in data.groups():
+            xarray.testing.assert_equal(back[group].load(), data[group])
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_samples": 0}, "num_samples must be an integer >= 1"),
+            ({"dims": {"nu": ["school"]}}, r"dims names \['nu'\], but there are only the sites"),
+            ({"dims": {"eta": ["a", "b"]}}, r"gives 2 names \['a', 'b'\] for 'eta', which has 1 dims"),
+            (
+                {"coords": {"schol": ["A", "B", "C"]}},
+                "coords names dim 'schol', but there are only .*'school'",
+            ),
+            ({"coords": {"school": ["A", "B"]}}, "coords has 2 labels for dim 'school' of size 3"),
+        ],
+    )
+    def test_errors(self, samples, options, message):
+        with pytest.raises(ValueError, match=message):
+            samples.to_arviz(**{"num_samples": 10, **options})
+
+    def test_a_guide_that_misses_mass(self):
+        def model():
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+        samples = ImportanceSampler(model, lambda: pyro.sample("z", dist.Normal(0.0, 0.3)), 5000)()
+        with pytest.warns(RuntimeWarning, match="the guide misses mass of the posterior"):
+            samples.to_arviz(num_samples=10)
+
+    def test_without_arviz(self, samples, monkeypatch):
+        monkeypatch.setitem(sys.modules, "arviz", None)
+        with pytest.raises(ImportError, match=r"pip install 'pyro-iw\[arviz\]'"):
+            samples.to_arviz()
+
+
+def fake_arviz_1(monkeypatch):
+    """A module arviz without InferenceData, as version 1 is."""
+    fake = types.ModuleType("arviz")
+    fake.__spec__ = importlib.machinery.ModuleSpec("arviz", None)
+    monkeypatch.setitem(sys.modules, "arviz", fake)
+
+
+class TestVersionOne:
+    def test_it_is_a_datatree(self, samples, monkeypatch):
+        fake_arviz_1(monkeypatch)
+        tree = samples.to_arviz(num_samples=30)
+        assert isinstance(tree, xarray.DataTree)
+        assert set(tree.children) >= {"posterior", "sample_stats", "log_likelihood", "prior"}
+        assert sizes(tree["posterior"]["eta"]) == {"chain": 1, "draw": 30, "school": 3}
+
+    def test_arviz_stats_works_on_it(self, samples, monkeypatch):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stats = pytest.importorskip("arviz_stats")
+            fake_arviz_1(monkeypatch)
+            tree = samples.to_arviz(num_samples=300)
+            summary = stats.summary(tree, var_names=["mu"], kind="stats", round_to="none")
+        assert float(summary.loc["mu", "mean"]) == pytest.approx(
+            tree["posterior"]["mu"].values.mean(), abs=1e-6
+        )
+
+    def test_both_smooth_alike(self, samples, monkeypatch):
+        pytest.importorskip("arviz_stats")
+        from pyro_iw.psis import pareto_smoothed
+
+        log_w = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)).double() * 1.5
+        old, old_khat = pareto_smoothed(log_w)
+        fake_arviz_1(monkeypatch)
+        new, new_khat = pareto_smoothed(log_w)
+        # They fit slightly different tails; the body is the input itself in both.
+        torch.testing.assert_close(new_khat, old_khat, atol=0.05, rtol=0)
+        torch.testing.assert_close(new, old, atol=0.2, rtol=0)
