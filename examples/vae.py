@@ -18,7 +18,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -33,11 +33,18 @@ from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, ImportanceWeightedELBO
+from pyro_iw import (
+    CIWAE_ELBO,
+    IWAE_ELBO,
+    MIWAE_ELBO,
+    PIWAE_ELBO,
+    ImportanceSampler,
+    ImportanceWeightedELBO,
+    active_units,
+)
 
 LOSSES = ("elbo", "iwae", "miwae", "ciwae", "piwae")
 ESTIMATORS = ("auto", "reparam", "stl", "dreg", "rws")
-ACTIVE_THRESHOLD = 0.01
 # Rows (particles × images) that one evaluation pass holds in memory.
 EVALUATION_ROWS = 10_000
 EVALUATION_BATCH = 100
@@ -227,19 +234,6 @@ def mean_bound(vae: VAE, images: Tensor, loss: ELBO, *, seed: int) -> float:
         return -sum(loss.loss(vae.model, vae.guide, batch) for batch in batches) / len(images)
 
 
-def streamed_logmeanexp(chunks: Iterable[Tensor]) -> Tensor:
-    """log-mean-exp over dim 0 of all chunks together, with one chunk in memory at a time."""
-    total, count = None, 0
-    for chunk in chunks:
-        part = chunk.logsumexp(0)
-        total = part if total is None else torch.logaddexp(total, part)
-        count += len(chunk)
-    if total is None:
-        raise ValueError("no chunks: the log of an empty mean is undefined")
-    return total - math.log(count)
-
-
-@torch.no_grad()
 def log_marginal(
     vae: VAE,
     images: Tensor,
@@ -261,23 +255,10 @@ def log_marginal(
         One estimate an image, shape ``[N]``.
     """
     batches = images.split(EVALUATION_BATCH)
-    chunk_size = min(num_particles, max(1, max_rows // len(batches[0])))
-    sizes = [chunk_size] * (num_particles // chunk_size)
-    if num_particles % chunk_size:
-        sizes.append(num_particles % chunk_size)
-    # A loss has a fixed number of particles, so a ragged last chunk has its own.
-    losses = {size: IWAE_ELBO(K=size) for size in sizes}
-
-    def log_weights(batch: Tensor) -> Iterator[Tensor]:
-        for size in sizes:
-            yield losses[size].particles(vae.model, vae.guide, batch).log_weights
-            bar.update()
-
-    with (
-        seeded(seed, images.device),
-        progress_bar(len(batches) * len(sizes), f"NLL, {num_particles} particles") as bar,
-    ):
-        return torch.cat([streamed_logmeanexp(log_weights(batch)) for batch in batches])
+    chunk_size = max(1, max_rows // len(batches[0]))
+    sampler = ImportanceSampler(vae.model, vae.guide, num_particles, chunk_size=chunk_size)
+    with seeded(seed, images.device):
+        return sampler.log_marginal_dataset(batches).values
 
 
 @torch.no_grad()
@@ -301,13 +282,13 @@ def evaluate(
     """
     log_p = log_marginal(vae, images, nll_particles, seed=seed).double().mean().item()
     iwae = mean_bound(vae, images, IWAE_ELBO(K=num_particles), seed=seed)
-    active = guide_means(vae, images).var(0) > ACTIVE_THRESHOLD
+    active = active_units(vae.guide, images.split(1000))["z"].num_active
     return {
         "heldout_bound": mean_bound(vae, images, loss, seed=seed),
         "heldout_iwae_bound": iwae,
         "heldout_nll": -log_p,
         "minus_kl": iwae - log_p,
-        "active_units": int(active.sum()),
+        "active_units": active,
     }
 
 

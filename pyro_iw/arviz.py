@@ -102,52 +102,56 @@ def to_arviz(
     warn_of_khat(samples.khat, samples.num_particles)
     indices = samples.resample(num_samples)
     draws = samples.take(indices)
-    groups: dict[str, Variables] = {"posterior": {}, "sample_stats": _sample_stats(samples, indices, names)}
-    for name, latent in samples.latents.items():
-        groups["posterior"][name] = names.variable(name, draws[name], latent.frames, latent.event_dim, _DRAWS)
-
-    if not samples.rerun.enumerated:
-        shown = samples.observed({name: values[:1] for name, values in draws.items()})
-    elif log_likelihood or predictive:
-        samples.observed(draws)  # raises
-    else:
-        shown = {}
+    shown = _shown(samples, draws, needed=log_likelihood or predictive)
     data = {name: site for name, site in shown.items() if site.log_prob is not None}
-    names.check(set(samples.latents) | set(shown) | set(constant_data or ()))
-    observed = samples.observed(draws) if log_likelihood or len(data) < len(shown) else {}
-    for name, site in observed.items():
-        if site.log_prob is None:
-            variable = names.variable(name, site.values, site.frames, site.event_dim, _DRAWS)
-            groups["posterior"][name] = variable
-        elif log_likelihood:
-            variable = names.variable(
-                name, site.log_prob, site.frames, site.event_dim, _DRAWS, is_density=True
-            )
-            groups.setdefault("log_likelihood", {})[name] = variable
-    if predictive and data:
-        new = samples.rerun.sample_given(samples.as_latents(draws), data)
-        groups["posterior_predictive"] = {
-            name: names.variable(name, new[name], site.frames, site.event_dim, _DRAWS)
-            for name, site in data.items()
-        }
-    if prior:
-        drawn: dict[str, Latent | Observed] = {**samples.latents, **shown}
-        new = samples.rerun.sample_prior(num_samples, drawn)
-        for name, of in drawn.items():
-            group = "prior_predictive" if name in data else "prior"
-            variable = names.variable(name, new[name], of.frames, of.event_dim, _DRAWS)
-            groups.setdefault(group, {})[name] = variable
-    groups["observed_data"] = {
-        name: names.variable(name, site.values, site.frames, site.event_dim) for name, site in data.items()
-    }
+    names.check({*samples.latents, *shown, *(constant_data or ())})
     if constant_data is None:
         constant_data = _constants(samples, [site.values for site in data.values()])
-    groups["constant_data"] = {
-        name: names.variable(name, torch.as_tensor(values), (), torch.as_tensor(values).dim())
-        for name, values in constant_data.items()
+
+    def on_draws(values: Mapping[str, Tensor], sites: Mapping[str, Latent | Observed]) -> Variables:
+        return {
+            name: names.variable(name, values[name], site.frames, site.event_dim, _DRAWS)
+            for name, site in sites.items()
+        }
+
+    deterministic = {name: site for name, site in shown.items() if site.log_prob is None}
+    groups: dict[str, Variables] = {
+        "posterior": {
+            **on_draws(draws, samples.latents),
+            **on_draws({name: site.values for name, site in deterministic.items()}, deterministic),
+        },
+        "sample_stats": _sample_stats(samples, indices, names),
+        "observed_data": {
+            name: names.variable(name, site.values, site.frames, site.event_dim)
+            for name, site in data.items()
+        },
+        "constant_data": {
+            name: names.variable(name, tensor, (), tensor.dim())
+            for name, tensor in ((name, torch.as_tensor(value)) for name, value in constant_data.items())
+        },
     }
+    if log_likelihood:
+        groups["log_likelihood"] = {
+            name: names.variable(name, site.log_prob, site.frames, site.event_dim, _DRAWS, is_density=True)
+            for name, site in data.items()
+            if site.log_prob is not None
+        }
+    if predictive and data:
+        new = samples.rerun.sample_given(samples.as_latents(draws), data)
+        groups["posterior_predictive"] = on_draws(new, data)
+    if prior:
+        unobserved: dict[str, Latent | Observed] = {**samples.latents, **deterministic}
+        new = samples.rerun.sample_prior(num_samples, {**unobserved, **data})
+        groups |= {"prior": on_draws(new, unobserved), "prior_predictive": on_draws(new, data)}
     labels = names.labels(groups, coords or {})
     return wrap({name: _dataset(group, labels, samples) for name, group in groups.items() if group})
+
+
+def _shown(samples: ImportanceSamples, draws: dict[str, Tensor], needed: bool) -> dict[str, Observed]:
+    """What the model shows on the draws; nothing where it cannot be run on them and need not be."""
+    if samples.rerun.enumerated and not needed:
+        return {}
+    return samples.observed(draws)
 
 
 class _Names:

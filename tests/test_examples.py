@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -321,35 +321,6 @@ def test_binary_images_are_left_as_they_are(tmp_path: Path, monkeypatch: pytest.
     metrics = vae.main([*argv, "--out", str(tmp_path / "out")])
     assert finite(metrics["results"])
     assert metrics["settings"]["heldout_images"] == 25
-
-
-@pytest.mark.parametrize("sizes", [[7], [3, 4], [1] * 7, [5, 2], [2, 2, 2, 1]])
-def test_streamed_logmeanexp_does_not_depend_on_the_chunks(sizes: list[int]) -> None:
-    # So far apart that exp under- and overflows in float64.
-    log_w = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    log_w = log_w * 3 + torch.tensor([-2000.0, 0.0, 2000.0])
-    peak = log_w.max(0).values
-    expected = (log_w - peak).exp().mean(0).log() + peak
-    streamed = vae.streamed_logmeanexp(log_w.split(sizes))
-    torch.testing.assert_close(streamed, expected, rtol=1e-14, atol=1e-12)
-
-
-def test_streamed_logmeanexp_of_nothing() -> None:
-    with pytest.raises(ValueError, match="no chunks"):
-        vae.streamed_logmeanexp([])
-
-
-def test_log_marginal_draws_as_many_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-
-    def count(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
-        chunks = list(chunks)
-        drawn.append([len(chunk) for chunk in chunks])
-        return chunks[0][0]
-
-    monkeypatch.setattr(vae, "streamed_logmeanexp", count)
-    vae.log_marginal(vae.VAE(6, latent=2, hidden=3), torch.ones(4, 6), 11, seed=0, max_rows=16)
-    assert drawn == [[4, 4, 3]]
 
 
 @pytest.mark.parametrize("max_rows", [1, 70, 10_000])

@@ -131,6 +131,22 @@ class TestLogMarginal:
         sampler.log_marginal()
         assert not torch.equal(seen[-1], rows)
 
+    def test_a_new_pair_draws_the_minibatch_that_its_seed_says(self):
+        def model():
+            with pyro.plate("data", 1000, subsample_size=2) as rows:
+                pyro.sample("z", dist.Normal(rows.float(), 1.0))
+
+        def guide():
+            with pyro.plate("data", 1000, subsample_size=2) as rows:
+                pyro.sample("z", dist.Normal(rows.float(), 1.2))
+
+        sampler = ImportanceSampler(model, guide, 10)
+        values = []
+        for _ in range(2):  # the first call gets to know the pair, by a run of its own
+            pyro.set_rng_seed(3)
+            values.append(sampler().rerun.minibatch.indices["data"])
+        assert torch.equal(*values)
+
     @pytest.mark.parametrize("case_class", CASES)
     @pytest.mark.parametrize("vectorize", [True, False])
     def test_weights_against_hand_written_densities(self, case_class, vectorize):
