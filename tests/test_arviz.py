@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray
+from cases import NestedPlates
 
 from pyro_iw import ImportanceSampler
 from pyro_iw.optional import require
@@ -123,6 +124,16 @@ class TestGroups:
         assert sizes(data.observed_data["x"]) == {"images": 4, "pixel": 5}
         assert "constant_data" not in data.groups()
         assert data.posterior["images"].values.tolist() == [7, 8, 9, 10]
+
+    def test_nested_plates(self):
+        pair = NestedPlates()
+        data = ImportanceSampler(pair.model, pair.guide, 500)().to_arviz(num_samples=20)
+        draws = {"chain": 1, "draw": 20, "rows": 3, "columns": 2}
+        assert (
+            sizes(data.posterior["z"]) == sizes(data.prior["z"]) == sizes(data.log_likelihood["x"]) == draws
+        )
+        assert sizes(data.sample_stats["ess"]) == {"rows": 3, "columns": 2}
+        np.testing.assert_array_equal(data.observed_data["x"].values, pair.x.numpy())
 
     def test_a_minibatch_is_labelled_by_its_indices(self):
         def model():

@@ -9,9 +9,11 @@ import pytest
 import torch
 from cases import GlobalLatent, Masked, NestedPlates, PlateInsideKeptPlate
 from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 
 from pyro_iw import ImportanceSampler
 from pyro_iw.bounds import IWAE, MIWAE
+from pyro_iw.latents import own_shape
 
 
 class Regression:
@@ -318,22 +320,23 @@ class TestModelAgain:
         assert {name: v.numel() for name, v in drawn.items()} == {"mean": 250, "norm": 50, "y": 250}
         assert set(samples.predictive(5, return_sites=["y"])()) == {"y"}
 
-    def test_predictions_are_for_the_same_minibatch(self):
+    def test_the_model_runs_again_on_the_same_minibatch(self):
         data = 100.0 * torch.arange(20.0)
 
         def model():
             with pyro.plate("data", 20, subsample_size=4) as rows:
-                z = pyro.sample("z", dist.Normal(data[rows], 1.0))
-                pyro.sample("x", dist.Normal(z, 1.0), obs=data[rows])
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(data[rows] + z, 1.0), obs=data[rows])
 
         def guide():
-            with pyro.plate("data", 20, subsample_size=4) as rows:
-                pyro.sample("z", dist.Normal(data[rows], 0.8))
+            with pyro.plate("data", 20, subsample_size=4):
+                pyro.sample("z", dist.Normal(0.0, 0.8))
 
         samples = ImportanceSampler(model, guide, 50, chunk_size=20)()
         rows = samples.rerun.minibatch.indices["data"]
-        drawn = samples.predictive(30)()["x"]
-        assert (drawn - data[rows]).abs().max() < 20
+        assert (samples.predictive(30)()["x"] - data[rows]).abs().max() < 20
+        observed = samples.observed(samples.posterior(30))["x"]
+        assert torch.equal(observed.values, data[rows])
 
     def test_enumerated_sites_are_refused(self):
         def model():
@@ -414,3 +417,10 @@ def test_no_cells_share_a_particle_with_the_global_latent():
     assert draws["z"].shape == (30, 4)
     rows = {tuple(row) for row in torch.cat([samples.values["b"][:, None], samples.values["z"]], 1).tolist()}
     assert {tuple(row) for row in torch.cat([draws["b"][:, None], draws["z"]], 1).tolist()} <= rows
+
+
+def test_values_that_do_not_vary_over_particles():
+    plate = CondIndepStackFrame("data", -1, 2, 0)
+    assert own_shape(torch.ones(2), 0, [plate], nesting=1, size=5).shape == (5, 2)
+    assert own_shape(torch.ones(5, 1, 3), 1, [], nesting=1, size=5).shape == (5, 3)
+    assert own_shape(torch.ones(2, 3), 1, [plate], nesting=1, size=None).shape == (1, 2, 3)
