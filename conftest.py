@@ -1,6 +1,8 @@
 """Fixtures of tests and doctests: a clean slate for every test, and a small pair for the examples."""
 
 import math
+import os
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -12,12 +14,16 @@ from pyro.optim import Adam
 
 import pyro_iw
 
+os.environ.setdefault("MPLBACKEND", "agg")
+
 
 @pytest.fixture(autouse=True)
 def _clean_slate():
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
     pyro.clear_param_store()
     pyro.settings.set(module_local_params=False)
 

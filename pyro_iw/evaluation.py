@@ -60,7 +60,7 @@ def bound_curve(
         kwargs: further keyword arguments of model and guide.
 
     Raises:
-        ValueError: if a K exceeds the sampler's number of particles.
+        ValueError: if there is no K, or one exceeds the sampler's number of particles.
 
     Example:
         >>> curve = bound_curve(ImportanceSampler(model, guide, 1024), data, num_particles=[1, 32, 1024])
@@ -71,6 +71,8 @@ def bound_curve(
     if num_particles is None:
         num_particles = [2**i for i in range(largest.bit_length())]
     running = {K: RunningBound(IWAE(K)) for K in num_particles}
+    if not running:
+        raise ValueError("num_particles names no K to evaluate the bound at.")
     if max(running) > largest:
         raise ValueError(f"The sampler draws {largest} particles, too few for K={max(running)}.")
     everything = RunningLogMean()

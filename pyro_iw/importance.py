@@ -74,7 +74,9 @@ class LogMarginal:
 
     @property
     def sampling_error(self) -> float:
-        """Standard error of :attr:`mean` as an estimate for the population the datapoints come from."""
+        """Standard error of :attr:`mean` as an estimate for the population; NaN for a single datapoint."""
+        if len(self.values) == 1:
+            return math.nan
         return self.values.double().std().item() / math.sqrt(len(self.values))
 
     @property

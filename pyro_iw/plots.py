@@ -118,8 +118,8 @@ def plot_ess(ess: Tensor, num_particles: int, ax: Axes | None = None) -> Axes:
     # The sums behind an ESS round.
     if bool((values > num_particles * 1.001).any()):
         raise ValueError(
-            f"ess goes up to {values.max():.4g}, which num_particles={num_particles} do not allow. Pass the "
-            "number of particles that it was computed from."
+            f"ess goes up to {np.nanmax(values):.4g}, which num_particles={num_particles} do not allow. "
+            "Pass the number of particles that it was computed from."
         )
     alive = np.isfinite(values) & (values > 0)
     _refuse_nothing("ess", alive)
@@ -220,7 +220,7 @@ def plot_weights(log_weights: Tensor | ImportanceSamples, ax: Axes | None = None
     """
     if isinstance(log_weights, ImportanceSamples):
         log_weights = log_weights.log_weights
-    values = torch.as_tensor(log_weights).detach().double().cpu()
+    values = torch.as_tensor(log_weights).detach().cpu().double()
     if values.dim() == 0 or len(values) < 2:
         raise ValueError(
             "log_weights should be of shape [S, *cells] with two particles or more, but has shape "
@@ -280,7 +280,7 @@ def plot_latents(
         >>> z = torch.randn(200, 5) * torch.tensor([1.0, 0.1, 2.0, 0.1, 0.1])
         >>> axes = plot_latents(z, labels=(z[:, 0] > 0).long())
         >>> axes.get_xlabel()[:6], axes.get_ylabel()[:6]
-        ('unit 2', 'unit 0')
+        ('unit 0', 'unit 2')
     """
     points = _array("values", values)
     if points.ndim != 2 or points.shape[1] < 2:
@@ -305,7 +305,7 @@ def plot_latents(
         )
     variances = points.var(0)
     if dims is None:
-        first, second = np.argsort(-variances, kind="stable")[:2]
+        first, second = sorted(np.argsort(-variances, kind="stable")[:2])
     else:
         if len(set(dims)) != 2 or not all(0 <= dim < width for dim in dims):
             raise ValueError(f"dims should be two different units in 0..{width - 1}, but is {dims}.")

@@ -143,8 +143,9 @@ class ImportanceSamples:
     def khat(self) -> Tensor:
         """Shape k̂ of the weights' tail, ``[*cells]``; see :func:`~pyro_iw.psis.pareto_smoothed`.
 
-        Above 0.7 the guide misses mass of the posterior: neither the log evidence nor expectations are to be
-        trusted, however many particles there are.
+        Above 0.7 (less for few particles, see :func:`~pyro_iw.psis.khat_threshold`) the guide misses mass of
+        the posterior: neither the log evidence nor expectations are to be trusted, however many particles
+        there are.
 
         Raises:
             ImportError: if ArviZ is missing.

@@ -53,6 +53,8 @@ class TestBoundCurve:
     def test_more_particles_than_the_sampler_draws(self):
         with pytest.raises(ValueError, match="draws 20 particles, too few for K=64"):
             bound_curve(ImportanceSampler(*conjugate(2), 20), num_particles=[64])
+        with pytest.raises(ValueError, match="no K"):
+            bound_curve(ImportanceSampler(*conjugate(2), 20), num_particles=[])
 
 
 class TestRateDistortion:

@@ -269,6 +269,11 @@ class TestDataset:
         expected = result.monte_carlo_errors.square().sum().sqrt() / 400
         assert result.monte_carlo_error == pytest.approx(expected.item())
 
+    def test_a_single_datapoint_has_no_sampling_error(self):
+        result = ImportanceSampler(*pair(1), 100).log_marginal_dataset([torch.tensor([TRUTH.x]).double()])
+        assert math.isnan(result.sampling_error)
+        assert math.isfinite(result.monte_carlo_error)
+
     @pytest.mark.parametrize("bound", [IWAE(1), IWAE(8), MIWAE(2, 4)])
     def test_another_bound_on_the_same_particles(self, bound):
         x = torch.full((4000,), TRUTH.x).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
+import pyro_iw
 from pyro_iw import ImportanceSampler, bound_curve
 from pyro_iw.evaluation import BoundCurve
 from pyro_iw.plots import (
@@ -51,7 +53,7 @@ def ax() -> Iterator[Axes]:
     axes = figure.add_subplot()
     before = pyplot.get_fignums()
     yield axes
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert pyplot.get_fignums() == before
 
 
@@ -73,7 +75,7 @@ def test_draws_on_the_given_axes_or_on_new_ones(name: str, ax: Axes) -> None:
     new = ALL[name]()
     assert new is not ax
     assert new.figure.number not in before
-    new.figure.canvas.draw()
+    new.figure.draw_without_rendering()
     pyplot.close(new.figure)
     assert pyplot.get_fignums() == before
     for axes in (ax, new):
@@ -89,11 +91,11 @@ def test_missing_matplotlib(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ALL[name]()
 
 
-def test_importing_needs_no_matplotlib() -> None:
-    import subprocess
-
-    code = "import sys, pyro_iw.plots; assert not any(name.startswith('matplotlib') for name in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_importing_needs_no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyro_iw, "plots", sys.modules["pyro_iw.plots"])
+    monkeypatch.delitem(sys.modules, "pyro_iw.plots")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    importlib.import_module("pyro_iw.plots")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_importing_needs_no_matplotlib() -> None:
             lambda: plot_bound_curve(BoundCurve((1,), torch.tensor([math.nan]), torch.zeros(1))),
             "curve.mean has nothing to draw: none of its 1 value",
         ),
-        (lambda: plot_ess(torch.tensor([200.0]), 100), "num_particles=100 do not allow"),
+        (lambda: plot_ess(torch.tensor([math.nan, 200.0]), 100), "up to 200, which num_particles=100 do not"),
         (lambda: plot_ess(torch.zeros(3), 100), "nothing to draw"),
         (lambda: plot_ess(torch.empty(0), 100), "none of its 0 value"),
         (lambda: plot_ess(torch.zeros(3, dtype=torch.complex64), 100), "real numbers.*complex"),
@@ -221,7 +223,7 @@ def test_ess_within_a_decade(ax: Axes) -> None:
 @pytest.mark.parametrize("values", [[1.0, 10.0, 100.0], [60.0, 80.0, 90.0]])
 def test_ess_has_relative_efficiency_above(values: list[float], ax: Axes) -> None:
     plot_ess(torch.tensor(values), 200, ax)
-    ax.figure.canvas.draw()
+    ax.figure.draw_without_rendering()
     (upper,) = ax.child_axes
     assert upper.get_xlim() == pytest.approx(tuple(x / 200 for x in ax.get_xlim()))
     assert upper.xaxis.get_major_formatter()(0.25) == "25%"
@@ -275,11 +277,11 @@ def test_khat_all_infinite(ax: Axes) -> None:
     assert legend(ax) == ["threshold 0.23: 4 of 4 above (100%)"]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_khat_counts_all(seed: int, ax: Axes) -> None:
-    torch.manual_seed(seed)
-    plot_khat(torch.randn(50) * 10.0 ** (seed - 10), 1000, ax)
-    assert heights(ax) == 50
+def test_khat_counts_all_at_any_scale() -> None:
+    for power in range(-10, 10):
+        axes = Figure().add_subplot()
+        plot_khat(torch.randn(50) * 10.0**power, 1000, axes)
+        assert heights(axes) == 50
 
 
 # Weights
@@ -287,7 +289,7 @@ def test_khat_counts_all(seed: int, ax: Axes) -> None:
 
 def test_weights(ax: Axes) -> None:
     weights = torch.tensor([[1.0, 1.0], [5.0, 1.0], [2.0, 1.0], [2.0, 1.0]])
-    log_weights = weights.log() + torch.tensor([1000.0, -1000.0])
+    log_weights = weights.double().log() + torch.tensor([1000.0, -1000.0])
     plot_weights(log_weights, ax)
     first, equal, diagonal = ax.lines
     for line in ax.lines:
@@ -356,7 +358,7 @@ def test_weights_of_samples(ax: Axes) -> None:
 
 
 def test_latents_of_largest_variance(ax: Axes) -> None:
-    values = torch.randn(100, 4) * torch.tensor([0.1, 2.0, 0.1, 1.0]) + 50
+    values = torch.randn(100, 4) * torch.tensor([0.1, 1.0, 0.1, 2.0]) + 50
     plot_latents(values, ax=ax)
     np.testing.assert_allclose(ax.collections[0].get_offsets(), values[:, [1, 3]])
     variance = values[:, 1].var(correction=0)
