@@ -8,9 +8,10 @@ FULL := $(VENV)/.full
 # Bytecode is compiled at the first import: most of what is installed is never imported.
 INSTALL := $(BIN)/python -m pip install -qq --no-compile -c constraints.txt
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types docs check clean
+.PHONY: help venv demo test lint types docs check bench clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +53,12 @@ docs: $(FULL)  ## Build the documentation; warnings are errors
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 check: lint types test docs  ## All of lint, types, test and docs
+
+# NumPyro takes part where it is installed: $(BIN)/pip install -c constraints.txt '.[bench]'.
+bench: $(BASE)  ## Time and memory beside what a user would pick instead (an hour; BENCH_ARGS=--smoke: a minute)
+	@for script in step_time memory time_to_nll; do \
+	    $(BIN)/python benchmarks/$$script.py $(BENCH_ARGS) || exit 1; \
+	done
 
 clean:  ## Remove .venv and everything generated
 	rm -rf $(VENV) build dist *.egg-info docs/_build results
