@@ -6,6 +6,7 @@ from .elbo import ImportanceWeightedELBO
 from .evaluation import RateDistortion, active_units, bound_curve, rate_distortion
 from .importance import ImportanceSampler, LogMarginal
 from .losses import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
+from .optim import FusedOptim
 from .particles import Particles
 from .samples import ImportanceSamples
 
@@ -17,6 +18,7 @@ __all__ = [
     "TVO_ELBO",
     "VR_ELBO",
     "Bound",
+    "FusedOptim",
     "GradientSNR",
     "ImportanceSampler",
     "ImportanceSamples",

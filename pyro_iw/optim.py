@@ -1,0 +1,158 @@
+r"""One PyTorch optimiser for all parameters of an ``SVI``, where Pyro's own make one for each.
+
+Pyro's :class:`~pyro.optim.PyroOptim` steps its optimisers in a Python loop over the parameters, which for a
+small network takes as long as the gradient itself. Here all parameters share one optimiser, so that its fused
+or multi-tensor kernels do their work in one call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+__all__ = ["FusedOptim"]
+
+# The devices for which every release of PyTorch from 2.4 on has fused kernels.
+_FUSED_DEVICES = ("cpu", "cuda")
+
+
+class FusedOptim(PyroOptim):
+    """One :class:`torch.optim.Optimizer` over all parameters, in place of :class:`~pyro.optim.PyroOptim`.
+
+    Takes the same steps as ``PyroOptim`` with the same arguments, and reads and writes the same state; a
+    scheduler of :mod:`torch.optim.lr_scheduler` goes on :attr:`optimizer`, once a step has made it.
+    Parameters that appear later join as they come. A step leaves ``.grad`` at None, as
+    :meth:`torch.optim.Optimizer.zero_grad` does, where Pyro leaves zeros.
+
+    Arguments:
+        optim_constructor: an optimiser class of :mod:`torch.optim`, or a function that makes one from
+            parameter groups and keywords.
+        optim_args: its keywords; or a function of a parameter's name that returns them, parameters with equal
+            keywords then sharing a group. ``fused=True`` is added where the constructor has it and the
+            parameters allow it, unless ``fused``, ``foreach`` or ``differentiable`` is among them.
+        clip_args: ``clip_norm`` and ``clip_value`` as in ``PyroOptim``, for each parameter by itself.
+
+    Example:
+        >>> optim = FusedOptim(torch.optim.Adam, {"lr": 1e-3})
+        >>> svi = SVI(model, guide, optim, loss=IWAE_ELBO(K=64))
+        >>> loss = svi.step(data)
+        >>> [group["lr"] for group in optim.optimizer.param_groups]
+        [0.001]
+    """
+
+    def __init__(
+        self,
+        optim_constructor: Callable[..., Any],
+        optim_args: dict[str, Any] | Callable[..., dict[str, Any]],
+        clip_args: dict[str, float] | Callable[..., dict[str, float]] | None = None,
+    ) -> None:
+        super().__init__(optim_constructor, optim_args, clip_args)
+        self._make = optim_constructor
+        #: The optimiser, None before the first step.
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._has_fused = "fused" in inspect.signature(optim_constructor).parameters
+        self._known: set[Tensor] = set()
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        """Take a step.
+
+        Arguments:
+            params: the parameters to step, with their gradients in ``.grad``.
+            args: positional arguments of the optimiser's ``step``.
+            kwargs: keyword arguments of it.
+        """
+        params = set(params)
+        if not params:
+            return
+        if not params <= self._known:
+            self._add(params - self._known)
+        for param in params:
+            if self.grad_clip[param] is not None:
+                self.grad_clip[param](param)
+        # Another loss may have left gradients in parameters that are none of this step's.
+        others = [(param, param.grad) for param in self._known - params if param.grad is not None]
+        for param, _ in others:
+            param.grad = None
+        assert self.optimizer is not None
+        self.optimizer.step(*args, **kwargs)
+        for param in params:
+            param.grad = None  # else SVI would fill it with zeros, one parameter at a time
+        for param, grad in others:
+            param.grad = grad
+
+    def _add(self, params: set[Tensor]) -> None:
+        """Take in new parameters, with the state that waits for them."""
+        store = pyro.get_param_store()
+        groups: list[dict[str, Any]] = []
+        states: dict[Tensor, Any] = {}
+        # A set's order changes from run to run, that of names does not.
+        for param in sorted(params, key=lambda param: store.param_name(param) or ""):
+            self._known.add(param)
+            self.grad_clip[param] = self._get_grad_clip(param)  # type: ignore[arg-type]
+            options = self._options(param)
+            # An optimiser of its own fills in defaults, and casts the state to the parameter's dtype.
+            alone = self._make([param], **options)
+            saved = self._state_waiting_to_be_consumed.pop(store.param_name(param), None)
+            if saved is not None:
+                group = {**saved["param_groups"][0], **_kernel(options)}
+                alone.load_state_dict({**saved, "param_groups": [group]})
+                states[param] = alone.state.get(param)
+            complete = alone.param_groups[0]
+            for group in groups:
+                if {**group, "params": None} == {**complete, "params": None}:
+                    group["params"].append(param)
+                    break
+            else:
+                groups.append({**complete, "params": [param]})
+        if self.optimizer is None:
+            self.optimizer = self._make(groups, **options)
+        else:
+            for group in groups:
+                self.optimizer.add_param_group(group)
+        for param, state in states.items():
+            if state:
+                self.optimizer.state[param] = state
+
+    def _options(self, param: Tensor) -> dict[str, Any]:
+        """The keywords for a parameter, with ``fused`` where it is for us to choose."""
+        options = dict(self._get_optim_args(param))
+        chosen = any(options.get(name) is not None for name in ("fused", "foreach"))
+        if self._has_fused and not chosen and not options.get("differentiable"):
+            options["fused"] = param.is_floating_point() and param.device.type in _FUSED_DEVICES
+        return options
+
+    def get_state(self) -> dict[str, Any]:
+        """State dicts by parameter name, each as that parameter's own optimiser would give it."""
+        states = dict(self._state_waiting_to_be_consumed)
+        if self.optimizer is not None:
+            store = pyro.get_param_store()
+            for group in self.optimizer.param_groups:
+                options = {key: value for key, value in group.items() if key != "params"}
+                for param in group["params"]:
+                    state = self.optimizer.state.get(param)
+                    states[store.param_name(param)] = {
+                        "state": {0: dict(state)} if state else {},
+                        "param_groups": [{**options, "params": [0]}],
+                    }
+        return states
+
+    def set_state(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what :meth:`get_state` of this class or of ``PyroOptim`` gave.
+
+        Each parameter takes its state up at its next step.
+        """
+        # What is not in there keeps the state it has.
+        self._state_waiting_to_be_consumed = {**self.get_state(), **state_dict}
+        self.optimizer = None
+        self._known.clear()
+
+
+def _kernel(options: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that say how a step is computed and not what it does."""
+    return {name: options[name] for name in ("fused", "foreach") if name in options}

@@ -1,0 +1,187 @@
+"""One optimiser for all parameters takes the steps that one for each would take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import PyroOptim
+
+from pyro_iw import IWAE_ELBO, FusedOptim
+
+DATA = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+
+def model(data: torch.Tensor, **_: Any) -> None:
+    loc = pyro.param("loc", torch.tensor(0.1, dtype=torch.float64))
+    with pyro.plate("data", len(data)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=data)
+
+
+def guide(data: torch.Tensor, late: bool = True) -> None:
+    weight = pyro.param("weight", torch.tensor([0.3, 0.1, 0.2], dtype=torch.float64))
+    scale = pyro.param("scale", torch.tensor(0.7, dtype=torch.float64), dist.constraints.positive)
+    shift = pyro.param("shift", torch.tensor(0.2, dtype=torch.float64)) if late else 0.0
+    with pyro.plate("data", len(data)):
+        pyro.sample("z", dist.Normal(weight * data + shift, scale))
+
+
+def train(optim: PyroOptim, steps: int = 5, fresh: bool = True, **kwargs: Any) -> dict[str, torch.Tensor]:
+    if fresh:
+        pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    svi = SVI(model, guide, optim, loss=Trace_ELBO())
+    for _ in range(steps):
+        svi.step(DATA, **kwargs)
+    return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-12, atol=1e-12)
+
+
+OPTIMISERS = [
+    (torch.optim.Adam, {"lr": 0.1}),
+    (torch.optim.Adam, {"lr": 0.1, "foreach": True}),
+    (torch.optim.Adam, {"lr": 0.1, "fused": False, "amsgrad": True}),
+    (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.3}),
+    (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
+    (torch.optim.RMSprop, {"lr": 0.01}),
+    (pyro.optim.clipped_adam.ClippedAdam, {"lr": 0.1, "lrd": 0.9}),
+]
+
+
+@pytest.mark.parametrize(("constructor", "options"), OPTIMISERS)
+def test_same_steps_as_pyros(constructor: type, options: dict[str, Any]) -> None:
+    start = train(FusedOptim(constructor, options), steps=0)
+    assert not start
+    assert_same(train(FusedOptim(constructor, options)), train(PyroOptim(constructor, options)))
+
+
+def test_it_is_one_fused_optimiser() -> None:
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+    train(optim)
+    (group,) = optim.optimizer.param_groups
+    assert len(group["params"]) == 4
+    assert group["fused"] is True
+    assert pyro.param("weight").grad is None
+
+
+def test_parameters_that_cannot_be_fused() -> None:
+    def complex_model() -> None:
+        z = pyro.param("z", torch.tensor(1.0 + 1.0j))
+        pyro.factor("energy", -(z - 2.0).abs().square())
+
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+    svi = SVI(complex_model, lambda: None, optim, loss=Trace_ELBO())
+    first = svi.step()
+    for _ in range(10):
+        last = svi.step()
+    assert last < first
+    assert optim.optimizer.param_groups[0]["fused"] is False
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.1}, lambda name: {"lr": 0.1 if name == "loc" else 0.02}])
+def test_parameters_that_appear_later(options: Any) -> None:
+    found = []
+    for kind in (FusedOptim, PyroOptim):
+        optim = kind(torch.optim.Adam, options)
+        train(optim, steps=3, late=False)
+        found.append(train(optim, steps=3, fresh=False))
+    assert_same(*found)
+
+
+def test_options_by_name() -> None:
+    def options(name: str) -> dict[str, Any]:
+        return {"lr": 0.0, "betas": (0.1, 0.2)} if name == "loc" else {"lr": 0.1}
+
+    optim = FusedOptim(torch.optim.Adam, options)
+    found = train(optim)
+    assert found["loc"] == 0.1
+    assert sorted(len(group["params"]) for group in optim.optimizer.param_groups) == [1, 3]
+    assert_same(found, train(PyroOptim(torch.optim.Adam, options)))
+
+
+@pytest.mark.parametrize(
+    "clip", [{"clip_norm": 0.5}, {"clip_value": 0.1}, lambda module, name: {"clip_norm": 0.5}]
+)
+def test_clipping(clip: Any) -> None:
+    options = {"lr": 0.01}
+    clipped = train(FusedOptim(torch.optim.SGD, options, clip))
+    assert_same(clipped, train(PyroOptim(torch.optim.SGD, options, clip)))
+    assert (clipped["loc"] - train(FusedOptim(torch.optim.SGD, options))["loc"]).abs() > 1e-4
+
+
+@pytest.mark.parametrize("first", [FusedOptim, PyroOptim])
+@pytest.mark.parametrize("second", [FusedOptim, PyroOptim])
+def test_state_goes_on(first: type, second: type, tmp_path: Path) -> None:
+    whole = PyroOptim(torch.optim.Adam, {"lr": 0.1})
+    train(whole, steps=3)
+    expected = train(whole, steps=3, fresh=False)
+    before = first(torch.optim.Adam, {"lr": 0.1})
+    train(before, steps=3)
+    before.save(str(tmp_path / "optim.pt"))
+    after = second(torch.optim.Adam, {"lr": 77.0})  # the saved state brings its own
+    after.load(str(tmp_path / "optim.pt"))
+    assert_same(train(after, steps=3, fresh=False), expected)
+
+
+def test_state_replaces_what_there_is() -> None:
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+    train(optim, steps=3)
+    saved = {name: value.detach().clone() for name, value in pyro.get_param_store().named_parameters()}
+    # get_state refers to the tensors at work, as that of torch.optim does.
+    state = torch.utils._pytree.tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, optim.get_state()
+    )
+    expected = train(optim, steps=3, fresh=False)
+    with torch.no_grad():
+        for name, value in pyro.get_param_store().named_parameters():
+            value.copy_(saved[name])
+    optim.set_state({name: state[name] for name in ("loc", "weight", "scale", "shift")})
+    assert_same(train(optim, steps=3, fresh=False), expected)
+
+
+def test_state_that_waits_is_kept() -> None:
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+    train(optim, steps=3)
+    state = optim.get_state()
+    assert state.keys() == {"loc", "weight", "scale", "shift"}
+    again = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+    again.set_state(state)
+    assert again.get_state().keys() == state.keys()
+    train(again, steps=1, fresh=False, late=False)
+    assert again.get_state().keys() == state.keys()
+
+
+def test_gradients_of_other_parameters_are_left_alone() -> None:
+    one, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optim = FusedOptim(torch.optim.SGD, {"lr": 0.1})
+    one.grad, other.grad = torch.ones(2), torch.ones(2)
+    optim({one, other})
+    one.grad, other.grad = torch.ones(2), torch.ones(2)
+    optim([one])
+    optim([])
+    assert one.grad is None
+    torch.testing.assert_close(other.grad, torch.ones(2))
+    torch.testing.assert_close(one.detach(), torch.full((2,), 0.8))
+    torch.testing.assert_close(other.detach(), torch.full((2,), 0.9))
+
+
+def test_with_a_scheduler_of_pytorch() -> None:
+    optim = FusedOptim(torch.optim.SGD, {"lr": 0.1})
+    train(optim, steps=1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optim.optimizer, gamma=0.5)
+    svi = SVI(model, guide, optim, loss=IWAE_ELBO(K=3))
+    for _ in range(2):
+        svi.step(DATA)
+        scheduler.step()
+    assert optim.optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
