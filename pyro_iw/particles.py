@@ -299,6 +299,8 @@ def _split_scales(
     sites: list[Site], kept: tuple[CondIndepStackFrame, ...]
 ) -> tuple[float | Tensor, list[Site]]:
     """The factor outside the logarithm, and the sites with what remains inside."""
+    if not any(map(_is_scaled, sites)):
+        return 1.0, sites
     keys = {plate_key(frame) for frame in kept}
     outer: float | Tensor = math.prod(_subsampling(frame) for frame in kept)
     # What the plates do not account for is the user's own.
@@ -312,6 +314,11 @@ def _split_scales(
         rest = math.prod(_subsampling(frame) for frame in site.frames if plate_key(frame) not in keys)
         inner.append(site._replace(scale=rest if shared else scale * rest))
     return outer, inner
+
+
+def _is_scaled(site: Site) -> bool:
+    scale = site.message["scale"]
+    return isinstance(scale, Tensor) or scale != 1 or any(map(_is_subsampled, site.frames))
 
 
 def _subsampling(frame: CondIndepStackFrame) -> float:
@@ -366,9 +373,12 @@ def _log_densities(
         groups.append([site.rescored_site() for site in guide])
     zero = sites[0].log_prob.new_zeros(()) if sites else torch.zeros(())
     totals = [_sum_sites(group, layout, len(traces.pairs), kl_weight, zero) for group in groups]
-    shape = torch.broadcast_shapes(*(total.shape for total in totals))
-    shape = torch.Size([traces.num_particles, *shape[1:]])
-    log_p, log_q, *rest = (total.expand(shape) for total in totals)
+    shape = totals[0].shape
+    if shape[0] != traces.num_particles or any(total.shape != shape for total in totals):
+        shape = torch.broadcast_shapes(*(total.shape for total in totals))
+        shape = torch.Size([traces.num_particles, *shape[1:]])
+        totals = [total.expand(shape) for total in totals]
+    log_p, log_q, *rest = totals
     return log_p, log_q, rest[0] if rest else None
 
 
@@ -377,14 +387,21 @@ def _sum_sites(
 ) -> Tensor:
     """The sites' log densities summed, of shape ``[S, *cells]`` with size 1 where they do not vary."""
     rank = len(layout.kept_dims) + (layout.particle_dim is not None)
-    totals = [zero.reshape((1,) * rank)] * num_pairs
+    sums: list[Tensor | None] = [None] * num_pairs
     for site in sites:
         term = layout.log_density(site)
         if kl_weight != 1 and (site.is_latent or site.role == "guide"):
             if kl_weight == 0:
                 continue  # 0 * -inf would be NaN
             term = kl_weight * term
-        totals[site.pair] = totals[site.pair] + term
-    if layout.particle_dim is None:
-        return torch.stack(torch.broadcast_tensors(*totals))
-    return totals[0]
+        so_far = sums[site.pair]
+        sums[site.pair] = term if so_far is None else so_far + term
+    totals = []
+    for total in sums:
+        if total is None or total.dtype != zero.dtype:  # a dtype that all groups share
+            start = zero.reshape((1,) * rank)
+            total = start if total is None else start + total
+        totals.append(total)
+    if layout.particle_dim is not None:
+        return totals[0]
+    return totals[0].unsqueeze(0) if num_pairs == 1 else torch.stack(torch.broadcast_tensors(*totals))
