@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     common.prepare(args)
     with pyro.validation_enabled(False):
         results, skipped = run(args)
-    print(f"8×8 digits, one-layer VAE, B = {args.batch}, {args.particles} particles, {args.device}; ")
+    print(f"8×8 digits, one-layer VAE, B = {args.batch}, {args.particles} particles, {args.device};")
     print(f"medians of {args.seeds} seed(s); first steps (compilation) and evaluation are off the clock\n")
     print(show(results, skipped, args))
     path = common.save(args, "time_to_nll", results=results, skipped=skipped)
