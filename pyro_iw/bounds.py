@@ -84,8 +84,8 @@ class Bound:
     is_shift_equivariant: ClassVar[bool] = False
 
     def __init__(self, M: int = 1, K: int = 1) -> None:
-        self.M = _positive_integer("M", M)
-        self.K = _positive_integer("K", K)
+        self.M = positive_integer("M", M)
+        self.K = positive_integer("K", K)
 
     @property
     def num_particles(self) -> int:
@@ -428,7 +428,7 @@ class TVO(Bound):
         if isinstance(partitions, Sequence):
             betas = tuple(float(beta) for beta in partitions)
         else:
-            count = _positive_integer("partitions", partitions)
+            count = positive_integer("partitions", partitions)
             inner = torch.logspace(math.log10(0.025), 0, count, dtype=torch.float64).tolist()
             betas = (0.0, *(inner[:-1] if count > 1 else []), 1.0)
         rising = all(low < high for low, high in itertools.pairwise(betas))
@@ -474,7 +474,7 @@ def describe(bound: Bound) -> str:
     return ", ".join(f"{name}={getattr(bound, name)!r}" for name in names)
 
 
-def _positive_integer(name: str, value: int) -> int:
+def positive_integer(name: str, value: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
