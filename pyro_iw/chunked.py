@@ -32,7 +32,7 @@ from .particles import Particles
 from .probe import watch_batch_norm
 from .random_state import RandomState
 from .sites import Site, plate_key
-from .surrogate import Estimate, refuse_second_derivative
+from .surrogate import Boundary, Estimate, refuse_second_derivative
 from .traces import OneMinibatch, Pair, Route
 
 __all__ = ["Chunks", "Draw", "estimate"]
@@ -106,13 +106,15 @@ class Chunks:
     def _first_pass(self, start: int, stop: int, minibatch: OneMinibatch) -> Tensor:
         """The log-weights of a chunk. Nothing else of it outlives this call."""
         before = self._chunks[-1].random_state if self._chunks else None
+        known = dict(minibatch.indices)
         chunk = None
 
         def remember() -> None:
             nonlocal chunk
+            minibatch.indices = dict(known)  # not what a probe drew, or a run that is thrown away
             state = RandomState.now(before)
             cpu = self._cpu_states[len(self._chunks)].copy_(state.cpu)
-            chunk = _Chunk(slice(start, stop), state._replace(cpu=cpu), dict(minibatch.indices))
+            chunk = _Chunk(slice(start, stop), state._replace(cpu=cpu), known)
 
         torch.clear_autocast_cache()  # of casts that belong to another chunk's graph
         particles = self._draw(self._pair, stop - start, self._route, remember)
@@ -206,6 +208,8 @@ def estimate(
         return chunks, estimate
     inputs = list(graph.leaves.values())
     weights = estimator.weights(bound, chunks.log_weights, chunks.log_q_weight)
+    if route is None or not isinstance(route.through, Boundary):
+        weights = weights._replace(path=weights.model)  # and not one more tensor for all particles
     surroundings = _Surroundings(estimate.loss.device.type)
 
     def gradients(grad: Tensor, needed: list[bool]) -> list[Tensor | None]:
@@ -276,13 +280,16 @@ def _cut_arguments(pair: Pair) -> tuple[Pair, dict[int, Tensor], list[Tensor]]:
         The pair with leaves in their place; what each leaf, by its id, stands for; the leaves.
     """
     values, structure = tree_flatten((pair.args, pair.kwargs))
-    sources, leaves = {}, []
+    sources: dict[int, Tensor] = {}
+    leaves: list[Tensor] = []
     for index, value in enumerate(values):
         if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
             leaf = value.detach().requires_grad_()
             values[index] = leaf
             sources[id(leaf)] = value
             leaves.append(leaf)
+    if not leaves:
+        return pair, sources, leaves
     args, kwargs = tree_unflatten(values, structure)
     return pair._replace(args=args, kwargs=kwargs), sources, leaves
 

@@ -105,13 +105,14 @@ class Estimator(ABC):
 
     @abstractmethod
     def guide_weights(
-        self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor
+        self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What makes the guide's gradient.
 
         Arguments:
             bound: the guide's bound.
             log_w: log-weights, of shape ``[M, K, *cells]``.
+            b: the bound's weights of them, of the same shape.
             log_q_weight: the weight of log q within them, see :class:`Particles`.
 
         Returns:
@@ -165,11 +166,11 @@ class Estimator(ABC):
             log_w: log-weights, of shape ``[S, *cells]``, detached.
             log_q_weight: the weight of log q within them, see :class:`Particles`.
         """
-        grouped = _grouped(log_w, bound)
-        path, guide = self.guide_weights(bound.guide_bound, grouped, log_q_weight)
-        model, path, *rest = (
-            weights.reshape(log_w.shape) for weights in (bound.weights(grouped), path, *guide)
-        )
+        grouped, guide_bound = _grouped(log_w, bound), bound.guide_bound
+        a = bound.weights(grouped)
+        b = a if guide_bound is bound else guide_bound.weights(grouped)
+        path, guide = self.guide_weights(guide_bound, grouped, b, log_q_weight)
+        model, path, *rest = (weights.reshape(log_w.shape) for weights in (a, path, *guide))
         return Weights(model, path, tuple(rest))
 
     def attach(
@@ -199,8 +200,8 @@ def _grouped(log_w: Tensor, bound: Bound) -> Tensor:
     return log_w.reshape(bound.M, bound.K, *log_w.shape[1:])
 
 
-def _log_q(particles: Particles) -> Tensor:
-    return particles.log_q
+def _minus_log_q(particles: Particles) -> Tensor:
+    return -particles.log_q
 
 
 def _log_q_stopped(particles: Particles) -> Tensor:
@@ -221,7 +222,7 @@ class Reparam(Estimator):
     """Total derivative along reparameterised particles, for any bound (Kingma & Welling, 2013)."""
 
     name = "reparam"
-    guide_densities: ClassVar[tuple[Density, ...]] = (_log_q,)
+    guide_densities: ClassVar[tuple[Density, ...]] = (_minus_log_q,)
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
@@ -234,10 +235,9 @@ class Reparam(Estimator):
             )
 
     def guide_weights(
-        self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor
+        self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        b = bound.weights(log_w)
-        return b, (-b,)
+        return b, (b,)
 
 
 def _refuse_late_parameters(particles: Particles, name: str) -> None:
@@ -266,7 +266,7 @@ class STL(Reparam):
     """
 
     name = "stl"
-    guide_densities = (_log_q, _log_q_stopped)
+    guide_densities = (_minus_log_q, _log_q_stopped)
 
     def route(self, bound: Bound) -> Route:
         return super().route(bound)._replace(rescored=True)
@@ -283,15 +283,15 @@ class STL(Reparam):
                 "estimator='reparam'."
             )
 
-    def path_weights(self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor) -> Tensor:
-        """Weights of the path, of the shape of ``log_w``."""
-        return bound.weights(log_w)
+    def path_weights(self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor) -> Tensor:
+        """Weights of the path, of the shape of ``log_w``; arguments as of :meth:`guide_weights`."""
+        return b
 
     def guide_weights(
-        self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor
+        self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        c = self.path_weights(bound, log_w, log_q_weight)
-        return c, (-c, c)
+        c = self.path_weights(bound, log_w, b, log_q_weight)
+        return c, (c, c)
 
 
 class DReG(STL):
@@ -326,10 +326,10 @@ class DReG(STL):
                 "estimator='reparam'."
             )
 
-    def path_weights(self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor) -> Tensor:
+    def path_weights(self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor) -> Tensor:
         if bound.is_linear or log_q_weight == 1:
             return bound.path_weights(log_w)
-        return (1 - log_q_weight) * bound.weights(log_w) + log_q_weight * bound.path_weights(log_w)
+        return (1 - log_q_weight) * b + log_q_weight * bound.path_weights(log_w)
 
 
 class Score(Estimator):
@@ -345,7 +345,7 @@ class Score(Estimator):
     """
 
     name = "score"
-    guide_densities = (_log_q, _score)
+    guide_densities = (_minus_log_q, _score)
 
     def replacement(self, bound: Bound, log_w: Tensor) -> Tensor | None:
         """What a particle's log-weight is replaced by in its control variate, made from the others alone."""
@@ -357,9 +357,8 @@ class Score(Estimator):
         return leave_one_out_logmeanexp(log_w, 1 if bound.K > 1 else 0)
 
     def guide_weights(
-        self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor
+        self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        b = bound.weights(log_w)
         if bound.is_shift_equivariant and bound.num_particles > 1:
             # The signal is far smaller than the log-weights, whose digits it would lose.
             top = log_w.amax((0, 1))
@@ -371,7 +370,7 @@ class Score(Estimator):
             signal = value - bound.replaced(log_w, replacement)
         # A cell whose bound is -inf has no gradient, and a particle without another live one no baseline.
         signal = signal.masked_fill(~(value.isfinite() & signal.isfinite()), 0.0)
-        return b, (-b, signal)
+        return b, (b, signal)
 
 
 class VIMCO(Score):
@@ -420,7 +419,7 @@ class RWS(Estimator):
             )
 
     def guide_weights(
-        self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor
+        self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         s = softmax(log_w, 1) / bound.M
         return s, (s,)

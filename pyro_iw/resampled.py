@@ -68,8 +68,10 @@ def estimate(
             "is a guide messenger, which runs the model itself. Use chunk_size to save memory instead."
         )
     boundary = route.through if isinstance(route.through, Boundary) else None
-    with OneMinibatch():
-        traces = runner.run(pair, bound.num_particles, route._replace(through=None, model_gradients=False))
+    with OneMinibatch() as minibatch:
+        forward = route._replace(through=None, model_gradients=False)
+        # What a probe draws first is not the minibatch of the run.
+        traces = runner.run(pair, bound.num_particles, forward, minibatch.indices.clear)
         particles = collect(traces)
         estimator.check(particles, bound)
         log_w = particles.log_weights.detach()

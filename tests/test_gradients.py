@@ -656,7 +656,7 @@ def test_wake_wake_normalises_the_importance_weights_whatever_the_bound(loss):
 
 def signals(estimator, bound, log_w):
     """The weights of the score term for a guide with discrete sites."""
-    _, (_, signal) = get_estimator(estimator).guide_weights(bound, log_w, 1.0)
+    _, (_, signal) = get_estimator(estimator).guide_weights(bound, log_w, bound.weights(log_w), 1.0)
     return signal
 
 
