@@ -159,14 +159,21 @@ class OneMinibatch(Messenger):
         self.indices: dict[str, Any] = dict(indices or {})
 
     def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.indices:
+        if _is_minibatch(msg) and msg["value"] is None and msg["name"] in self.indices:
             msg["value"] = self.indices[msg["name"]]
             msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        # The number of particles may differ from run to run.
-        if site_is_subsample(msg) and msg["name"] != PARTICLE_PLATE:
+        if _is_minibatch(msg):
             self.indices.setdefault(msg["name"], msg["value"])
+
+
+def _is_minibatch(msg: Any) -> bool:
+    """Whether a plate draws from its indices, rather than take them all (of as many as there may be now)."""
+    if not site_is_subsample(msg):
+        return False
+    size, subsample_size = msg["fn"].size, msg["fn"].subsample_size
+    return subsample_size is not None and subsample_size < size
 
 
 class _StopValues(Messenger):
