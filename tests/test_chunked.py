@@ -539,6 +539,27 @@ def test_the_backward_pass_runs_under_the_autocast_and_the_handlers_of_the_loss(
     assert net.layers[0].weight.grad.abs().max() > 0
 
 
+def test_a_plate_that_takes_all_of_its_indices_may_differ_in_size_from_chunk_to_chunk():
+    w = torch.tensor(0.5, requires_grad=True)
+    counts = []
+
+    def model():
+        b = pyro.sample("b", dist.Normal(w, 1.0))
+        counts.append(random.choice([2, 3, 4, 5]))
+        with pyro.plate("rows", counts[-1]):
+            pyro.sample("x", dist.Normal(b, 1.0), obs=torch.zeros(counts[-1]))
+
+    def guide():
+        pyro.sample("b", dist.Normal(w, 1.0))
+
+    loss = IWAE_ELBO(K=10, chunk_size=2, plates=())
+    loss.loss(model, guide)
+    counts.clear()
+    loss.loss_and_grads(model, guide)
+    assert counts[:5] == counts[5:]
+    assert len(set(counts)) > 1
+
+
 class Halves(Bound):
     """A user's own bound."""
 

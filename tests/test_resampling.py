@@ -77,6 +77,20 @@ def test_particles_of_weight_zero_are_never_drawn(scheme, dtype, uniform, monkey
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_sums_in_another_order_do_not_draw_particles_of_weight_zero_either(scheme, monkeypatch):
+    """As on an accelerator, where running sums need neither ascend nor stay put where nothing is added."""
+    real = torch.Tensor.cumsum
+
+    def parallel(tensor, dim):
+        jitter = torch.tensor([0.0, 0.02, -0.02, 0.03, 0.01, 0.05], dtype=tensor.dtype)
+        return real(tensor, dim) + jitter
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", parallel)
+    indices = scheme(torch.tensor([0.3, 0.0, 0.0, 0.4, 0.0, 0.0]), 10_000)
+    assert indices.unique().tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_cell_without_weight_gives_its_first_particle(scheme):
     weights = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 2.0]])
     indices = scheme(weights, 6)
