@@ -475,7 +475,6 @@ def describe(bound: Bound) -> str:
 
 
 def positive_integer(name: str, value: int) -> int:
-    """The value as an int; ValueError unless it is an integer >= 1."""
     try:
         number = operator.index(value)
     except TypeError:

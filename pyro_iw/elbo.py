@@ -13,19 +13,23 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from .bounds import Bound
-from .estimators import Estimate, get_estimator
+from . import chunked, resampled
+from .bounds import Bound, positive_integer
+from .chunked import Chunks
+from .estimators import get_estimator
 from .particles import Particles, as_plate_names, collect
 from .runner import Runner
 from .sites import read_sites
-from .traces import Pair, Route, trace_pair
+from .surrogate import Estimate
+from .traces import Pair, Route, Traces, trace_pair
 from .warn import warn
 
 __all__ = ["ImportanceWeightedELBO"]
@@ -52,6 +56,13 @@ class ImportanceWeightedELBO(ELBO):
             bound; :meth:`loss` always evaluates at 1, :meth:`differentiable_loss` at the current weight.
         vectorize_particles: run all particles in one pass under a plate on the leftmost batch dim, which
             model and guide must broadcast over; otherwise one by one.
+        chunk_size: run no more than that many particles at once; an integer >= 1, or None for all. The
+            gradients are the same (but for the order in which random numbers are drawn) in the memory of one
+            chunk, at the price of a second forward pass, see :mod:`~pyro_iw.chunked`.
+        backward_particles: number k' of particles, chosen by weight in each cell, that the model runs on with
+            gradients; an integer >= 1, or None for all. The loss is that of all particles, the gradient
+            unbiased, see :mod:`~pyro_iw.resampled`. It goes together neither with ``chunk_size`` nor with
+            ``vectorize_particles=False``.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
         strict_enumeration_warning: whether to warn of sites marked for sequential enumeration, which are
@@ -76,6 +87,8 @@ class ImportanceWeightedELBO(ELBO):
         plates: str | Iterable[str] | None = None,
         kl_weight: float | Callable[[int], float] = 1.0,
         vectorize_particles: bool = True,
+        chunk_size: int | None = None,
+        backward_particles: int | None = None,
         max_plate_nesting: float = math.inf,
         strict_enumeration_warning: bool = True,
     ) -> None:
@@ -89,10 +102,23 @@ class ImportanceWeightedELBO(ELBO):
         )
         if not callable(kl_weight):
             _check_kl_weight(kl_weight)
+        if chunk_size is not None:
+            chunk_size = positive_integer("chunk_size", chunk_size)
+        if backward_particles is not None:
+            backward_particles = positive_integer("backward_particles", backward_particles)
+            if chunk_size is not None or not vectorize_particles:
+                other = "chunk_size" if chunk_size is not None else "vectorize_particles=False"
+                raise ValueError(
+                    f"backward_particles runs all particles in one pass, and {other} asks for several. Pass "
+                    "one of them: chunk_size bounds memory, backward_particles saves time and memory at the "
+                    "price of noise in the gradient."
+                )
         self.bound = bound
         self.estimator = estimator
         self.plates = as_plate_names(plates)
         self.kl_weight = kl_weight
+        self.chunk_size = chunk_size
+        self.backward_particles = backward_particles
         #: Number of gradient steps taken, which is calls of ``loss_and_grads`` and, with gradients enabled,
         #: of ``differentiable_loss``. Set it to go on with a ``kl_weight`` schedule.
         self.steps = 0
@@ -158,7 +184,7 @@ class ImportanceWeightedELBO(ELBO):
     def particles(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Particles:
         """Draw S = M K particles and return their log-weights, of shape ``[S, *cells]``, in nats.
 
-        Arguments are those of :meth:`loss`.
+        Arguments are those of :meth:`loss`. They are drawn at once, whatever ``chunk_size``.
 
         Example:
             >>> def model(x):
@@ -171,18 +197,35 @@ class ImportanceWeightedELBO(ELBO):
             >>> IWAE_ELBO(K=5).particles(model, guide, torch.zeros(3)).log_weights.shape
             torch.Size([5, 3])
         """
-        return self._draw(Pair(model, guide, args, kwargs))
+        return self._draw(1.0, Pair(model, guide, args, kwargs), self.num_particles)
 
-    def _estimate(self, pair: Pair, kl_weight: float) -> tuple[Particles, Estimate]:
+    def _estimate(self, pair: Pair, kl_weight: float) -> tuple[Particles | Chunks, Estimate]:
         gradients = torch.is_grad_enabled()
         route = self._estimator.route(self.bound) if gradients else None
-        particles = self._draw(pair, kl_weight, route)
+        if _is_less(self.chunk_size, self.num_particles):
+            draw = partial(self._draw, kl_weight)
+            return chunked.estimate(draw, pair, self._estimator, self.bound, route, self.chunk_size)
+        if route is not None and _is_less(self.backward_particles, self.num_particles):
+            collect = partial(self._collect, kl_weight)
+            return resampled.estimate(
+                self._runner, collect, pair, self._estimator, self.bound, route, self.backward_particles
+            )
+        particles = self._draw(kl_weight, pair, self.num_particles, route)
         if gradients:
             self._estimator.check(particles, self.bound)
         return particles, self._estimator.estimate(particles, self.bound, route)
 
-    def _draw(self, pair: Pair, kl_weight: float = 1.0, route: Route | None = None) -> Particles:
-        traces = self._runner.run(pair, self.bound.num_particles, route)
+    def _draw(
+        self,
+        kl_weight: float,
+        pair: Pair,
+        num_particles: int,
+        route: Route | None = None,
+        on_start: Callable[[], None] = lambda: None,
+    ) -> Particles:
+        return self._collect(kl_weight, self._runner.run(pair, num_particles, route, on_start))
+
+    def _collect(self, kl_weight: float, traces: Traces) -> Particles:
         particles = collect(traces, self.plates, self.bound.is_linear, kl_weight, self._warn_once)
         if self.strict_enumeration_warning:
             for site in particles.sites:
@@ -198,7 +241,7 @@ class ImportanceWeightedELBO(ELBO):
             return self.kl_weight
         return _check_kl_weight(self.kl_weight(self.steps))
 
-    def _check_finite(self, loss: float, particles: Particles, estimate: Estimate) -> None:
+    def _check_finite(self, loss: float, particles: Particles | Chunks, estimate: Estimate) -> None:
         """Warn of a bound of -inf, refuse NaN and +inf; name the site each arose at."""
         if math.isfinite(loss):
             return
@@ -244,15 +287,25 @@ class ImportanceWeightedELBO(ELBO):
     def _options(self) -> str:
         """The keywords that are not at their default, as they would be typed."""
         defaults = inspect.signature(ImportanceWeightedELBO).parameters
-        values = {
-            name: getattr(self, name) for name in ("estimator", "plates", "kl_weight", "vectorize_particles")
-        }
+        names = (
+            "estimator",
+            "plates",
+            "kl_weight",
+            "vectorize_particles",
+            "chunk_size",
+            "backward_particles",
+        )
+        values = {name: getattr(self, name) for name in names}
         return "".join(
             f", {name}={value!r}" for name, value in values.items() if value != defaults[name].default
         )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.bound!r}{self._options()})"
+
+
+def _is_less(number: int | None, num_particles: int) -> TypeGuard[int]:
+    return number is not None and number < num_particles
 
 
 def _check_kl_weight(kl_weight: float) -> float:

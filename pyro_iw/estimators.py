@@ -1,8 +1,9 @@
 r"""Gradient estimators: from particle weights to one scalar whose backward pass gives the gradients.
 
 Given particles and a bound, an estimator returns the loss as a tensor. Its value is minus the bound; its
-``.backward()`` leaves the estimator's gradients in ``.grad``. The two are tied together by an autograd node,
-not by adding and subtracting surrogates, so that a weight of 0 beside a log-weight of -inf stays 0.
+``.backward()`` leaves the estimator's gradients in ``.grad``, by means of :mod:`~pyro_iw.surrogate`. That
+takes two steps, which :mod:`~pyro_iw.chunked` and :mod:`~pyro_iw.resampled` take apart: all weights
+follow from the log-weights of all particles; a gradient, from the weights and the densities of any of them.
 
 The model's gradient is the same for all: the sum of :math:`a_i \nabla_\theta \log p_\theta(x, z_i)`, with
 :math:`a = \partial V / \partial \ell`. The guide's is, with :math:`V_\phi` the guide's bound and
@@ -46,7 +47,8 @@ References:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -55,6 +57,7 @@ from torch import Tensor
 from .bounds import Bound
 from .logmean import leave_one_out_logmeanexp, leave_one_out_mean, softmax
 from .particles import Particles
+from .surrogate import Boundary, Estimate, Term, Weights, boundary_ratio, tie
 from .traces import Route
 
 __all__ = [
@@ -62,78 +65,15 @@ __all__ = [
     "RWS",
     "STL",
     "VIMCO",
-    "Boundary",
     "DReG",
-    "Estimate",
     "Estimator",
     "Reparam",
     "Score",
     "get_estimator",
 ]
 
-# Far below float32's rounding of a, yet large enough that b / a stays finite where a underflows.
-_UNDERFLOW = 2.0**-60
-
-
-class Estimate(NamedTuple):
-    """One evaluation of a bound.
-
-    Attributes:
-        loss: minus the bound, summed over cells and scaled; a scalar that can be differentiated once.
-        bound: the bound of every cell in nats, unscaled, detached, of shape ``[*cells]``.
-    """
-
-    loss: Tensor
-    bound: Tensor
-
-
-class Boundary:
-    """The identity between a guide's values and the model's densities; its backward rescales particles.
-
-    The factors are known only once the model has run, so they are set in :meth:`set_ratio` between the
-    forward and the backward pass.
-    """
-
-    def __init__(self) -> None:
-        self._ratio: Tensor | None = None
-
-    def __call__(self, value: Tensor, event_dim: int, particle: int | None) -> Tensor:
-        """Pass a value through.
-
-        Arguments:
-            value: the value of a latent site, of shape ``[*batch, *event]``.
-            event_dim: its number of event dims.
-            particle: index of the particle it belongs to; None if ``batch`` holds all of them.
-        """
-        if not value.requires_grad:
-            return value
-        _refuse_half_precision(value)
-
-        def rescale(grad: Tensor) -> Tensor:
-            assert self._ratio is not None, "a boundary needs its ratio before the backward pass"
-            ratio = self._ratio if particle is None else self._ratio[particle]
-            return grad * ratio.reshape(ratio.shape + (1,) * event_dim).to(grad.dtype)
-
-        # A view, so that the hook acts on what the model sees and not on the guide's own value.
-        value = value.view_as(value)
-        value.register_hook(rescale)
-        return value
-
-    def set_ratio(self, ratio: Tensor) -> None:
-        """Set the factors b / a, of shape ``[S, *batch]`` with 1 for every dim that is no cell."""
-        self._ratio = ratio
-
-
-def _refuse_half_precision(value: Tensor) -> None:
-    """float16 has too few exponents for the ratio of two weights: it would overflow without a word."""
-    kind = value.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    if autocast or value.dtype == torch.float16:
-        raise ValueError(
-            "Particle weights that differ between model and path (PIWAE, estimator='dreg') need float32, "
-            "float64 or bfloat16: in float16 their ratio overflows. Run this loss in another dtype, or "
-            "another bound or estimator."
-        )
+#: One of the guide's densities, of shape ``[S, *cells]``, as read off the particles.
+Density = Callable[[Particles], Tensor]
 
 
 class Estimator(ABC):
@@ -141,6 +81,9 @@ class Estimator(ABC):
 
     #: The name that ``estimator=`` takes.
     name: ClassVar[str]
+
+    #: What the guide's gradient is made of, apart from the path through the model.
+    guide_densities: ClassVar[tuple[Density, ...]]
 
     def route(self, bound: Bound) -> Route:
         """How latent values are to travel from guide to model, where they may pass a :class:`Boundary`."""
@@ -161,18 +104,20 @@ class Estimator(ABC):
                 )
 
     @abstractmethod
-    def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
-        """What the guide's gradient is made of.
+    def guide_weights(
+        self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What makes the guide's gradient.
 
         Arguments:
-            particles: the particles.
             bound: the guide's bound.
-            log_w: their log-weights, of shape ``[M, K, *cells]``.
+            log_w: log-weights, of shape ``[M, K, *cells]``.
+            b: the bound's weights of them, of the same shape.
+            log_q_weight: the weight of log q within them, see :class:`Particles`.
 
         Returns:
-            The weights of the path through the model, of the shape of ``log_w``; and the terms in the guide's
-            own densities: pairs of a density of shape ``[S, *cells]`` and its weights of the shape of
-            ``log_w``.
+            The weights of the path through the model, and those of each of :attr:`guide_densities`; all of
+            the shape of ``log_w``.
         """
 
     def estimate(self, particles: Particles, bound: Bound, route: Route | None = None) -> Estimate:
@@ -187,37 +132,97 @@ class Estimator(ABC):
             ValueError: if the bound's value has the wrong shape.
         """
         log_w = particles.log_weights.detach()
-        shape, cells = log_w.shape, log_w.shape[1:]
-        log_w = log_w.reshape(bound.M, bound.K, *cells)
-        value = bound.value(log_w)
+        estimate = self.evaluate(bound, log_w, particles.scale)
+        if not torch.is_grad_enabled():
+            return estimate
+        weights = self.weights(bound, log_w, particles.log_q_weight)
+        return estimate._replace(loss=self.attach(estimate.loss, particles, weights, route))
+
+    def evaluate(self, bound: Bound, log_w: Tensor, scale: float | Tensor) -> Estimate:
+        """The bound and the loss without gradients.
+
+        Arguments:
+            bound: the bound.
+            log_w: log-weights, of shape ``[S, *cells]``, detached.
+            scale: the factor outside the logarithm.
+
+        Raises:
+            ValueError: if the bound's value has the wrong shape.
+        """
+        cells = log_w.shape[1:]
+        value = bound.value(_grouped(log_w, bound))
         if value.shape != cells:
             raise ValueError(
-                f"{bound!r}.value() must reduce log-weights [M, K, *cells] of shape {list(log_w.shape)} to "
-                f"[*cells] = {list(cells)}, but gave {list(value.shape)}."
+                f"{bound!r}.value() must reduce log-weights [M, K, *cells] of shape "
+                f"{[bound.M, bound.K, *cells]} to [*cells] = {list(cells)}, but gave {list(value.shape)}."
             )
-        loss = -(particles.scale * value).sum()
-        if not torch.is_grad_enabled():
-            return Estimate(loss, value)
-        a = bound.weights(log_w)
-        path, guide_terms = self.guide_terms(particles, bound.guide_bound, log_w)
+        return Estimate(-(scale * value).sum(), value)
+
+    def weights(self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor) -> Weights:
+        """The weights of all particles.
+
+        Arguments:
+            bound: the bound.
+            log_w: log-weights, of shape ``[S, *cells]``, detached.
+            log_q_weight: the weight of log q within them, see :class:`Particles`.
+        """
+        grouped, guide_bound = _grouped(log_w, bound), bound.guide_bound
+        a = bound.weights(grouped)
+        b = a if guide_bound is bound else guide_bound.weights(grouped)
+        path, guide = self.guide_weights(guide_bound, grouped, b, log_q_weight)
+        model, path, *rest = (weights.reshape(log_w.shape) for weights in (a, path, *guide))
+        return Weights(model, path, tuple(rest))
+
+    def attach(
+        self, loss: Tensor, particles: Particles, weights: Weights, route: Route | None = None
+    ) -> Tensor:
+        """Give the loss the gradient that comes from these particles.
+
+        Arguments:
+            loss: any scalar.
+            particles: the particles.
+            weights: their weights.
+            route: the one they came by.
+        """
+        model = weights.model
         if route is not None and isinstance(route.through, Boundary):
-            a = a + _UNDERFLOW * path.abs().copysign(a)
-            ratio = torch.where(a == 0, 1.0, path / a)
-            route.through.set_ratio(particles.to_batch(ratio.reshape(shape)))
-        terms = []
-        for density, weights in [(particles.log_p, a), *guide_terms]:
-            terms += [density, -particles.scale * weights.reshape(shape)]
-        return Estimate(_Weighted.apply(loss, *terms), value)
+            model, ratio = boundary_ratio(model, weights.path)
+            route.through.set_ratio(particles.to_batch(ratio))
+        return tie(loss, particles.scale, [(particles.log_p, model), *self.guide_terms(particles, weights)])
+
+    def guide_terms(self, particles: Particles, weights: Weights) -> list[Term]:
+        """The guide's densities of these particles, with their weights."""
+        densities = [density(particles) for density in self.guide_densities]
+        return list(zip(densities, weights.guide, strict=True))
 
 
-#: A density of shape ``[S, *cells]`` and the particle weights of its gradient.
-Term = tuple[Tensor, Tensor]
+def _grouped(log_w: Tensor, bound: Bound) -> Tensor:
+    return log_w.reshape(bound.M, bound.K, *log_w.shape[1:])
+
+
+def _minus_log_q(particles: Particles) -> Tensor:
+    return -particles.log_q
+
+
+def _log_q_stopped(particles: Particles) -> Tensor:
+    assert particles.log_q_stopped is not None
+    return particles.log_q_stopped
+
+
+def _score(particles: Particles) -> Tensor:
+    """log q of the sites without a path: their draws vary with their parameters whatever a mask says."""
+    return particles.log_prob(particles.nonreparameterized_sites, masked=False)
+
+
+def _wake(particles: Particles) -> Tensor:
+    return particles.log_prob(particles.guide_sites)
 
 
 class Reparam(Estimator):
     """Total derivative along reparameterised particles, for any bound (Kingma & Welling, 2013)."""
 
     name = "reparam"
+    guide_densities: ClassVar[tuple[Density, ...]] = (_minus_log_q,)
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
@@ -229,9 +234,10 @@ class Reparam(Estimator):
                 "'score' or 'rws' (wake-wake), or use a distribution with rsample at these sites."
             )
 
-    def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
-        b = bound.weights(log_w)
-        return b, [(particles.log_q, -b)]
+    def guide_weights(
+        self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return b, (b,)
 
 
 def _refuse_late_parameters(particles: Particles, name: str) -> None:
@@ -260,6 +266,7 @@ class STL(Reparam):
     """
 
     name = "stl"
+    guide_densities = (_minus_log_q, _log_q_stopped)
 
     def route(self, bound: Bound) -> Route:
         return super().route(bound)._replace(rescored=True)
@@ -276,14 +283,15 @@ class STL(Reparam):
                 "estimator='reparam'."
             )
 
-    def path_weights(self, particles: Particles, bound: Bound, log_w: Tensor) -> Tensor:
-        """Weights of the path, of the shape of ``log_w``."""
-        return bound.weights(log_w)
+    def path_weights(self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor) -> Tensor:
+        """Weights of the path, of the shape of ``log_w``; arguments as of :meth:`guide_weights`."""
+        return b
 
-    def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
-        c = self.path_weights(particles, bound, log_w)
-        assert particles.log_q_stopped is not None
-        return c, [(particles.log_q, -c), (particles.log_q_stopped, c)]
+    def guide_weights(
+        self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        c = self.path_weights(bound, log_w, b, log_q_weight)
+        return c, (c, c)
 
 
 class DReG(STL):
@@ -318,12 +326,10 @@ class DReG(STL):
                 "estimator='reparam'."
             )
 
-    def path_weights(self, particles: Particles, bound: Bound, log_w: Tensor) -> Tensor:
-        scale = particles.guide_sites[0].scale if particles.guide_sites else 1.0
-        if bound.is_linear or (scale == 1 and particles.kl_weight == 1):
+    def path_weights(self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor) -> Tensor:
+        if bound.is_linear or log_q_weight == 1:
             return bound.path_weights(log_w)
-        weight = particles.kl_weight * scale
-        return (1 - weight) * bound.weights(log_w) + weight * bound.path_weights(log_w)
+        return (1 - log_q_weight) * b + log_q_weight * bound.path_weights(log_w)
 
 
 class Score(Estimator):
@@ -339,6 +345,7 @@ class Score(Estimator):
     """
 
     name = "score"
+    guide_densities = (_minus_log_q, _score)
 
     def replacement(self, bound: Bound, log_w: Tensor) -> Tensor | None:
         """What a particle's log-weight is replaced by in its control variate, made from the others alone."""
@@ -349,24 +356,21 @@ class Score(Estimator):
             return leave_one_out_mean(everything).reshape(log_w.shape)
         return leave_one_out_logmeanexp(log_w, 1 if bound.K > 1 else 0)
 
-    def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
-        b = bound.weights(log_w)
-        terms = [(particles.log_q, -b)]
-        sites = particles.nonreparameterized_sites
-        if sites:
-            if bound.is_shift_equivariant and bound.num_particles > 1:
-                # The signal is far smaller than the log-weights, whose digits it would lose.
-                top = log_w.amax((0, 1))
-                log_w = log_w - top.masked_fill(~top.isfinite(), 0.0)
-            value = bound.value(log_w).expand_as(log_w)
-            signal = value
-            replacement = self.replacement(bound, log_w)
-            if replacement is not None:
-                signal = value - bound.replaced(log_w, replacement)
-            # A cell whose bound is -inf has no gradient, and a particle without another live one no baseline.
-            signal = signal.masked_fill(~(value.isfinite() & signal.isfinite()), 0.0)
-            terms.append((particles.log_prob(sites, masked=False), signal))
-        return b, terms
+    def guide_weights(
+        self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if bound.is_shift_equivariant and bound.num_particles > 1:
+            # The signal is far smaller than the log-weights, whose digits it would lose.
+            top = log_w.amax((0, 1))
+            log_w = log_w - top.masked_fill(~top.isfinite(), 0.0)
+        value = bound.value(log_w).expand_as(log_w)
+        signal = value
+        replacement = self.replacement(bound, log_w)
+        if replacement is not None:
+            signal = value - bound.replaced(log_w, replacement)
+        # A cell whose bound is -inf has no gradient, and a particle without another live one no baseline.
+        signal = signal.masked_fill(~(value.isfinite() & signal.isfinite()), 0.0)
+        return b, (b, signal)
 
 
 class VIMCO(Score):
@@ -400,6 +404,7 @@ class RWS(Estimator):
     """
 
     name = "rws"
+    guide_densities = (_wake,)
 
     def route(self, bound: Bound) -> Route:
         return Route(stopped=True)
@@ -413,30 +418,11 @@ class RWS(Estimator):
                 "groups of K=1. Take K > 1, or estimator='score'."
             )
 
-    def guide_terms(self, particles: Particles, bound: Bound, log_w: Tensor) -> tuple[Tensor, list[Term]]:
+    def guide_weights(
+        self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         s = softmax(log_w, 1) / bound.M
-        return s, [(particles.log_prob(particles.guide_sites), s)]
-
-
-class _Weighted(torch.autograd.Function):
-    """A loss whose gradient with respect to each of some densities is given."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, *terms: Tensor) -> Tensor:
-        ctx.save_for_backward(*terms[1::2])
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            raise NotImplementedError(
-                "An importance-weighted loss can be differentiated once: its particle weights are constants "
-                "of the backward pass, so a second derivative (create_graph=True) would be wrong."
-            )
-        grads: list[Tensor | None] = [None]
-        for weights, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1::2], strict=True):
-            grads += [grad * weights if needed else None, None]
-        return tuple(grads)
+        return s, (s,)
 
 
 #: Estimators by the name that ``estimator=`` takes. ``"auto"`` is ``"reparam"`` where every guide site

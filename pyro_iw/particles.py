@@ -52,6 +52,7 @@ class Particles:
     kl_weight: float
     log_q_stopped: Tensor | None = field(repr=False)
     _layout: _Layout = field(repr=False)
+    _shares_scale: bool = field(repr=False)
 
     @property
     def log_weights(self) -> Tensor:
@@ -70,6 +71,12 @@ class Particles:
         for dim, size in zip(dims, per_cell.shape[1:], strict=True):
             shape[dim] = size
         return per_cell.reshape(-1, *shape)
+
+    @property
+    def log_q_weight(self) -> float | Tensor:
+        """What log q of the guide's sites is multiplied by within ``log_q``, where that is one number."""
+        scale = self.guide_sites[0].scale if self.guide_sites else 1.0
+        return self.kl_weight * scale
 
     @property
     def guide_sites(self) -> list[Site]:
@@ -93,6 +100,21 @@ class Particles:
         pairs = 1 if self._layout.particle_dim is not None else len(self.log_p)
         total = _sum_sites(unscaled, self._layout, pairs, 1.0, self.log_q.new_zeros(()))
         return total.expand(self.log_p.shape)
+
+    def log_p_of(self, traces: Traces) -> Tensor:
+        """log p(x, z) of other particles of the same pair, summed as that of these.
+
+        Arguments:
+            traces: those of S' particles, vectorised, of which the model's alone is read.
+
+        Returns:
+            A tensor of shape ``[S', *cells]``.
+        """
+        sites = read_sites(traces, roles=("model",))
+        sites = _with_inner_scales(sites, _own_scales(sites), self.plates, self._shares_scale)
+        zero = self.log_p.new_zeros(())
+        total = _sum_sites(sites, self._layout, 1, self.kl_weight, zero)
+        return total.expand(traces.num_particles, *self.log_p.shape[1:])
 
     def first_site(self, where: Callable[[Tensor], Tensor], role: str | None = None) -> Site | None:
         """The first site with a log density for which ``where`` holds anywhere, guide sites first."""
@@ -151,7 +173,7 @@ def collect(
     kept = _kept_plates(sites, plates, is_linear, warn_dropped)
     if not is_linear:
         _check_subsampling(sites, kept)
-    scale, sites = _split_scales(sites, kept)
+    scale, sites, shared = _split_scales(sites, kept)
     kept_dims = tuple(frame.dim for frame in kept if frame.dim is not None)
     if isinstance(scale, Tensor):
         scale = _Layout(None, kept_dims).sum_to_cells(scale)
@@ -159,7 +181,7 @@ def collect(
     if kl_weight != 1:
         _check_kl_weight(sites)
     log_p, log_q, log_q_stopped = _log_densities(sites, layout, traces, kl_weight)
-    return Particles(log_p, log_q, scale, kept, tuple(sites), kl_weight, log_q_stopped, layout)
+    return Particles(log_p, log_q, scale, kept, tuple(sites), kl_weight, log_q_stopped, layout, shared)
 
 
 def as_plate_names(plates: str | Iterable[str] | None) -> tuple[str, ...] | None:
@@ -297,23 +319,34 @@ def _check_subsampling(sites: list[Site], kept: tuple[CondIndepStackFrame, ...])
 
 def _split_scales(
     sites: list[Site], kept: tuple[CondIndepStackFrame, ...]
-) -> tuple[float | Tensor, list[Site]]:
-    """The factor outside the logarithm, and the sites with what remains inside."""
+) -> tuple[float | Tensor, list[Site], bool]:
+    """The factor outside the logarithm, the sites with what remains inside, and whether they share theirs."""
     if not any(map(_is_scaled, sites)):
-        return 1.0, sites
-    keys = {plate_key(frame) for frame in kept}
+        return 1.0, sites, True
     outer: float | Tensor = math.prod(_subsampling(frame) for frame in kept)
-    # What the plates do not account for is the user's own.
-    own = [_divide(site.message["scale"], math.prod(map(_subsampling, site.frames))) for site in sites]
+    own = _own_scales(sites)
     common = _shared_scale(own, kept)
     shared = common is not None
     if common is not None:
         outer = outer * common
+    return outer, _with_inner_scales(sites, own, kept, shared), shared
+
+
+def _own_scales(sites: list[Site]) -> list[float | Tensor]:
+    """What the plates do not account for, which is the user's own."""
+    return [_divide(site.message["scale"], math.prod(map(_subsampling, site.frames))) for site in sites]
+
+
+def _with_inner_scales(
+    sites: list[Site], own: list[float | Tensor], kept: tuple[CondIndepStackFrame, ...], shared: bool
+) -> list[Site]:
+    """The sites with the scales that remain inside the logarithm."""
+    keys = {plate_key(frame) for frame in kept}
     inner = []
     for site, scale in zip(sites, own, strict=True):
         rest = math.prod(_subsampling(frame) for frame in site.frames if plate_key(frame) not in keys)
         inner.append(site._replace(scale=rest if shared else scale * rest))
-    return outer, inner
+    return inner
 
 
 def _is_scaled(site: Site) -> bool:

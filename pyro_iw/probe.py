@@ -9,18 +9,17 @@ from a stream apart, so that parameters made at random do not repeat the first p
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .enumeration import is_enumerated
+from .random_state import RandomState
 from .traces import Pair, Traces, trace_pair
 
 __all__ = ["Probe", "watch_batch_norm"]
@@ -111,12 +110,9 @@ def watch_batch_norm(enabled: bool = True, restore: bool = False) -> Iterator[di
 @contextmanager
 def _fork_rng() -> Iterator[None]:
     """Random draws that leave PyTorch's, NumPy's and Python's states as they were."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state models may use
+    state = RandomState.now()
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(torch.randint(2**62, ())))
-            yield
+        torch.manual_seed(int(torch.randint(2**62, ())))
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        state.restore()

@@ -74,7 +74,7 @@ def _invert(weights: Tensor, positions: Tensor) -> Tensor:
     """The particles at these positions in [0, 1), of shape ``[n, *cells]``."""
     if weights.dim() == 0 or weights.shape[0] == 0:
         raise ValueError(f"weights must be of shape [S, *cells] with S >= 1, got {list(weights.shape)}")
-    weights = weights.detach().movedim(0, -1).double()
+    weights = weights.detach().movedim(0, -1).double().nan_to_num(nan=0.0)
     # A parallel sum need neither ascend nor stay put where a weight is 0, but what is inverted must: a
     # particle of weight 0 takes on the sum before it, and so has no position to itself.
     total = weights.cumsum(-1).masked_fill(~(weights > 0), -math.inf).cummax(-1).values

@@ -13,7 +13,17 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .probe import Probe, watch_batch_norm
-from .traces import PARTICLE_PLATE, OneMinibatch, Pair, Progress, Route, Traces, trace_pair
+from .traces import (
+    PARTICLE_PLATE,
+    OneMinibatch,
+    Pair,
+    Progress,
+    Route,
+    Through,
+    Traces,
+    trace_model_again,
+    trace_pair,
+)
 from .warn import warn
 
 __all__ = ["Runner"]
@@ -55,13 +65,20 @@ class Runner:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def run(self, pair: Pair, num_particles: int, route: Route | None = None) -> Traces:
+    def run(
+        self,
+        pair: Pair,
+        num_particles: int,
+        route: Route | None = None,
+        on_start: Callable[[], None] = lambda: None,
+    ) -> Traces:
         """Run the pair on S particles.
 
         Arguments:
             pair: the pair and its arguments.
             num_particles: the number S of particles.
             route: how latent values travel; straight, if None.
+            on_start: called before the run, and again before another one if that turns out to be needed.
 
         Raises:
             ValueError: if the pair runs with one particle but not under the particle dim, naming the last
@@ -69,6 +86,7 @@ class Runner:
         """
         probe = self._probe(pair)
         while True:
+            on_start()
             if self.vectorize and num_particles > 1:
                 traces = self._run_vectorized(pair, num_particles, route, probe)
             else:
@@ -89,6 +107,19 @@ class Runner:
             Number of batch dims that the pair's own plates take, as far as is known.
         """
         return self._probe(pair).nesting
+
+    def run_model_again(self, pair: Pair, traces: Traces, num_particles: int, through: Through) -> Traces:
+        """Run the model alone on some of the particles of a vectorised run, in another number.
+
+        Arguments:
+            pair: the pair and its arguments.
+            traces: the traces of the run.
+            num_particles: the number of particles now.
+            through: makes their values out of the guide's.
+        """
+        plate = pyro.plate(PARTICLE_PLATE, num_particles, dim=traces.particle_dim)
+        again = trace_model_again(pair, traces.pairs[0], through, plate, traces.enum_dim)
+        return traces._replace(pairs=[again], num_particles=num_particles)
 
     def _run_one_by_one(self, pair: Pair, num_particles: int, route: Route | None, probe: Probe) -> Traces:
         enum_dim = -1 - probe.nesting if probe.enumerates else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -85,8 +86,12 @@ def plate_key(frame: CondIndepStackFrame) -> tuple[str, int | None]:
     return frame.name, frame.dim
 
 
-def read_sites(traces: Traces) -> list[Site]:
+def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> list[Site]:
     """The sites that carry a density, guide first, checked and with their log densities.
+
+    Arguments:
+        traces: the traces of both.
+        roles: whose sites are wanted.
 
     Raises:
         ValueError: if a latent is missing from the guide, shapes clash, or a factor in the guide
@@ -98,12 +103,14 @@ def read_sites(traces: Traces) -> list[Site]:
     nesting = _plate_dims(traces)
     for index, (model_trace, guide_trace, rescored) in enumerate(traces.pairs):
         _check_names(model_trace, guide_trace)
-        if validate:
+        if validate and len(roles) == 2:
             with warnings.catch_warnings():
                 # Said better by the error above, and of a site to be enumerated there is nothing to say.
                 warnings.filterwarnings("ignore", "Found vars in model but not guide")
                 check_model_guide_match(model_trace, guide_trace, nesting)
         for role, trace in (("guide", guide_trace), ("model", model_trace)):
+            if role not in roles:
+                continue
             found = []
             for name, message in trace.nodes.items():
                 if message["type"] != "sample" or _has_no_density(message):

@@ -7,12 +7,12 @@ that run one by one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
+import torch
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
@@ -29,6 +29,7 @@ __all__ = [
     "Route",
     "Through",
     "Traces",
+    "trace_model_again",
     "trace_pair",
 ]
 
@@ -56,11 +57,13 @@ class Route(NamedTuple):
         through: what each passes through on its way from the guide to the model.
         stopped: whether no gradient flows through them at all, from one guide site to the next either.
         rescored: whether the guide's density is also evaluated at stopped values, by a second run of it.
+        model_gradients: whether the model runs with gradients.
     """
 
     through: Through | None = None
     stopped: bool = False
     rescored: bool = False
+    model_gradients: bool = True
 
 
 class PairTraces(NamedTuple):
@@ -144,24 +147,33 @@ class Progress:
 class OneMinibatch(Messenger):
     """Gives every run inside it the subsample that the first one drew.
 
+    Arguments:
+        indices: subsamples known beforehand, by the name of their plate.
+
     Attributes:
-        indices: the subsample of each plate, by name.
+        indices: subsamples known by now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, indices: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.indices: dict[str, Any] = {}
+        self.indices: dict[str, Any] = dict(indices or {})
 
     def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.indices:
+        if _is_minibatch(msg) and msg["value"] is None and msg["name"] in self.indices:
             msg["value"] = self.indices[msg["name"]]
             msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        # A plate that runs on all of its indices has no minibatch, and may be over draws, which vary in
-        # number.
-        if site_is_subsample(msg) and (msg["fn"].subsample_size or math.inf) < msg["fn"].size:
+        if _is_minibatch(msg):
             self.indices.setdefault(msg["name"], msg["value"])
+
+
+def _is_minibatch(msg: Any) -> bool:
+    """Whether a plate draws from its indices, rather than take them all (of as many as there may be now)."""
+    if not site_is_subsample(msg):
+        return False
+    size, subsample_size = msg["fn"].size, msg["fn"].subsample_size
+    return subsample_size is not None and subsample_size < size
 
 
 class _StopValues(Messenger):
@@ -202,11 +214,44 @@ def trace_pair(
     if route.through is not None:
         guided = _with_values(guided, route.through, particle)
     if route.through is not None or model_trace is None or enum_dim is not None:
-        model = enclose(pair.model)
-        if enum_dim is not None:
-            model = poutine.enum(model, first_available_dim=enum_dim)
-        model_trace = progress.record("model", poutine.replay(model, trace=guided), pair)
+        with nullcontext() if route.model_gradients else torch.no_grad():
+            model_trace = _trace_model(pair, guided, enclose, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace, rescored)
+
+
+def trace_model_again(
+    pair: Pair,
+    traces: PairTraces,
+    through: Through,
+    enclose: Callable[[Callable], Callable],
+    enum_dim: int | None,
+) -> PairTraces:
+    """Run the model alone, on the guide's values as they come out of ``through``.
+
+    Arguments:
+        pair: the pair and its arguments.
+        traces: the traces of both.
+        through: what the guide's values pass through.
+        enclose: wraps the model, as the plate over particles does.
+        enum_dim: as in :func:`trace_pair`.
+    """
+    guided = _with_values(traces.guide, through)
+    model_trace = _trace_model(pair, guided, enclose, enum_dim, Progress())
+    return traces._replace(model=prune_subsample_sites(model_trace))
+
+
+def _trace_model(
+    pair: Pair,
+    guided: Trace,
+    enclose: Callable[[Callable], Callable],
+    enum_dim: int | None,
+    progress: Progress,
+) -> Trace:
+    """The model replayed against the guide's trace."""
+    model = enclose(pair.model)
+    if enum_dim is not None:
+        model = poutine.enum(model, first_available_dim=enum_dim)
+    return progress.record("model", poutine.replay(model, trace=guided), pair)
 
 
 def _trace_guide(pair: Pair, guide: Callable, progress: Progress) -> tuple[Trace, Trace, Trace | None]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pyro_iw import IWAE_ELBO, PIWAE_ELBO, Bound, ImportanceWeightedELBO
-from pyro_iw.estimators import Boundary, get_estimator
+from pyro_iw.estimators import get_estimator
+from pyro_iw.surrogate import Boundary
 
 LOSSES = [IWAE_ELBO(K=4), PIWAE_ELBO(M=2, K=2), IWAE_ELBO(K=4, estimator="reparam")]
 

@@ -655,17 +655,9 @@ def test_wake_wake_normalises_the_importance_weights_whatever_the_bound(loss):
 
 
 def signals(estimator, bound, log_w):
-    """The weights of the score term for a guide with one discrete site."""
-
-    class Particles:
-        log_q = torch.zeros_like(log_w)
-        nonreparameterized_sites = ("z",)
-
-        def log_prob(self, sites, masked):
-            return torch.zeros_like(log_w)
-
-    _, terms = get_estimator(estimator).guide_terms(Particles(), bound, log_w)
-    return terms[1][1]
+    """The weights of the score term for a guide with discrete sites."""
+    _, (_, signal) = get_estimator(estimator).guide_weights(bound, log_w, bound.weights(log_w), 1.0)
+    return signal
 
 
 @pytest.mark.parametrize("estimator", ["score", "vimco"])

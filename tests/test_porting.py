@@ -23,6 +23,7 @@ from pyro.infer.autoguide import (
 from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.optim import Adam, ClippedAdam
+from pyro.poutine.guide import GuideMessenger
 from torch import nn
 
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO
@@ -456,6 +457,34 @@ def test_every_estimator_takes_a_step_on_every_pair(pair, estimator):
         )
         assert moved
         before = parameters
+
+
+@pytest.mark.parametrize("estimator", ["reparam", "dreg", "score"])
+@pytest.mark.parametrize("option", ["chunk_size", "backward_particles"])
+@pytest.mark.parametrize("pair", [name for name in PAIRS if name != "AutoStructured"])
+def test_chunks_and_resampled_particles_on_every_pair(pair, option, estimator):
+    """From the very first call on: the same loss, and gradients for the same parameters."""
+    model, guide = PAIRS[pair]()
+    if option == "backward_particles" and isinstance(guide, GuideMessenger):
+        return
+    losses = [
+        PIWAE_ELBO(M=2, K=3, estimator=estimator, **{option: 2}),
+        PIWAE_ELBO(M=2, K=3, estimator=estimator),
+    ]
+    values, with_gradient = [], []
+    for loss in (losses[0], *losses):
+        pyro.set_rng_seed(0)
+        with poutine.trace(param_only=True) as params:
+            values.append(loss.loss_and_grads(model, guide))
+        parameters = {name: site["value"].unconstrained() for name, site in params.trace.nodes.items()}
+        with_gradient.append({name for name, p in parameters.items() if p.grad is not None})
+        assert all(p.grad is None or p.grad.isfinite().all() for p in parameters.values())
+        for p in parameters.values():
+            p.grad = None
+    assert values[0] == values[1]
+    assert option == "chunk_size" or values[1] == values[2]
+    assert with_gradient[0] == with_gradient[1] == with_gradient[2]
+    assert with_gradient[0]
 
 
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "one_by_one"])

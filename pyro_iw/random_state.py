@@ -1,0 +1,40 @@
+"""The state of all random generators that models and guides may draw from."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["RandomState"]
+
+
+class RandomState(NamedTuple):
+    """PyTorch's state on the CPU and on the CUDA devices in use, NumPy's and Python's."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def now(cls, before: RandomState | None = None) -> RandomState:
+        """The present state; what it shares with an earlier one is held in memory once."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        numpy, python = np.random.get_state(), random.getstate()  # noqa: NPY002 - the state models may use
+        if before is not None:
+            python = before.python if before.python == python else python
+            same = all(np.array_equal(a, b) for a, b in zip(before.numpy, numpy, strict=True))
+            numpy = before.numpy if same else numpy
+        return cls(torch.get_rng_state(), cuda, numpy, python)
+
+    def restore(self) -> None:
+        """Make it the present state."""
+        torch.set_rng_state(self.cpu.clone())  # which does not heed where in its storage a view begins
+        for device, state in enumerate(self.cuda):
+            torch.cuda.set_rng_state(state, device)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        random.setstate(self.python)
