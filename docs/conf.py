@@ -1,6 +1,9 @@
 """Configuration of the documentation: Sphinx, MyST Markdown, the furo theme."""
 
+import doctest
+import os
 from importlib.metadata import version as installed_version
+from pathlib import Path
 
 project = "pyro-iw"
 author = "The pyro-iw contributors"
@@ -46,6 +49,19 @@ def _public_bases(app, name, obj, options, bases):
     bases[:] = [base.__base__ if base.__name__.startswith("_") else base for base in bases]
 
 
+def _execute_tutorial(app):
+    """Run what the tutorial prints, so that no build shows figures that the code does not give."""
+    os.environ.setdefault("MPLBACKEND", "agg")
+    page = Path(app.srcdir) / "evaluation.md"
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    failed, _ = doctest.testfile(str(page), module_relative=False, optionflags=flags, encoding="utf-8")
+    if failed:
+        from sphinx.errors import ExtensionError  # not there where pytest collects this file alone
+
+        raise ExtensionError(f"{failed} example(s) of {page.name} do not give what it says; see above")
+
+
 def setup(app):
+    app.connect("builder-inited", _execute_tutorial)
     app.connect("autodoc-process-bases", _public_bases)
     app.connect("autodoc-skip-member", _skip)

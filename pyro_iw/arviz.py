@@ -99,7 +99,8 @@ def to_arviz(
     positive_integer("num_samples", num_samples)
     wrap = _container()
     names = _Names(samples, dims or {})
-    warn_of_khat(samples.khat, samples.num_particles)
+    if not samples.is_smoothed:  # which has warned
+        warn_of_khat(samples.khat, samples.num_particles)
     indices = samples.resample(num_samples)
     draws = samples.take(indices)
     shown = _shown(samples, draws, needed=log_likelihood or predictive)

@@ -50,7 +50,8 @@ class LogMarginal:
     Attributes:
         values: :math:`\\log \\hat p(x_n)` in nats, of shape ``[N]``.
         monte_carlo_errors: standard error of each from the finite number of particles (delta method),
-            ``[N]``. It says nothing of mass that no particle has reached.
+            ``[N]``. It says nothing of mass that no particle has reached, and with ``jackknife`` it is that
+            of the values before their correction, whose error is larger.
         ess: effective number of particles of each, ``[N]``.
         num_particles: number S of particles.
         bounds: another bound on the same particles, where it was asked for, of shape ``[N]``.

@@ -28,7 +28,7 @@ from .logmean import logmeanexp, softmax
 from .psis import pareto_smoothed, warn_of_khat
 from .rerun import Observed, Rerun
 from .resampling import multinomial, systematic
-from .streaming import RunningBound
+from .streaming import RunningBound, RunningLogMean
 from .warn import warn
 
 __all__ = ["ImportanceSamples"]
@@ -104,6 +104,17 @@ class ImportanceSamples:
         """Log of the mean weight, ``[*cells]``, in nats: :math:`\\log \\hat p(x)`."""
         return logmeanexp(self.log_weights, 0)
 
+    @property
+    def monte_carlo_error(self) -> Tensor:
+        """Standard error of :attr:`log_marginal` from the finite number of particles (delta method),
+        ``[*cells]``.
+
+        NaN for a single particle or a dead cell. It knows nothing of mass that no particle has reached.
+        """
+        running = RunningLogMean()
+        running.add(self.log_weights)
+        return running.standard_error.to(self.log_p.dtype)
+
     def bound(self, bound: Bound) -> Tensor:
         """A bound with M K particles, averaged over as many disjoint groups of particles as there are.
 
@@ -135,9 +146,9 @@ class ImportanceSamples:
     @property
     def ess(self) -> Tensor:
         r"""Effective number of particles :math:`(\sum w)^2 / \sum w^2`, ``[*cells]``; 0 if all are dead."""
-        log_w = self.log_weights.double()
-        ess = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
-        return ess.nan_to_num(nan=0.0).to(self.log_p.dtype)
+        running = RunningLogMean()
+        running.add(self.log_weights)
+        return running.ess.to(self.log_p.dtype)
 
     @property
     def khat(self) -> Tensor:
@@ -175,7 +186,8 @@ class ImportanceSamples:
 
         Arguments:
             what: a site, for its mean; or the function f of :attr:`values`, whose result has the shape
-                ``[S, *batch, *event]``, with the kept plates at their own dims of ``batch``.
+                ``[S, *batch, *event]``, with the kept plates at their own dims of ``batch``. A latent outside
+                of all plates is ``[S, *event]`` here, and needs dims of size 1 beside one inside.
             event_dim: the number of event dims of the function's result.
 
         Returns:
@@ -193,7 +205,10 @@ class ImportanceSamples:
         self._check_alive("an expectation")
         if isinstance(what, str):
             if what not in self.latents:
-                raise ValueError(f"There is no latent site {what!r}; there are {sorted(self.latents)}.")
+                raise ValueError(
+                    f"There is no latent site {what!r}; there are {sorted(self.latents)}. For a "
+                    "deterministic site pass the function that computes it."
+                )
             values, event_dim = self.latents[what].values, self.latents[what].event_dim
         else:
             values = what(self.values)

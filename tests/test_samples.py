@@ -110,6 +110,9 @@ class TestWeights:
                 )
                 ess = sum(weights) ** 2 / sum(weight**2 for weight in weights)
                 assert samples.ess[i, j].item() == pytest.approx(ess, rel=1e-4)
+                mean = sum(weights) / 40
+                spread = math.sqrt(sum((weight - mean) ** 2 for weight in weights) / 39 / 40)
+                assert samples.monte_carlo_error[i, j].item() == pytest.approx(spread / mean, rel=1e-4)
                 normalised = [weight / sum(weights) for weight in weights]
                 torch.testing.assert_close(samples.weights[:, i, j], torch.tensor(normalised))
 
