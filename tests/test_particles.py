@@ -421,3 +421,41 @@ class TestRefusals:
         with pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.simplefilter("error")
             IWAE_ELBO(K=4).loss_and_grads(local_model, local_guide, x)
+
+
+class TestBits:
+    """The density of independent Bernoullis, which is not left to the distribution."""
+
+    def particles(self, fn, value):
+        def model():
+            pyro.sample("x", fn, obs=value)
+
+        return IWAE_ELBO(K=1).particles(model, lambda: None)
+
+    @pytest.mark.parametrize("event_dim", [1, 2])
+    @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
+    def test_value_and_gradient_are_the_distributions_own(self, event_dim, shape):
+        logits = torch.randn(2, 3, 5, requires_grad=True)
+        value = (torch.rand(shape) < 0.5).float()
+        fn = dist.Bernoulli(logits=logits).to_event(event_dim)
+        pyro.enable_validation(False)  # as batch dims without a plate are refused
+        try:
+            ours = self.particles(fn, value).log_p.sum()
+        finally:
+            pyro.enable_validation(True)
+        theirs = fn.log_prob(value).sum()
+        torch.testing.assert_close(ours, theirs)
+        pairs = (torch.autograd.grad(log_p, logits)[0] for log_p in (ours, theirs))
+        torch.testing.assert_close(*pairs)
+
+    def test_values_that_are_no_bits(self):
+        fn = dist.Bernoulli(logits=torch.zeros(5)).to_event(1)
+        with pytest.raises(ValueError, match=r"'x' \(model\).*support"):
+            self.particles(fn, torch.full((5,), 0.5))
+
+    def test_probabilities_and_single_bits_as_well(self):
+        probs = torch.tensor([0.2, 0.9])
+        value = torch.tensor([1.0, 0.0])
+        for fn in (dist.Bernoulli(probs).to_event(1), dist.Bernoulli(logits=probs.logit()).to_event(1)):
+            assert self.particles(fn, value).log_p.exp().item() == pytest.approx(0.02)
+        assert self.particles(dist.Bernoulli(logits=torch.zeros(())), torch.tensor(1.0)).log_p.exp() == 0.5
