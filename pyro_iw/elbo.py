@@ -21,6 +21,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from .bounds import Bound
+from .compiled import Compiler
 from .estimators import Estimate, get_estimator
 from .particles import Particles, collect
 from .runner import Runner
@@ -56,6 +57,10 @@ class ImportanceWeightedELBO(ELBO):
             once if infinite.
         strict_enumeration_warning: whether to warn of sites marked for sequential enumeration, which are
             sampled.
+        compile: compile gradient steps, see :mod:`~pyro_iw.compiled`. The first step on arguments of new
+            shapes runs eagerly and the second takes some seconds to compile; from then on Pyro's handlers no
+            longer run. What cannot be compiled runs eagerly, after a warning. :meth:`recompile` starts
+            afresh where the model reads something in Python whose changes go unseen.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -78,6 +83,7 @@ class ImportanceWeightedELBO(ELBO):
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
         strict_enumeration_warning: bool = True,
+        compile: bool = False,
     ) -> None:
         if not isinstance(bound, Bound):
             raise ValueError(f"bound must be a pyro_iw.Bound, got {bound!r}")
@@ -99,6 +105,8 @@ class ImportanceWeightedELBO(ELBO):
         self._estimator = get_estimator(estimator)
         self._runner = Runner(vectorize_particles, max_plate_nesting, check=read_sites)
         self._warned: set[str] = set()
+        self.compile = compile
+        self._compiler = Compiler()
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, in nats, without gradients.
@@ -126,7 +134,16 @@ class ImportanceWeightedELBO(ELBO):
         Pyro's validation off, NaN and +inf are found only after the backward pass: zero it then.
         """
         pair = Pair(model, guide, args, kwargs)
-        particles, estimate = self._estimate(pair, self._next_kl_weight())
+        kl_weight = self._next_kl_weight()
+        compiled = self._compiler.run(pair, kl_weight, self._estimate) if self.compile else None
+        if compiled is not None:
+            loss = compiled.loss.item()
+            if math.isfinite(loss):
+                compiled.accumulate()
+                self.steps += 1
+                return loss
+            compiled.rewind()  # the eager step on the same noise says what is wrong, and where
+        particles, estimate = self._estimate(pair, kl_weight)
         # Before the backward pass, so that .grad stays clean; on an accelerator that means to wait for
         # the device in mid-step, which is a price for validation alone.
         early = is_validation_enabled() or estimate.loss.device.type == "cpu"
@@ -148,12 +165,25 @@ class ImportanceWeightedELBO(ELBO):
         Pyro's validation is on. It can be differentiated once.
         """
         pair = Pair(model, guide, args, kwargs)
-        particles, estimate = self._estimate(pair, self._next_kl_weight())
+        kl_weight = self._next_kl_weight()
+        compiled = None
+        if self.compile and torch.is_grad_enabled():
+            compiled = self._compiler.run(pair, kl_weight, self._estimate)
+        if compiled is not None:
+            if not is_validation_enabled() or math.isfinite(compiled.loss.item()):
+                self.steps += 1
+                return compiled.differentiable()
+            compiled.rewind()
+        particles, estimate = self._estimate(pair, kl_weight)
         if is_validation_enabled():
             self._check_finite(estimate.loss.item(), particles, estimate)
         if torch.is_grad_enabled():
             self.steps += 1
         return estimate.loss
+
+    def recompile(self) -> None:
+        """Forget all compiled steps, and try again to compile what could not be."""
+        self._compiler.forget()
 
     def particles(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Particles:
         """Draw S = M K particles and return their log-weights, of shape ``[S, *cells]``, in nats.
@@ -245,7 +275,8 @@ class ImportanceWeightedELBO(ELBO):
         """The keywords that are not at their default, as they would be typed."""
         defaults = inspect.signature(ImportanceWeightedELBO).parameters
         values = {
-            name: getattr(self, name) for name in ("estimator", "plates", "kl_weight", "vectorize_particles")
+            name: getattr(self, name)
+            for name in ("estimator", "plates", "kl_weight", "vectorize_particles", "compile")
         }
         return "".join(
             f", {name}={value!r}" for name, value in values.items() if value != defaults[name].default
