@@ -47,6 +47,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+import opt_einsum
 import pyro
 import torch
 from pyro import poutine
@@ -78,7 +79,8 @@ _READS = frozenset(
     "item tolist numpy __array__ __bool__ __int__ __float__ __complex__ __index__ __dlpack__".split()
 )
 _LIBRARIES = tuple(
-    os.path.dirname(str(path)) + os.sep for path in (__file__, pyro.__file__, torch.__file__, np.__file__)
+    os.path.dirname(str(library.__file__)) + os.sep
+    for library in (sys.modules[__package__ or ""], pyro, torch, np, opt_einsum)
 )
 _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
@@ -185,7 +187,8 @@ class Compiler:
     """
 
     def __init__(self) -> None:
-        self._programs: OrderedDict[Any, _Program | None] = OrderedDict()
+        # For a key met once: its pair's callables, for an id is good as long as its object.
+        self._programs: OrderedDict[Any, _Program | tuple] = OrderedDict()
         self._stale: dict[Any, int] = {}
         self._refused: dict[Any, Any] = {}
         self._warned = False
@@ -229,10 +232,10 @@ class Compiler:
                 return None  # its effect would be recorded
         if key not in self._programs:
             # Eagerly once: lazy parameters are made, errors and warnings come from the user's own lines.
-            self._remember(key, None)
+            self._remember(key, (pair.model, pair.guide))
             return None
         program = self._programs[key]
-        if program is None:
+        if not isinstance(program, _Program):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the pair's own came from the eager step
@@ -245,8 +248,7 @@ class Compiler:
         else:
             changed = program.guards.changed()
             if changed is not None:
-                del self._programs[key]
-                self._programs[key] = None
+                self._remember(key, (pair.model, pair.guide))
                 self._stale[identity] = self._stale.get(identity, 0) + 1
                 if self._stale[identity] > _PATIENCE:
                     self._refuse(identity, pair, f"{changed} keeps changing; a tensor could, in place")
@@ -254,14 +256,14 @@ class Compiler:
             self._programs.move_to_end(key)
         return CompiledStep(program, tensors, kl_weight)
 
-    def _remember(self, key: Any, program: _Program | None) -> None:
+    def _remember(self, key: Any, program: _Program | tuple) -> None:
         self._programs[key] = program
         self._programs.move_to_end(key)
         while len(self._programs) > _CAPACITY:
             self._programs.popitem(last=False)
 
     def _refuse(self, identity: Any, pair: Pair, reason: str) -> None:
-        self._refused[identity] = pair  # kept, for an id is good as long as its object
+        self._refused[identity] = pair.model, pair.guide
         for key in [key for key in self._programs if key[0] == identity]:
             del self._programs[key]
         if not self._warned:
@@ -297,8 +299,8 @@ def _spec(value: Any, tensors: list[Tensor]) -> Any:
         return kind, tuple([_spec(item, tensors) for item in value])
     if kind is dict:
         return kind, tuple([(key, _spec(item, tensors)) for key, item in value.items()])
-    if isinstance(value, (nn.Module, types.FunctionType, slice, type)):
-        return kind, id(value)
+    if isinstance(value, (nn.Module, types.FunctionType, type)):
+        return kind, value
     raise _Refused(
         f"an argument is of type {kind.__name__}, whose changes would go unseen; pass tensors, numbers, "
         "strings or modules"
@@ -444,9 +446,23 @@ class _Recording:
             return [loss.detach(), *_apart(found)]
 
         inputs = [*fixed, *fresh, *([] if weight is None else [weight])]
-        graph = make_fx(step, tracing_mode="real", decomposition_table=_decompositions())(*inputs)
+        with _without_metadata():
+            graph = make_fx(step, tracing_mode="real")(*inputs)
         self.fresh = fresh
         return graph
+
+
+@contextmanager
+def _without_metadata() -> Iterator[None]:
+    """``make_fx`` without a fake copy of each result, which takes most of its time and is of no use here."""
+    from torch.fx.experimental import proxy_tensor
+
+    extract_val = proxy_tensor.extract_val
+    proxy_tensor.extract_val = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        proxy_tensor.extract_val = extract_val
 
 
 def _record(
@@ -463,7 +479,7 @@ def _record(
     guards, guards_again = _Guards(pair), _Guards(pair)
     observer = _Observer()
     first, second = _Recording(pair, estimate), _Recording(pair, estimate)
-    with _as_before(observer), pyro.validation_enabled(False):
+    with _as_before(observer) as check_random, pyro.validation_enabled(False):
         with observer, guards.watch():
             graph = first.run([], args, weight, kl_weight)
         fixed = _constants(graph)
@@ -471,13 +487,14 @@ def _record(
         torch.manual_seed(1)  # other noise than before: what depends on it in Python shows
         with observer, guards_again.watch():
             again = second.run(fixed, args, weight, kl_weight)
+        check_random()
         if torch.initial_seed() != 1:
             raise _Refused("it seeds PyTorch's generator")
-        _compare(graph, again, fixed)
         guards.keep(guards_again)
         made = guards.changed()
         if made is not None:
             raise _Refused(f"{made} changes as it runs")
+        _compare(graph, again, fixed)
     return _compile(again, fixed, args, weight, second, observer, guards)
 
 
@@ -537,7 +554,8 @@ def _inductor(graph: Any, inputs: list[Tensor], exclusive: bool) -> Callable[[li
     if cuda:
         options["triton.cudagraphs"] = True
     with torch.no_grad(), config.patch(options):
-        outer = compile_fx(graph, list(inputs), inner_compile=inner)
+        table = None if cuda else _cpu_decompositions()
+        outer = compile_fx(graph, list(inputs), inner_compile=inner, decompositions=table)
         storages = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor.numel()}
         apart = len(storages) == sum(tensor.numel() > 0 for tensor in inputs)
         if exclusive and apart and not cuda and len(kernels) == 1 and kernels[0][1] == len(inputs):
@@ -697,6 +715,8 @@ def _canonical(graph: Any, persistent: dict[int, str], skip: int) -> tuple[list[
             else:
                 constants[id(tensor)] = tensor
                 names[node] = f"constant {list(constants).index(id(tensor))}"
+        elif node.target is torch.ops.aten.detach.default:
+            names[node] = names[node.args[0]]  # constants come with some that inputs do not have
         else:
             names[node] = f"%{len(lines)}"
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: _Name(names[n]))
@@ -711,22 +731,30 @@ class _Name(str):
 
 
 @contextmanager
-def _as_before(observer: _Observer) -> Iterator[None]:
-    """Leave random states and the tensors that were written to as they are now."""
+def _as_before(observer: _Observer) -> Iterator[Callable[[], None]]:
+    """Leave random states and the tensors that were written to as they are now.
+
+    Gives a function that refuses a run that has drawn from Python's or NumPy's.
+    """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state models may use
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+    def check() -> None:
+        after: Any = np.random.get_state()  # noqa: NPY002
+        for name, changed in (
+            ("Python's random", python != random.getstate()),
+            ("numpy.random", numpy[2] != after[2] or not np.array_equal(numpy[1], after[1])),
+        ):
+            if changed:
+                raise _Refused(f"it draws from {name}, which would be drawn once and for all")
+
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
             try:
-                yield
+                yield check
             finally:
                 observer.restore()
-        if python != random.getstate():
-            raise _Refused("it draws from Python's random, which would be drawn once and for all")
-        after = np.random.get_state()  # noqa: NPY002
-        if numpy[2] != after[2] or not np.array_equal(numpy[1], after[1]):
-            raise _Refused("it draws from NumPy's random, which would be drawn once and for all")
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
@@ -800,12 +828,20 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.data_dependent_output in func.tags:
             raise _Refused(f"it reads a tensor's value in Python ({func})")
-        if torch.Tag.dynamic_output_shape in func.tags:
+        if torch.Tag.dynamic_output_shape in func.tags and not _is_gather(func, args):
             raise _Refused(f"it makes a tensor whose shape depends on values ({func})")
         self.observer.note(func, args, kwargs)
         out = func(*args, **kwargs)
         self.observer.made(out)
         return out
+
+
+def _is_gather(func: Any, args: Any) -> bool:
+    """Whether an operation indexes by integers, which gives a shape known beforehand."""
+    masks = (torch.bool, torch.uint8)
+    return func is torch.ops.aten.index.Tensor and not any(
+        index is not None and index.dtype in masks for index in args[1]
+    )
 
 
 class _Reads(TorchFunctionMode):
@@ -815,8 +851,46 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _decompositions() -> dict[Any, Callable]:
-    return {}
+def _cpu_decompositions() -> dict[Any, Callable]:
+    """Inductor's own, with float32's tanh and log-sigmoid in fewer operations, to the same accuracy.
+
+    Its vectorised ``log1p`` and ``tanh`` cost several times an ``exp``, and a Bernoulli likelihood over
+    particles and pixels spends most of its time in them.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = dict(select_decomp_table())
+    aten = torch.ops.aten
+    log_sigmoid = table[aten.log_sigmoid_forward.default]
+
+    def log1p_of_fraction(x: Tensor) -> Tensor:
+        """log(1 + x) for x in [0, 1], as 2 artanh(x / (2 + x)) by its series: 2e-7 relative."""
+        ratio = x / (2 + x)
+        square = ratio * ratio
+        series = square * (1 / 15) + 1 / 13
+        for odd in (11, 9, 7, 5, 3, 1):
+            series = series * square + 1 / odd
+        return 2 * ratio * series
+
+    def log_sigmoid_forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.dtype != torch.float32:
+            return log_sigmoid(x)
+        return x.clamp(max=0.0) - log1p_of_fraction(torch.exp(-x.abs())), x.new_zeros((0,))
+
+    def tanh(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return NotImplemented
+        # Cephes' tanhf: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel; 1e-7 relative.
+        square = x * x
+        series = square * -5.70498872745e-3 + 2.06390887954e-2
+        for coefficient in (-5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
+            series = series * square + coefficient
+        far = (1 - 2 / (torch.exp(2 * x.abs()) + 1)).copysign(x)
+        return torch.where(x.abs() < 0.625, x + x * square * series, far)
+
+    table[aten.log_sigmoid_forward.default] = log_sigmoid_forward
+    table[aten.tanh.default] = tanh
+    return table
 
 
 # ------------------------------------------------------------------------------------------------
@@ -868,11 +942,18 @@ class _Guards:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Note what the code that runs in here may read."""
-        frames: dict[Any, tuple[Any, Any, dict[str, Any]]] = {}
+        frames: set[types.CodeType] = set()
+
+        users: dict[Any, bool] = {}
 
         def look(frame: Any, event: str, _: Any) -> None:
+            if event != "call":
+                return
             code = frame.f_code
-            if event != "call" or not _is_users(code.co_filename):
+            known = users.get(code)
+            if known is None:
+                known = users[code] = _is_users(code.co_filename)
+            if not known:
                 return
             own = None
             if code.co_argcount:
@@ -881,7 +962,7 @@ class _Guards:
                 self._object(own)
             if code not in frames:
                 free = {name: frame.f_locals.get(name) for name in code.co_freevars}
-                frames[code] = code, frame.f_globals, free
+                frames.add(code)
                 self._names(frame.f_globals, code.co_names)
                 self._cells(code, free)
 
@@ -916,7 +997,7 @@ class _Guards:
     def _names(self, mapping: dict[str, Any], names: Sequence[str]) -> None:
         for name in names:
             if name in mapping:
-                self._value(mapping, name, mapping[name])
+                self._value(mapping, name, mapping[name], self._same, self._equal)
 
     def _cells(self, code: Any, free: dict[str, Any]) -> None:
         """The closure variables of the function that runs this code."""
@@ -924,14 +1005,13 @@ class _Guards:
             return
         for function in gc.get_referrers(code):
             if isinstance(function, types.FunctionType) and function.__code__ is code:
-                cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-                for name, cell in cells.items():
-                    try:
-                        value = cell.cell_contents
-                    except ValueError:
-                        continue
+                same: list[Any] = []
+                equal: list[Any] = []
+                self._owners[id(function)] = function, same, equal
+                for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+                    value = _Cell(cell).get(name)
                     if value is free.get(name):
-                        self._value(_Cell(cell), name, value)
+                        self._value(_Cell(cell), name, value, same, equal)
 
     def _object(self, owner: Any) -> None:
         """The attributes of an object whose code runs."""
@@ -957,9 +1037,9 @@ class _Guards:
                     if not name.startswith("__"):
                         _note(vars(kind), name, value, same, equal)
 
-    def _value(self, mapping: Any, name: str, value: Any) -> None:
+    def _value(self, mapping: Any, name: str, value: Any, same: list[Any], equal: list[Any]) -> None:
         """A global or a closure variable."""
-        if not _note(mapping, name, value, self._same, self._equal) and _is_instance(value):
+        if not _note(mapping, name, value, same, equal) and _is_instance(value):
             self._object(value)
 
 

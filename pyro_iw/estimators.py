@@ -73,6 +73,8 @@ __all__ = [
 
 # Far below float32's rounding of a, yet large enough that b / a stays finite where a underflows.
 _UNDERFLOW = 2.0**-60
+# Below the rounding of a weight of 1, even for a path's weight that is larger by 1 / _UNDERFLOW.
+_NEGLIGIBLE = 2.0**-90
 
 
 class Estimate(NamedTuple):
@@ -122,6 +124,15 @@ class Boundary:
     def set_ratio(self, ratio: Tensor) -> None:
         """Set the factors b / a, of shape ``[S, *batch]`` with 1 for every dim that is no cell."""
         self._ratio = ratio
+
+
+def _without_dust(weights: Tensor) -> Tensor:
+    """Weights too small to matter as 0.
+
+    Training drives the weights of most particles down, and what is multiplied by those on their way to 0
+    falls among the denormal numbers, on which processors are slower by an order of magnitude.
+    """
+    return weights.masked_fill(weights.abs() < _NEGLIGIBLE, 0.0)
 
 
 def _refuse_half_precision(value: Tensor) -> None:
@@ -206,7 +217,7 @@ class Estimator(ABC):
             route.through.set_ratio(particles.to_batch(ratio.reshape(shape)))
         terms = []
         for density, weights in [(particles.log_p, a), *guide_terms]:
-            terms += [density, -particles.scale * weights.reshape(shape)]
+            terms += [density, -particles.scale * _without_dust(weights).reshape(shape)]
         return Estimate(_Weighted.apply(loss, *terms), value)
 
 
