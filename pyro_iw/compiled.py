@@ -494,7 +494,15 @@ def _record(
         made = guards.changed()
         if made is not None:
             raise _Refused(f"{made} changes as it runs")
-        _compare(graph, again, fixed)
+        try:
+            _compare(graph, again, fixed, 0)
+        except _Refused:
+            # Writing to a constant is recorded otherwise than writing to an input: compare like with like.
+            observer.restore()
+            torch.manual_seed(2)
+            with observer:
+                graph = _Recording(pair, estimate).run(fixed, args, weight, kl_weight)
+            _compare(graph, again, fixed, len(fixed))
     return _compile(again, fixed, args, weight, second, observer, guards)
 
 
@@ -528,7 +536,9 @@ def _compile(
     return _Program(function, fixed, leaves, leaf_args, written, messages, weight, guards)
 
 
-def _inductor(graph: Any, inputs: list[Tensor], exclusive: bool) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+def _inductor(
+    graph: Any, inputs: list[Tensor], exclusive: bool
+) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     """The graph compiled, as a function of a list of inputs, which it empties.
 
     Arguments:
@@ -569,8 +579,14 @@ def _message(site: Any) -> tuple[dict[str, Any], Any]:
     value = site["value"]
     reference = getattr(value, "unconstrained", None)
     leaf = value if reference is None else reference()
-    constraint = None if leaf is value else site["kwargs"].get("constraint")
-    if leaf is not value and constraint is None:
+    if leaf is value:
+        return dict(site), None
+    store = pyro.get_param_store()
+    if store._params.get(site["name"]) is leaf:
+        constraint = store._constraints[site["name"]]
+    else:  # a PyroParam of a module that keeps its own
+        constraint = site["kwargs"].get("constraint")
+    if constraint is None:
         raise _Refused(f"parameter {site['name']!r} does not say how it is constrained")
     return {**site, "value": leaf}, constraint
 
@@ -658,7 +674,9 @@ def _lift(graph: Any) -> list[Tensor]:
         delattr(graph, target)
     inputs = []
     for tensor, node in reversed(constants.values()):
-        if tensor.numel() == 1 and all(use.target is torch.ops.aten.lift_fresh_copy.default for use in node.users):
+        if tensor.numel() == 1 and all(
+            use.target is torch.ops.aten.lift_fresh_copy.default for use in node.users
+        ):
             for use in list(node.users):
                 with graph.graph.inserting_before(use):
                     number = graph.graph.call_function(
@@ -675,12 +693,19 @@ def _lift(graph: Any) -> list[Tensor]:
     return inputs
 
 
-def _compare(first: Any, second: Any, fixed: list[Tensor]) -> None:
-    """Refuse a step that is not the same when it is recorded again."""
+def _compare(first: Any, second: Any, fixed: list[Tensor], given: int) -> None:
+    """Refuse a step that is not the same when it is recorded again.
+
+    Arguments:
+        first: a graph.
+        second: another, whose first inputs are ``fixed``.
+        fixed: the tensors that the step reads.
+        given: how many of these are inputs of the first graph.
+    """
     inputs = [node for node in second.graph.nodes if node.op == "placeholder"]
     persistent = {id(t): f"input {i}" for i, t in enumerate(fixed) if inputs[i].users}
     lines, constants = zip(
-        _canonical(first, persistent, 0), _canonical(second, persistent, len(fixed)), strict=True
+        _canonical(first, persistent, given), _canonical(second, persistent, len(fixed)), strict=True
     )
     same = lines[0] == lines[1] and len(constants[0]) == len(constants[1])
     if not same:
@@ -799,7 +824,9 @@ class _Observer:
             storage = StorageWeakRef(tensor.untyped_storage())
             if storage.cdata not in self._made:
                 self._found.setdefault(storage.cdata, storage)
-                writes = argument.alias_info is not None and argument.alias_info.is_write
+                # Batch normalisation's schema does not say that it updates these.
+                writes = argument.name in ("running_mean", "running_var")
+                writes = writes or (argument.alias_info is not None and argument.alias_info.is_write)
                 if writes and not any(tensor is other for other in self.written):
                     self.written.append(tensor)
                     self._values.append(tensor.detach().clone())

@@ -117,7 +117,9 @@ class SmallVAE(PyroModule):
     def __init__(self):
         super().__init__()
         self.decoder = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Dropout(0.2), nn.Linear(7, 5))
-        self.encoder = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 6))
+        self.encoder = nn.Sequential(
+            nn.Linear(5, 7, bias=False), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 6)
+        )
 
     def model(self, x):
         pyro.module("decoder", self.decoder)
@@ -153,7 +155,9 @@ def test_a_hundred_steps_of_a_vae_through_inductor(name):
 
     check_same(LOSSES[name], make, (binary(),), steps=100, rtol=2e-3)
     eager, ours = nets
-    torch.testing.assert_close(ours.encoder[1].running_mean, eager.encoder[1].running_mean, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        ours.encoder[1].running_mean, eager.encoder[1].running_mean, rtol=1e-3, atol=1e-4
+    )
     assert ours.encoder[1].num_batches_tracked == eager.encoder[1].num_batches_tracked
 
 
@@ -527,7 +531,9 @@ SCALE = 1.0
 DATA = torch.linspace(-1, 1, 4)
 
 
-@pytest.mark.parametrize("what", ["global", "global tensor", "closure", "closure tensor", "nested", "in place"])
+@pytest.mark.parametrize(
+    "what", ["global", "global tensor", "closure", "closure tensor", "nested", "in place"]
+)
 def test_changes_of_globals_and_closures_are_seen(what, monkeypatch):
     weight, shift = 1.0, torch.tensor(0.1)
 
@@ -671,7 +677,10 @@ REFUSED = {
     "python random": (lambda z: z * random.random(), "Python's random"),
     "numpy random": (lambda z: z * np.random.rand(), "numpy.random"),  # noqa: NPY002
     "numpy generator": (lambda z, g=np.random.default_rng(0): z * g.random(), "another computation"),
-    "fresh values": (lambda z, g=np.random.default_rng(0): z * torch.tensor(g.random(2)).sum(), "other values"),
+    "fresh values": (
+        lambda z, g=np.random.default_rng(0): z * torch.tensor(g.random(2)).sum(),
+        "other values",
+    ),
     "counter": (Counter(), "changes as it runs"),
     "seed": (lambda z: z + 0 * torch.manual_seed(5).initial_seed(), "seeds PyTorch"),
 }
