@@ -5,9 +5,10 @@ particle weights, backward pass. :class:`Compiler` records them once with PyTorc
 compile the lot into fused kernels, and runs those. The program draws its noise from PyTorch's own generators,
 operation by operation as the eager step does, so for one seed both see the same particles.
 
-**What is an input.** Every tensor that the pair reads without having made it is an input of the program, held
-by reference: arguments, parameters, buffers, tensors that a model closes over. Changes in place are therefore
-seen (an optimiser's step, ``load_state_dict``, data written into a buffer), and ``kl_weight`` is a tensor too.
+**What is an input.** Every tensor that the pair reads without having made it is an input of the program,
+held by reference: arguments, parameters, buffers, tensors that a model closes over. Changes in place are
+therefore seen (an optimiser's step, ``load_state_dict``, data written into a buffer), and ``kl_weight`` is a
+tensor too.
 
 **What is a guard.** Anything else that a recording would freeze is looked at before each step, and if it
 changed, the next step runs eagerly and the one after it is recorded afresh:
@@ -33,7 +34,6 @@ of Pyro's validation take part in the eager step that precedes each recording, a
 from __future__ import annotations
 
 import gc
-import math
 import os
 import random
 import sys
@@ -43,7 +43,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,8 @@ _LARGEST = 64
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 #: Ways to read a tensor's value in Python.
 _READS = frozenset(
-    "item tolist numpy __array__ __bool__ __int__ __float__ __complex__ __index__ __dlpack__".split()
+    {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__complex__", "__index__"}
+    | {"__dlpack__"}
 )
 _LIBRARIES = tuple(
     os.path.dirname(str(library.__file__)) + os.sep
@@ -401,6 +402,7 @@ class _Program:
 
     def emit_params(self) -> None:
         """Send the handlers outside, such as SVI's, the parameters that the eager step would touch."""
+        messenger: Any
         for messenger in _PYRO_STACK:
             add_node = messenger.trace.add_node
             for message, constraint in self.messages:
@@ -999,7 +1001,7 @@ class _Guards:
         for fn in (self._pair.model, self._pair.guide):
             self._callable(fn)
         hook = nn.modules.module.register_module_forward_pre_hook(called)
-        before = sys.getprofile()
+        before: Any = sys.getprofile()
         sys.setprofile(look)
         try:
             yield
