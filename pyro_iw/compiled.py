@@ -50,6 +50,7 @@ from torch.distributions import transform_to
 
 from .estimators import Estimate
 from .guards import PLAIN, Refused
+from .products import choose_products
 from .recording import Recorded, record
 from .traces import Pair
 from .warn import warn
@@ -395,6 +396,8 @@ def _inductor(
     kernels: list[Any] = []
 
     def inner(module: Any, examples: Any, **keywords: Any) -> Any:
+        if not cuda:
+            choose_products(module)
         compiled = compile_fx_inner(module, examples, **keywords)
         kernels.append((compiled, len(examples)))
         return compiled

@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyro_iw.compiled as compiled
+import pyro_iw.products as products
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, Bound, ImportanceWeightedELBO
 
 LOSSES = {
@@ -263,6 +264,37 @@ def test_a_plate_that_subsamples_does_so_at_each_step():
         pyro.get_param_store()["a"] = torch.tensor(0.0)
     values = {round(loss.loss_and_grads(model, guide), 3) for _ in range(6)}
     assert len(values) > 3
+
+
+@pytest.mark.usefixtures("inductor")
+def test_products_by_the_other_library(monkeypatch):
+    asked = []
+    monkeypatch.setattr(products, "_is_faster", lambda x, w: not asked.append((x.shape, w.shape)))
+    pyro.set_rng_seed(0)
+    x = torch.rand(6, 5).round()
+    vae = SmallVAE().eval()
+    loss, eager = PIWAE_ELBO(M=2, K=3, compile=True), PIWAE_ELBO(M=2, K=3)
+    for _ in range(2):
+        loss.loss_and_grads(vae.model, vae.guide, x)
+    assert len(asked) > 8
+    values, grads = [], []
+    for each in (loss, eager):
+        vae.zero_grad()
+        pyro.set_rng_seed(1)
+        values.append(each.loss_and_grads(vae.model, vae.guide, x))
+        grads.append([param.grad for param in vae.parameters()])
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_a_product_is_timed_once_for_its_shapes(monkeypatch):
+    monkeypatch.setattr(products, "_choices", {})
+    x, w = torch.ones(120, 100), torch.ones(100, 110)
+    first = products._is_faster(x, w)
+    monkeypatch.setattr(products, "_measure", None)
+    assert products._is_faster(x, w) is first
+    assert products._is_faster(x[:2], w) is False  # too small to be worth a call
+    assert products._is_faster(x.double(), w.double()) is False
 
 
 # Noise and state ---------------------------------------------------------------------------------
@@ -525,6 +557,32 @@ def test_changes_of_a_module_are_seen(change):
         assert follows(loss, pair.model, pair.guide, lambda: CHANGES[change](pair))
     finally:
         Configured.beta = 1.0
+
+
+def test_a_parameter_that_is_frozen_gets_no_gradient_any_more():
+    vae, x = SmallVAE().eval(), binary()
+    loss = IWAE_ELBO(K=3, compile=True)
+    for _ in range(2):
+        loss.loss_and_grads(vae.model, vae.guide, x)
+    assert compiled_programs(loss)
+    vae.zero_grad()
+    weight = vae.decoder[0].weight.requires_grad_(False)
+    for _ in range(3):
+        loss.loss_and_grads(vae.model, vae.guide, x)
+    assert compiled_programs(loss)
+    assert weight.grad is None
+    assert vae.decoder[3].weight.grad is not None
+
+
+def test_a_module_of_another_dtype_is_recorded_again():
+    vae = SmallVAE().eval()
+    loss = IWAE_ELBO(K=3, compile=True)
+    for _ in range(2):
+        loss.loss_and_grads(vae.model, vae.guide, binary())
+    (program,) = compiled_programs(loss)
+    assert program.guards.changed() is None
+    vae.decoder.double()  # the same parameters in other memory
+    assert "dtype" in program.guards.changed()
 
 
 SCALE = 1.0
