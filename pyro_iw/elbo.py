@@ -24,6 +24,7 @@ from torch import Tensor
 from . import chunked, resampled
 from .bounds import Bound, positive_integer
 from .chunked import Chunks
+from .compiled import Compiler
 from .estimators import get_estimator
 from .particles import Particles, as_plate_names, collect
 from .runner import Runner
@@ -67,6 +68,10 @@ class ImportanceWeightedELBO(ELBO):
             once if infinite.
         strict_enumeration_warning: whether to warn of sites marked for sequential enumeration, which are
             sampled.
+        compile: compile gradient steps, see :mod:`~pyro_iw.compiled`. The first step on arguments of new
+            shapes runs eagerly and the second takes some seconds to compile; from then on Pyro's handlers no
+            longer run. What cannot be compiled runs eagerly, after a warning. :meth:`recompile` starts
+            afresh where the model reads something in Python whose changes go unseen.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -91,6 +96,7 @@ class ImportanceWeightedELBO(ELBO):
         backward_particles: int | None = None,
         max_plate_nesting: float = math.inf,
         strict_enumeration_warning: bool = True,
+        compile: bool = False,
     ) -> None:
         if not isinstance(bound, Bound):
             raise ValueError(f"bound must be a pyro_iw.Bound, got {bound!r}")
@@ -113,6 +119,11 @@ class ImportanceWeightedELBO(ELBO):
                     "one of them: chunk_size bounds memory, backward_particles saves time and memory at the "
                     "price of noise in the gradient."
                 )
+        if compile and chunk_size is not None:
+            raise ValueError(
+                "compile=True makes one program of a whole step, and chunk_size takes the step apart to save "
+                "memory. Pass one of them; compile=True goes together with backward_particles."
+            )
         self.bound = bound
         self.estimator = estimator
         self.plates = as_plate_names(plates)
@@ -125,6 +136,8 @@ class ImportanceWeightedELBO(ELBO):
         self._estimator = get_estimator(estimator)
         self._runner = Runner(vectorize_particles, max_plate_nesting, check=read_sites)
         self._warned: set[str] = set()
+        self.compile = compile
+        self._compiler = Compiler()
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, in nats, without gradients.
@@ -152,7 +165,16 @@ class ImportanceWeightedELBO(ELBO):
         Pyro's validation off, NaN and +inf are found only after the backward pass: zero it then.
         """
         pair = Pair(model, guide, args, kwargs)
-        particles, estimate = self._estimate(pair, self._next_kl_weight())
+        kl_weight = self._next_kl_weight()
+        compiled = self._compiler.run(pair, kl_weight, self._estimate) if self.compile else None
+        if compiled is not None:
+            loss = compiled.loss.item()
+            if math.isfinite(loss):
+                compiled.accumulate()
+                self.steps += 1
+                return loss
+            compiled.rewind()  # the eager step on the same noise says what is wrong, and where
+        particles, estimate = self._estimate(pair, kl_weight)
         # Before the backward pass, so that .grad stays clean; on an accelerator that means to wait for
         # the device in mid-step, which is a price for validation alone.
         early = is_validation_enabled() or estimate.loss.device.type == "cpu"
@@ -174,12 +196,25 @@ class ImportanceWeightedELBO(ELBO):
         Pyro's validation is on. It can be differentiated once.
         """
         pair = Pair(model, guide, args, kwargs)
-        particles, estimate = self._estimate(pair, self._next_kl_weight())
+        kl_weight = self._next_kl_weight()
+        compiled = None
+        if self.compile and torch.is_grad_enabled():
+            compiled = self._compiler.run(pair, kl_weight, self._estimate)
+        if compiled is not None:
+            if not is_validation_enabled() or math.isfinite(compiled.loss.item()):
+                self.steps += 1
+                return compiled.differentiable()
+            compiled.rewind()
+        particles, estimate = self._estimate(pair, kl_weight)
         if is_validation_enabled():
             self._check_finite(estimate.loss.item(), particles, estimate)
         if torch.is_grad_enabled():
             self.steps += 1
         return estimate.loss
+
+    def recompile(self) -> None:
+        """Forget all compiled steps, and try again to compile what could not be."""
+        self._compiler.forget()
 
     def particles(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Particles:
         """Draw S = M K particles and return their log-weights, of shape ``[S, *cells]``, in nats.
@@ -294,6 +329,7 @@ class ImportanceWeightedELBO(ELBO):
             "vectorize_particles",
             "chunk_size",
             "backward_particles",
+            "compile",
         )
         values = {name: getattr(self, name) for name in names}
         return "".join(

@@ -327,7 +327,7 @@ class DReG(STL):
             )
 
     def path_weights(self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor) -> Tensor:
-        if bound.is_linear or log_q_weight == 1:
+        if bound.is_linear or (not isinstance(log_q_weight, Tensor) and log_q_weight == 1):
             return bound.path_weights(log_w)
         return (1 - log_q_weight) * b + log_q_weight * bound.path_weights(log_w)
 

@@ -65,14 +65,8 @@ def replaced_logmeanexp(log_w: Tensor, replacement: Tensor, dim: int) -> Tensor:
 
 
 def softmax(log_w: Tensor, dim: int) -> Tensor:
-    """Weights normalised along ``dim``; 0 for particles at -inf, and for those that count for nothing.
-
-    That is, below the square root of the smallest normal number (1e-19 in float32). No sum keeps a digit of
-    them, but they would fill the backward pass with denormal numbers, which a CPU handles many times slower.
-    """
-    info = torch.finfo(log_w.dtype)
-    negligible = min(math.sqrt(info.tiny), info.eps**2)  # float16 has hardly any range below its rounding
-    return without_dead(torch.threshold(torch.softmax(log_w, dim), negligible, 0.0), log_w)
+    """Weights normalised along ``dim``; 0 for particles at -inf."""
+    return without_dead(torch.softmax(log_w, dim), log_w)
 
 
 def without_dead(weights: Tensor, log_w: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from pyro_iw import IWAE_ELBO, PIWAE_ELBO, Bound, ImportanceWeightedELBO
 from pyro_iw.estimators import get_estimator
-from pyro_iw.surrogate import Boundary
+from pyro_iw.surrogate import Boundary, _without_dust
 
 LOSSES = [IWAE_ELBO(K=4), PIWAE_ELBO(M=2, K=2), IWAE_ELBO(K=4, estimator="reparam")]
 
@@ -127,3 +127,10 @@ def test_a_bound_of_the_wrong_shape_is_refused(shape):
 def test_an_unknown_estimator_lists_the_known():
     with pytest.raises(ValueError, match=r"one of \['auto', 'dreg', 'reparam', .*, got 'magic'"):
         get_estimator("magic")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_too_small_to_matter_are_zero(dtype):
+    weights = torch.tensor([1.0, 1e-20, -1e-25, 1e-30, -1e-38], dtype=dtype)
+    expected = torch.tensor([1.0, 1e-20, -1e-25, 0.0, 0.0], dtype=dtype)
+    assert torch.equal(_without_dust(weights), expected)

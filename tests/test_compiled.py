@@ -1,0 +1,924 @@
+"""Compiled steps against eager ones on the same noise; what is guarded, refused and undone.
+
+Most tests run the recorded program operation by operation, which takes no compiler's seconds: what they check
+is what was recorded. Those that ask for ``inductor`` run what Inductor makes of it.
+"""
+
+import copy
+import pickle
+import random
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+from cases import CASES, DataPlate, ScaledPerCell
+from pyro.infer import SVI
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.nn import PyroModule, PyroParam, PyroSample
+from pyro.optim import Adam
+from torch import nn
+from torch.distributions import constraints
+
+import pyro_iw.compiled as compiled
+import pyro_iw.products as products
+from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, Bound, ImportanceWeightedELBO
+
+LOSSES = {
+    "iwae": lambda **kw: IWAE_ELBO(K=5, **kw),
+    "elbo": lambda **kw: MIWAE_ELBO(M=1, K=1, **kw),
+    "miwae": lambda **kw: MIWAE_ELBO(M=2, K=3, **kw),
+    "piwae": lambda **kw: PIWAE_ELBO(M=2, K=3, **kw),
+    "ciwae-dreg": lambda **kw: CIWAE_ELBO(K=4, beta=0.3, estimator="dreg", **kw),
+    "stl": lambda **kw: IWAE_ELBO(K=5, estimator="stl", **kw),
+    "score": lambda **kw: MIWAE_ELBO(M=2, K=3, estimator="score", **kw),
+    "vimco": lambda **kw: IWAE_ELBO(K=5, estimator="vimco", **kw),
+    "rws": lambda **kw: IWAE_ELBO(K=5, estimator="rws", **kw),
+    "loop": lambda **kw: IWAE_ELBO(K=3, vectorize_particles=False, **kw),
+}
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(request, monkeypatch):
+    if "inductor" not in request.fixturenames:
+
+        def interpret(graph, inputs, exclusive):
+            return lambda args: graph(*args)
+
+        monkeypatch.setattr(compiled, "_inductor", interpret)
+
+
+@pytest.fixture
+def inductor():
+    """Run what Inductor makes of the program."""
+
+
+def compiled_programs(loss):
+    return [p for p in loss._compiler._programs.values() if isinstance(p, compiled._Program)]
+
+
+def run(loss, model, guide, args=(), steps=6, lr=0.01):
+    """Losses and parameters of a short training run, from one seed."""
+    pyro.clear_param_store()
+    svi = SVI(model, guide, Adam({"lr": lr}), loss=loss)
+    pyro.set_rng_seed(11)
+    losses = [svi.step(*args) for _ in range(steps)]
+    return losses, {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+
+def check_same(make_loss, make_pair, args=(), steps=6, rtol=1e-5):
+    """Eager and compiled training from one seed agree; returns the compiled loss."""
+    pyro.set_rng_seed(0)
+    eager, eager_params = run(make_loss(), *make_pair(), args, steps)
+    pyro.set_rng_seed(0)
+    loss = make_loss(compile=True)
+    losses, params = run(loss, *make_pair(), args, steps)
+    assert compiled_programs(loss), "nothing was compiled"
+    assert losses == pytest.approx(eager, rel=rtol)
+    assert params.keys() == eager_params.keys()
+    for name, value in params.items():
+        torch.testing.assert_close(value, eager_params[name], rtol=rtol, atol=1e-5, msg=name)
+    return loss
+
+
+def pair(case):
+    return lambda: (case.model_callable, case.guide_callable)
+
+
+def refused(loss, match, model, guide, *args):
+    """Both steps run eagerly, the second after one warning."""
+    svi = SVI(model, guide, Adam({"lr": 0.01}), loss=loss)
+    svi.step(*args)
+    with pytest.warns(RuntimeWarning, match=match):
+        svi.step(*args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svi.step(*args)
+    assert not compiled_programs(loss)
+
+
+# Agreement ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case is not ScaledPerCell])
+@pytest.mark.parametrize("name", ["miwae", "piwae"])
+def test_every_case_agrees_with_eager(case, name):
+    check_same(LOSSES[name], pair(case()))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_estimator_agrees_with_eager(name):
+    check_same(LOSSES[name], pair(DataPlate()))
+
+
+class SmallVAE(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Dropout(0.2), nn.Linear(7, 5))
+        self.encoder = nn.Sequential(
+            nn.Linear(5, 7, bias=False), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 6)
+        )
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            logits = self.decoder(z)
+            pyro.sample("x", dist.Bernoulli(logits=logits, validate_args=False).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            loc, scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+
+def binary(rows=8):
+    return (torch.rand(rows, 5, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+
+
+@pytest.mark.parametrize(
+    "name", ["iwae", *[pytest.param(name, marks=pytest.mark.slow) for name in ("ciwae-dreg", "piwae", "rws")]]
+)
+@pytest.mark.usefixtures("inductor")
+def test_a_hundred_steps_of_a_vae_through_inductor(name):
+    nets = []
+
+    def make():
+        vae = SmallVAE()
+        if name == "ciwae-dreg":
+            vae.eval()  # the guide is run twice
+        nets.append(vae)
+        return vae.model, vae.guide
+
+    check_same(LOSSES[name], make, (binary(),), steps=100, rtol=2e-3)
+    eager, ours = nets
+    torch.testing.assert_close(
+        ours.encoder[1].running_mean, eager.encoder[1].running_mean, rtol=1e-3, atol=1e-4
+    )
+    assert ours.encoder[1].num_batches_tracked == eager.encoder[1].num_batches_tracked
+
+
+def test_dropout_and_batch_norm_in_train_mode():
+    nets = []
+
+    def make():
+        nets.append(SmallVAE())
+        return nets[-1].model, nets[-1].guide
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "BatchNorm1d")
+        check_same(LOSSES["iwae"], make, (binary(),))
+    eager, ours = nets
+    assert torch.equal(ours.encoder[1].running_mean, eager.encoder[1].running_mean)
+    assert ours.encoder[1].num_batches_tracked == 6
+
+
+class Regression(PyroModule):
+    """Local parameters with a constraint, a latent attribute and a plain child."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = PyroParam(torch.tensor(0.5), constraint=constraints.positive)
+        self.slope = PyroSample(dist.Normal(0.0, 1.0))
+        self.shift = nn.Linear(1, 1)
+
+    def forward(self, x, y):
+        loc = self.slope * x + self.shift(x.unsqueeze(-1)).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(loc, self.noise), obs=y)
+
+
+REGRESSION = torch.linspace(-1, 1, 6), torch.linspace(0, 2, 6)
+
+
+@pytest.mark.parametrize("autoguide", [AutoNormal, AutoDiagonalNormal])
+def test_autoguides(autoguide):
+    def make():
+        model = Regression()
+        return model, autoguide(model)
+
+    check_same(lambda **kw: IWAE_ELBO(K=4, **kw), make, REGRESSION)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_elbo_module_with_torch_optim(local):
+    results = []
+    for compile in (False, True):
+        with pyro.settings.context(module_local_params=local):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(0)
+            model = Regression()
+            guide = AutoNormal(model)
+            loss = IWAE_ELBO(K=4, compile=compile)
+            elbo = loss(model, guide)
+            elbo(*REGRESSION)
+            optim = torch.optim.Adam(elbo.parameters(), lr=0.01)
+            losses = []
+            for _ in range(6):
+                optim.zero_grad()
+                value = elbo(*REGRESSION)
+                value.backward()
+                optim.step()
+                losses.append(value.item())
+            results.append((losses, [p.detach().clone() for p in elbo.parameters()]))
+    assert compiled_programs(loss)
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_enumerated_model_site():
+    x = torch.tensor([-1.0, 0.3, 2.0])
+
+    def model():
+        loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            c = pyro.sample("c", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc[c.long()] + z, 1.0), obs=x)
+
+    def guide():
+        a = pyro.param("a", torch.tensor(0.1))
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(a * x, 1.0))
+
+    check_same(lambda **kw: IWAE_ELBO(K=3, **kw), lambda: (model, guide))
+
+
+def test_a_plate_that_subsamples_does_so_at_each_step():
+    x = torch.arange(12.0)
+
+    def model():
+        with pyro.plate("data", 12, subsample_size=3) as index:
+            z = pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    def guide():
+        with pyro.plate("data", 12, subsample_size=3) as index:
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.1)) * x[index], 1.0))
+
+    loss = check_same(lambda **kw: IWAE_ELBO(K=3, **kw), lambda: (model, guide))
+    with torch.no_grad():
+        pyro.get_param_store()["a"] = torch.tensor(0.0)
+    values = {round(loss.loss_and_grads(model, guide), 3) for _ in range(6)}
+    assert len(values) > 3
+
+
+@pytest.mark.usefixtures("inductor")
+def test_products_by_the_other_library(monkeypatch):
+    asked = []
+    monkeypatch.setattr(products, "_is_faster", lambda x, w: not asked.append((x.shape, w.shape)))
+    pyro.set_rng_seed(0)
+    x = torch.rand(6, 5).round()
+    vae = SmallVAE().eval()
+    loss, eager = PIWAE_ELBO(M=2, K=3, compile=True), PIWAE_ELBO(M=2, K=3)
+    for _ in range(2):
+        loss.loss_and_grads(vae.model, vae.guide, x)
+    assert len(asked) > 8
+    values, grads = [], []
+    for each in (loss, eager):
+        vae.zero_grad()
+        pyro.set_rng_seed(1)
+        values.append(each.loss_and_grads(vae.model, vae.guide, x))
+        grads.append([param.grad for param in vae.parameters()])
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_a_product_is_timed_once_for_its_shapes(monkeypatch):
+    monkeypatch.setattr(products, "_choices", {})
+    x, w = torch.ones(120, 100), torch.ones(100, 110)
+    first = products._is_faster(x, w)
+    monkeypatch.setattr(products, "_measure", None)
+    assert products._is_faster(x, w) is first
+    assert products._is_faster(x[:2], w) is False  # too small to be worth a call
+    assert products._is_faster(x.double(), w.double()) is False
+
+
+# Noise and state ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("inductor")
+def test_inductor_draws_fresh_noise_that_a_seed_repeats():
+    case = DataPlate()
+    loss = IWAE_ELBO(K=5, compile=True)
+    eager = IWAE_ELBO(K=5)
+    for _ in range(2):
+        loss.loss_and_grads(case.model, case.guide)
+    assert compiled_programs(loss)
+    pyro.set_rng_seed(7)
+    first = [loss.loss_and_grads(case.model, case.guide) for _ in range(3)]
+    pyro.set_rng_seed(7)
+    second = [loss.loss_and_grads(case.model, case.guide) for _ in range(3)]
+    pyro.set_rng_seed(7)
+    third = [eager.loss_and_grads(case.model, case.guide) for _ in range(3)]
+    assert first == second
+    assert len(set(first)) == 3
+    assert first == pytest.approx(third, rel=1e-6)
+
+
+def test_recording_leaves_the_random_states_alone():
+    case = DataPlate()
+    loss = IWAE_ELBO(K=5, compile=True)
+    loss.loss_and_grads(case.model, case.guide)
+    python, numpy = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    loss.loss_and_grads(case.model, case.guide)
+    assert compiled_programs(loss)
+    assert random.getstate() == python
+    assert np.array_equal(np.random.get_state()[1], numpy)  # noqa: NPY002
+
+
+def test_gradients_accumulate_and_stay_none_where_eager_leaves_none():
+    case = DataPlate()
+    unused = pyro.param("unused", torch.tensor(1.0))
+
+    def model():
+        pyro.param("unused", torch.tensor(1.0))
+        case.model()
+
+    loss = IWAE_ELBO(K=5, compile=True)
+    for _ in range(2):
+        loss.loss_and_grads(model, case.guide)
+    params = [pyro.param(name).unconstrained() for name in "wsac"]
+    for param in params:
+        param.grad = None
+    pyro.set_rng_seed(3)
+    loss.loss_and_grads(model, case.guide)
+    once = [param.grad.clone() for param in params]
+    pyro.set_rng_seed(3)
+    loss.loss_and_grads(model, case.guide)
+    torch.testing.assert_close([param.grad for param in params], [2 * grad for grad in once])
+    assert unused.grad is None
+
+
+def test_tied_gradients_do_not_share_memory():
+    x = torch.zeros(3)
+
+    def model():
+        loc = pyro.param("a", torch.tensor(0.0)) + pyro.param("b", torch.tensor(0.0))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(pyro.param("c", torch.tensor(0.2)), 1.0))
+
+    loss = IWAE_ELBO(K=2, compile=True)
+    for _ in range(2):
+        for name in pyro.get_param_store():
+            pyro.param(name).grad = None
+        loss.loss_and_grads(model, guide)
+    a, b = pyro.param("a").grad, pyro.param("b").grad
+    assert torch.equal(a, b)
+    assert a.data_ptr() != b.data_ptr()
+
+
+def test_hooks_on_parameters_run_at_each_step():
+    case = DataPlate()
+    loss = IWAE_ELBO(K=5, compile=True)
+    svi = SVI(case.model, case.guide, Adam({"lr": 0.0}), loss=loss)
+    svi.step()
+    seen = []
+    pyro.param("w").register_hook(lambda grad: seen.append(float(grad)))
+    for _ in range(3):
+        svi.step()
+    assert compiled_programs(loss)
+    assert len(set(seen)) == 3
+
+
+def test_gradients_flow_into_arguments():
+    x = torch.linspace(-1, 1, 4)
+
+    def model(x, shift):
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(pyro.param("w", torch.tensor(0.3)), 1.0))
+            pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
+
+    def guide(x, shift):
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.1)) * x, 1.0))
+
+    results = []
+    for compile in (False, True):
+        loss = IWAE_ELBO(K=3, compile=compile)
+        root = torch.tensor(0.5, requires_grad=True)
+        for _ in range(3):
+            root.grad = None
+            pyro.set_rng_seed(2)
+            loss.loss_and_grads(model, guide, x, 2 * root)
+        direct = root.grad.clone()
+        pyro.set_rng_seed(2)
+        loss.differentiable_loss(model, guide, x, 2 * root).backward()
+        results.append((direct, root.grad))
+    assert compiled_programs(loss)
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_differentiable_loss_scales_and_refuses_a_second_derivative():
+    case = DataPlate()
+    loss = IWAE_ELBO(K=5, compile=True)
+    for _ in range(2):
+        loss.loss_and_grads(case.model, case.guide)
+    w = pyro.param("w").unconstrained()
+    grads = []
+    for factor in (1.0, -3.0):
+        w.grad = None
+        pyro.set_rng_seed(4)
+        (factor * loss.differentiable_loss(case.model, case.guide)).backward()
+        grads.append(w.grad)
+    torch.testing.assert_close(grads[1], -3 * grads[0])
+    value = loss.differentiable_loss(case.model, case.guide)
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        torch.autograd.grad(value, w, create_graph=True)
+    value.backward(retain_graph=True)
+    value.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+    assert loss.steps == 5
+
+
+def test_loss_without_gradients_is_eager_and_does_not_count():
+    case = DataPlate()
+    loss = IWAE_ELBO(K=5, compile=True)
+    for _ in range(2):
+        loss.loss_and_grads(case.model, case.guide)
+    before = len(loss._compiler._programs)
+    loss.loss(case.model, case.guide)
+    with torch.no_grad():
+        assert not loss.differentiable_loss(case.model, case.guide).requires_grad
+    assert len(loss._compiler._programs) == before
+    assert loss.steps == 2
+
+
+# What a step sees without being recorded again ---------------------------------------------------
+
+
+def test_a_kl_schedule_is_one_program_apart_from_0_and_1():
+    case = DataPlate()
+
+    def make(**kw):
+        return MIWAE_ELBO(M=2, K=3, kl_weight=lambda step: min(1.0, step / 8), **kw)
+
+    loss = check_same(make, pair(case), steps=12)
+    assert len(compiled_programs(loss)) == 2  # in between, and 1; 0 came once
+
+
+@pytest.mark.parametrize("estimator", ["reparam", "dreg"])
+def test_a_number_for_kl_weight_can_be_set_anew(estimator):
+    case = DataPlate()
+    loss = IWAE_ELBO(K=5, kl_weight=0.5, estimator=estimator, compile=True)
+    eager = IWAE_ELBO(K=5, kl_weight=0.5, estimator=estimator)
+    for _ in range(2):
+        loss.loss_and_grads(case.model, case.guide)
+    loss.kl_weight = eager.kl_weight = 0.25
+    pyro.set_rng_seed(0)
+    value = loss.loss_and_grads(case.model, case.guide)
+    pyro.set_rng_seed(0)
+    assert value == pytest.approx(eager.loss_and_grads(case.model, case.guide), rel=1e-6)
+    assert len(loss._compiler._programs) == 1
+
+
+def test_loaded_parameters_are_seen():
+    vae = SmallVAE().eval()
+    other = SmallVAE().eval()
+    loss, eager = IWAE_ELBO(K=3, compile=True), IWAE_ELBO(K=3)
+    for _ in range(2):
+        loss.loss_and_grads(vae.model, vae.guide, binary())
+    vae.load_state_dict(other.state_dict())
+    pyro.set_rng_seed(5)
+    value = loss.loss_and_grads(vae.model, vae.guide, binary())
+    pyro.set_rng_seed(5)
+    assert value == pytest.approx(eager.loss_and_grads(vae.model, vae.guide, binary()), rel=1e-6)
+    assert len(loss._compiler._programs) == 1
+
+
+def follows(loss, model, guide, change, *args):
+    """Whether the steps after a change give what eager ones give, on the same noise."""
+    eager = IWAE_ELBO(K=3)
+    for _ in range(2):
+        loss.loss_and_grads(model, guide, *args)
+    assert compiled_programs(loss)
+    change()
+    for _ in range(3):
+        pyro.set_rng_seed(6)
+        value = loss.loss_and_grads(model, guide, *args)
+        pyro.set_rng_seed(6)
+        if value != pytest.approx(eager.loss_and_grads(model, guide, *args), rel=1e-6):
+            return False
+    return bool(compiled_programs(loss))
+
+
+class Configured(nn.Module):
+    beta = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = 1.0
+        self.options = {"shift": 0.0}
+        self.register_buffer("x", torch.linspace(-1, 1, 4))
+        self.net = nn.Sequential(nn.Linear(1, 3), nn.Dropout(0.5), nn.Linear(3, 1))
+
+    def model(self):
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(self.options["shift"], self.gamma))
+            pyro.sample("x", dist.Normal(self.beta * z, 1.0 if self.training else 2.0), obs=self.x)
+
+    def guide(self):
+        pyro.module("net", self.net)
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(self.net(self.x.unsqueeze(-1)).squeeze(-1), 1.0))
+
+
+CHANGES = {
+    "attribute": lambda pair: setattr(pair, "gamma", 2.0),
+    "class attribute": lambda pair: setattr(Configured, "beta", 3.0),
+    "container": lambda pair: pair.options.update(shift=1.5),
+    "training": lambda pair: pair.eval(),
+    "training of a child": lambda pair: pair.net[1].eval(),
+    "option of a child": lambda pair: setattr(pair.net[1], "p", 0.0),
+    "buffer in place": lambda pair: pair.x.mul_(2),
+    "buffer replaced": lambda pair: setattr(pair, "x", torch.zeros(4)),
+    "child replaced": lambda pair: pair.net.__setitem__(1, nn.Tanh()),
+    "dtype": lambda pair: (pair.net.double(), setattr(pair, "x", pair.x.double())),
+    "frozen": lambda pair: pair.net[0].weight.requires_grad_(False),
+    "store cleared": lambda pair: pyro.clear_param_store(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_a_module_are_seen(change):
+    pair = Configured()
+    loss = IWAE_ELBO(K=3, compile=True)
+    warnings.filterwarnings("ignore", ".* was not registered in the param store")
+    try:
+        assert follows(loss, pair.model, pair.guide, lambda: CHANGES[change](pair))
+    finally:
+        Configured.beta = 1.0
+
+
+def test_a_parameter_that_is_frozen_gets_no_gradient_any_more():
+    vae, x = SmallVAE().eval(), binary()
+    loss = IWAE_ELBO(K=3, compile=True)
+    for _ in range(2):
+        loss.loss_and_grads(vae.model, vae.guide, x)
+    assert compiled_programs(loss)
+    vae.zero_grad()
+    weight = vae.decoder[0].weight.requires_grad_(False)
+    for _ in range(3):
+        loss.loss_and_grads(vae.model, vae.guide, x)
+    assert compiled_programs(loss)
+    assert weight.grad is None
+    assert vae.decoder[3].weight.grad is not None
+
+
+def test_a_module_of_another_dtype_is_recorded_again():
+    vae = SmallVAE().eval()
+    loss = IWAE_ELBO(K=3, compile=True)
+    for _ in range(2):
+        loss.loss_and_grads(vae.model, vae.guide, binary())
+    (program,) = compiled_programs(loss)
+    assert program.guards.changed() is None
+    vae.decoder.double()  # the same parameters in other memory
+    assert "dtype" in program.guards.changed()
+
+
+SCALE = 1.0
+DATA = torch.linspace(-1, 1, 4)
+
+
+@pytest.mark.parametrize(
+    "what", ["global", "global tensor", "closure", "closure tensor", "nested", "in place"]
+)
+def test_changes_of_globals_and_closures_are_seen(what, monkeypatch):
+    weight, shift = 1.0, torch.tensor(0.1)
+
+    def loc(z):
+        return weight * z + shift
+
+    def model():
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, SCALE))
+            pyro.sample("x", dist.Normal(loc(z), 1.0), obs=DATA)
+
+    def guide():
+        a = pyro.param("a", torch.tensor(0.3))
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(a * DATA + shift, 1.0))
+
+    def change():
+        nonlocal weight, shift
+        if what == "global":
+            monkeypatch.setitem(globals(), "SCALE", 2.0)
+        elif what == "global tensor":
+            monkeypatch.setitem(globals(), "DATA", torch.ones(4))
+        elif what in ("closure", "nested"):
+            weight = 2.0
+        elif what == "closure tensor":
+            shift = torch.tensor(1.0)
+        else:
+            shift.fill_(1.0)
+
+    assert follows(IWAE_ELBO(K=3, compile=True), model, guide, change)
+
+
+def test_shapes_and_values_of_arguments_are_seen_and_programs_bounded():
+    def model(x, scale=1.0):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, scale=1.0):
+        a = pyro.param("a", torch.tensor(0.3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(a * x, 1.0))
+
+    loss, eager = IWAE_ELBO(K=3, compile=True), IWAE_ELBO(K=3)
+    for size in range(1, 6):
+        for keywords in ({}, {"scale": 2.0}):
+            for _ in range(3):
+                pyro.set_rng_seed(size)
+                value = loss.loss_and_grads(model, guide, torch.ones(size), **keywords)
+                pyro.set_rng_seed(size)
+                other = eager.loss_and_grads(model, guide, torch.ones(size), **keywords)
+                assert value == pytest.approx(other, rel=1e-5)
+    assert len(compiled_programs(loss)) == len(loss._compiler._programs) == 8
+
+
+def test_aliased_arguments_are_told_apart():
+    def model(x, y):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(y, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.3)) * x, 1.0))
+
+    loss, eager = IWAE_ELBO(K=3, compile=True), IWAE_ELBO(K=3)
+    x = torch.ones(3)
+    for args in [(x, x)] * 3 + [(x, 5 * x)] * 3:
+        pyro.set_rng_seed(0)
+        value = loss.loss_and_grads(model, guide, *args)
+        pyro.set_rng_seed(0)
+        assert value == pytest.approx(eager.loss_and_grads(model, guide, *args), rel=1e-6)
+
+
+def test_global_settings_are_part_of_what_was_recorded():
+    case = DataPlate()
+    loss = IWAE_ELBO(K=3, compile=True)
+    for _ in range(2):
+        loss.loss_and_grads(case.model, case.guide)
+    assert len(loss._compiler._programs) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.loss_and_grads(case.model, case.guide)
+    assert len(loss._compiler._programs) == 2
+    with pyro.validation_enabled(False):
+        loss.loss_and_grads(case.model, case.guide)
+    assert len(loss._compiler._programs) == 3
+
+
+def test_handlers_outside_are_not_recorded():
+    case = DataPlate()
+    loss, eager = IWAE_ELBO(K=3, compile=True), IWAE_ELBO(K=3)
+    for _ in range(3):
+        loss.loss_and_grads(case.model, case.guide)
+    with poutine.scale(scale=3.0):
+        pyro.set_rng_seed(0)
+        value = loss.loss_and_grads(case.model, case.guide)
+        pyro.set_rng_seed(0)
+        assert value == pytest.approx(eager.loss_and_grads(case.model, case.guide), rel=1e-6)
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def guide_of(x):
+    def guide():
+        a = pyro.param("a", torch.tensor(0.3))
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(a * x, 1.0))
+
+    return guide
+
+
+def model_of(loc):
+    def model():
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(loc(z), 1.0), obs=torch.ones(4))
+
+    return model
+
+
+class Counter:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, z):
+        self.calls += 1
+        return z / self.calls
+
+
+WEIGHTS = torch.tensor([0.5])
+GENERATOR = np.random.default_rng(0)
+
+REFUSED = {
+    "branch": (lambda z: z if z.mean() > 0 else -z, "reads a tensor's value"),
+    "item": (lambda z: z * WEIGHTS.item(), "reads a tensor's value"),
+    "float": (lambda z: z * float(z.detach().sum()), "reads a tensor's value"),
+    "tolist": (lambda z: z * torch.tensor(z.tolist()), "reads a tensor's value"),
+    "numpy": (lambda z: z + torch.from_numpy(np.tanh(WEIGHTS.numpy())), "reads a tensor's value"),
+    "equal": (lambda z: z if torch.equal(WEIGHTS, 2 * WEIGHTS) else z / 2, "reads a tensor's value"),
+    "shape": (lambda z: z + z[z > 0].sum(), "shape depends on values"),
+    "python random": (lambda z: z * random.random(), "Python's random"),
+    "numpy random": (lambda z: z * np.random.rand(), "numpy.random"),  # noqa: NPY002
+    "numpy generator": (lambda z: z * GENERATOR.random(), "another computation"),
+    "fresh values": (lambda z: z * torch.tensor(GENERATOR.random(2)).sum(), "other values"),
+    "counter": (Counter(), "changes as it runs"),
+    "seed": (lambda z: z + 0 * torch.manual_seed(5).initial_seed(), "seeds PyTorch"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_would_be_frozen_is_refused(why):
+    loc, match = REFUSED[why]
+    refused(IWAE_ELBO(K=3, compile=True), match, model_of(loc), guide_of(torch.ones(4)))
+
+
+def test_a_tensor_of_scales_is_compared_by_value_and_refused():
+    case = ScaledPerCell()
+    refused(IWAE_ELBO(K=3, compile=True), "reads a tensor's value", case.model_callable, case.guide_callable)
+
+
+def test_arguments_of_unknown_types_are_refused():
+    def model(x):
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(x))
+
+    def guide(x):
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.3)), 1.0))
+
+    loss = IWAE_ELBO(K=3, compile=True)
+    with pytest.warns(RuntimeWarning, match="argument is of type ndarray"):
+        loss.loss_and_grads(model, guide, np.ones(4, dtype=np.float32))
+
+
+def test_without_a_compiler_the_step_is_eager(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("No C++ compiler found\nand more")
+
+    monkeypatch.setattr(compiled, "_inductor", broken)
+    case = DataPlate()
+    refused(IWAE_ELBO(K=3, compile=True), "No C.. compiler found", case.model, case.guide)
+
+
+def test_what_keeps_changing_is_left_to_run_eagerly():
+    pair = Configured()
+    loss = IWAE_ELBO(K=3, compile=True)
+
+    def train():
+        for step in range(40):
+            pair.gamma = 1.0 + step // 3
+            loss.loss_and_grads(pair.model, pair.guide)
+
+    with pytest.warns(RuntimeWarning, match="'gamma' keeps changing"):
+        train()
+    assert loss.steps == 40
+
+
+def test_recompile_forgets():
+    case = DataPlate()
+    loss = IWAE_ELBO(K=3, compile=True)
+    for _ in range(2):
+        loss.loss_and_grads(case.model, case.guide)
+    assert compiled_programs(loss)
+    loss.recompile()
+    assert not loss._compiler._programs
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+
+def sick_pair():
+    x = torch.ones(4)
+
+    def model():
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0, validate_args=False), obs=x)
+
+    return model, guide_of(torch.ones(4)), x
+
+
+@pytest.mark.parametrize("through", ["svi", "module"])
+def test_nan_names_the_site_and_leaves_no_gradient(through):
+    model, guide, x = sick_pair()
+    loss = IWAE_ELBO(K=3, compile=True)
+    for _ in range(2):
+        loss.loss_and_grads(model, guide)
+    assert compiled_programs(loss)
+    a = pyro.param("a").unconstrained()
+    a.grad = None
+    x[1] = float("nan")
+    step = loss.loss_and_grads if through == "svi" else loss.differentiable_loss
+    with pytest.raises(ValueError, match=r"NaN \(first at site 'x'"):
+        step(model, guide)
+    assert a.grad is None
+    assert loss.steps == 2
+    x[1] = 1.0
+    loss.loss_and_grads(model, guide)
+    assert a.grad is not None
+
+
+def test_a_bound_of_minus_infinity_warns_as_in_eager():
+    x = torch.ones(4)
+
+    def model():
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("f", torch.log(x))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = guide_of(torch.ones(4))
+    loss, eager = IWAE_ELBO(K=3, compile=True), IWAE_ELBO(K=3)
+    for _ in range(2):
+        loss.loss_and_grads(model, guide)
+    assert compiled_programs(loss)
+    x[2] = 0.0
+    values, grads = [], []
+    for each in (loss, eager):
+        pyro.param("a").grad = None
+        pyro.set_rng_seed(0)
+        with pytest.warns(RuntimeWarning, match="-inf in 1 of 4"):
+            values.append(each.loss_and_grads(model, guide))
+        grads.append(pyro.param("a").grad)
+    assert values[0] == values[1] == float("inf")
+    assert torch.equal(*grads)
+
+
+def test_batch_norm_is_not_updated_twice_by_a_bad_step():
+    vae = SmallVAE()
+    vae.decoder.eval()
+    x = binary()
+    loss = MIWAE_ELBO(M=1, K=1, compile=True)
+    for _ in range(2):
+        loss.loss_and_grads(vae.model, vae.guide, x)
+    norm = vae.encoder[1]
+    assert compiled_programs(loss)
+    assert norm.num_batches_tracked == 2
+    with torch.no_grad():
+        vae.decoder[0].bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        loss.loss_and_grads(vae.model, vae.guide, x)
+    assert norm.num_batches_tracked == 3
+
+
+# Protocol ----------------------------------------------------------------------------------------
+
+
+def test_repr_pickle_and_deepcopy():
+    case = DataPlate()
+    loss = MIWAE_ELBO(M=2, K=3, compile=True)
+    assert repr(loss) == "MIWAE_ELBO(M=2, K=3, compile=True)"
+    for _ in range(2):
+        loss.loss_and_grads(case.model, case.guide)
+    for other in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
+        assert other.compile
+        assert other.steps == 2
+        assert not other._compiler._programs
+        for _ in range(3):
+            other.loss_and_grads(case.model, case.guide)
+        assert compiled_programs(other)
+
+
+def test_param_messages_are_those_of_the_eager_step():
+    model = Regression()
+    guide = AutoNormal(model)
+    loss, eager = IWAE_ELBO(K=3, compile=True), IWAE_ELBO(K=3)
+    for _ in range(2):
+        loss.loss_and_grads(model, guide, *REGRESSION)
+    assert compiled_programs(loss)
+    traces = []
+    for each in (loss, eager):
+        with poutine.trace(param_only=True) as capture:
+            each.loss_and_grads(model, guide, *REGRESSION)
+        traces.append(capture.trace.nodes)
+    assert traces[0].keys() == traces[1].keys()
+    for name, site in traces[0].items():
+        other = traces[1][name]["value"]
+        torch.testing.assert_close(site["value"], other)
+        assert site["value"].unconstrained() is other.unconstrained()
+    assert any(site["value"].unconstrained() is not site["value"] for site in traces[0].values())
+
+
+def test_a_bound_of_ones_own():
+    class Middle(Bound):
+        def value(self, log_w):
+            return log_w.logsumexp(1).median(0).values
+
+    check_same(lambda **kw: ImportanceWeightedELBO(Middle(M=3, K=2), **kw), pair(DataPlate()))
