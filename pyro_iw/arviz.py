@@ -85,10 +85,11 @@ def to_arviz(
 
     Raises:
         ImportError: if ArviZ is missing.
-        ValueError: if ``dims`` names an unknown site or has too many names for one, ``coords`` names an
-            unknown dim or has the wrong length, or a cell has no living particle.
+        ValueError: if ``dims`` names an unknown site or has too many names for one, two variables have a dim
+            of one name and different sizes, ``coords`` names an unknown dim or has the wrong length, or a
+            cell has no living particle.
         NotImplementedError: if the model has enumerated sites; pass ``log_likelihood=False``,
-            ``predictive=False`` to do without.
+            ``predictive=False`` to do without these and the observed data.
 
     Example:
         >>> samples = ImportanceSampler(model, guide, num_particles=2000)(data)
@@ -105,9 +106,9 @@ def to_arviz(
     draws = samples.take(indices)
     shown = _shown(samples, draws, needed=log_likelihood or predictive)
     data = {name: site for name, site in shown.items() if site.log_prob is not None}
-    names.check({*samples.latents, *shown, *(constant_data or ())})
     if constant_data is None:
         constant_data = _constants(samples, [site.values for site in data.values()])
+    names.check({*samples.latents, *shown, *constant_data})
 
     def on_draws(values: Mapping[str, Tensor], sites: Mapping[str, Latent | Observed]) -> Variables:
         return {
@@ -127,8 +128,8 @@ def to_arviz(
             for name, site in data.items()
         },
         "constant_data": {
-            name: names.variable(name, tensor, (), tensor.dim())
-            for name, tensor in ((name, torch.as_tensor(value)) for name, value in constant_data.items())
+            name: names.variable(name, _as_array(value), (), _as_array(value).ndim)
+            for name, value in constant_data.items()
         },
     }
     if log_likelihood:
@@ -174,7 +175,7 @@ class _Names:
     def variable(
         self,
         name: str,
-        values: Tensor,
+        values: Tensor | np.ndarray,
         frames: Sequence[CondIndepStackFrame],
         event_dim: int,
         leading: tuple[str, ...] = (),
@@ -190,9 +191,10 @@ class _Names:
             leading: ``("chain", "draw")``, or nothing for what is no draw.
             is_density: whether the values are log densities, without the event dims.
         """
-        array = values.detach().cpu().numpy()
+        array = _as_array(values)
         if leading:
             array = array[None]
+        array = _over_plates(array, len(leading), frames, 0 if is_density else event_dim)
         shape = array.shape[len(leading) :]
         rank = len(shape) - (0 if is_density else event_dim)
         plates = {frame.dim: frame.name for frame in frames}
@@ -205,7 +207,15 @@ class _Names:
             )
         labels[len(labels) - len(given) :] = given
         labels = [label or f"{name}_dim_{i}" for i, label in enumerate(labels)][: len(shape)]
-        self.sizes.update(zip(labels, shape, strict=True))
+        for label, size in zip(labels, shape, strict=True):
+            if label in _DRAWS or label == name or self.sizes.setdefault(label, size) != size:
+                reason = (
+                    f"has another size elsewhere ({self.sizes[label]})" if label in self.sizes else "is taken"
+                )
+                raise ValueError(
+                    f"Dim {label!r} of {name!r}, of size {size}, {reason}. Give the dims of {name!r} other "
+                    f"names by dims={{{name!r}: [...]}}."
+                )
         return (*leading, *labels), array
 
     def labels(self, groups: Mapping[str, Variables], coords: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -225,20 +235,47 @@ class _Names:
         return {**labels, **{name: np.asarray(given) for name, given in coords.items()}}
 
 
+def _as_array(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _over_plates(
+    array: np.ndarray, leading: int, frames: Sequence[CondIndepStackFrame], event_dim: int
+) -> np.ndarray:
+    """The array with dims of size 1, or none, expanded to the plates' sizes, as Pyro lets values have
+    them.
+    """
+    front, rank = array.shape[:leading], array.ndim - leading - event_dim
+    wanted = max([rank, *(-frame.dim for frame in frames if frame.dim is not None)])
+    batch = [1] * (wanted - rank) + list(array.shape[leading : leading + rank])
+    event = array.shape[array.ndim - event_dim :]
+    array = array.reshape((*front, *batch, *event))
+    for frame in frames:
+        if frame.dim is not None and batch[frame.dim] == 1:
+            batch[frame.dim] = frame.size
+    return np.broadcast_to(array, (*front, *batch, *event))
+
+
 def _sample_stats(samples: ImportanceSamples, indices: Tensor, names: _Names) -> Variables:
     stats: Variables = {}
+    # Cells have no dims but those of the kept plates, side by side.
+    count = len(samples.frames)
+    frames = [frame._replace(dim=i - count) for i, frame in enumerate(samples.frames)]
     per_draw = {"log_p": samples.log_p, "log_q": samples.log_q, "log_weight": samples.log_weights}
     for name, values in per_draw.items():
-        stats[name] = names.variable(name, values.gather(0, indices), samples.frames, 0, _DRAWS)
+        stats[name] = names.variable(name, values.gather(0, indices), frames, 0, _DRAWS)
     for name, values in {"ess": samples.ess, "khat": samples.khat}.items():
-        stats[name] = names.variable(name, values, samples.frames, 0)
+        stats[name] = names.variable(name, values, frames, 0)
     return stats
 
 
 def _constants(samples: ImportanceSamples, observed: Sequence[Tensor]) -> dict[str, Tensor]:
     """Tensors among the model's arguments, by the model's names for them, that are not observed."""
     pair = samples.rerun.pair
-    bound = inspect.signature(pair.model).bind(*pair.args, **pair.kwargs).arguments
+    if samples.rerun.enumerated:
+        return {}  # the model has not been run again, so what is observed is not known
+    model = pair.model.forward if isinstance(pair.model, torch.nn.Module) else pair.model
+    bound = inspect.signature(model).bind(*pair.args, **pair.kwargs).arguments
     return {
         name: value
         for name, value in bound.items()

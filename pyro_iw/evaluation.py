@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .bounds import IWAE, positive_integer
-from .importance import ImportanceSampler, read_batch
+from .importance import ImportanceSampler, check_loader, read_batch
 from .sites import Site
 from .streaming import RunningBound, RunningLogMean
 
@@ -29,6 +29,9 @@ __all__ = ["BoundCurve", "RateDistortion", "UnitActivity", "active_units", "boun
 
 # Seconds before a progress bar shows.
 _DELAY = 2.0
+
+# So many groups of particles know the spread of their bounds.
+_ENOUGH_GROUPS = 8
 
 
 class BoundCurve(NamedTuple):
@@ -82,8 +85,11 @@ def bound_curve(
             point.add(particles.log_weights)
     errors = []
     for point in running.values():
-        # A single group has no spread; the delta method stands in.
-        error = point.standard_error if point.groups > 1 else everything.standard_error
+        # A few groups do not know their spread; the delta method, for as many particles as they use, stands
+        # in.
+        used = point.groups * point.bound.num_particles
+        delta = everything.standard_error * math.sqrt(largest / used)
+        error = point.standard_error if point.groups >= _ENOUGH_GROUPS else delta
         errors.append(error.square().sum().sqrt() / error.numel())
     means = torch.stack([point.value.mean() for point in running.values()])
     return BoundCurve(tuple(running), means, torch.stack(errors))
@@ -114,7 +120,8 @@ class RateDistortion:
 
 
 def rate_distortion(sampler: ImportanceSampler, *args: Any, **kwargs: Any) -> RateDistortion:
-    """The ELBO's two terms in every cell, as means over the sampler's particles.
+    """The ELBO's two terms in every cell, as means over the sampler's particles, whatever a poutine.scale
+    says.
 
     References:
         | Fixing a Broken ELBO (Alemi et al., 2018), https://arxiv.org/abs/1711.00464
@@ -205,6 +212,7 @@ def active_units(
     if positive_integer("num_samples", num_samples) < 2:
         raise ValueError("num_samples must be at least 2, for there to be a variance")
     moments: dict[str, _Activity] = {}
+    check_loader(batches)
     for batch in tqdm(batches, desc="active units", delay=_DELAY, leave=False, disable=not progress):
         args, kwargs = read_batch(batch, to_args)
         runs = 1

@@ -17,16 +17,18 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .bounds import Bound, positive_integer
-from .latents import Latent, cat, enumerated_sites, read_latents
+from .latents import Latent, enumerated_sites, join, read_latents
 from .particles import Particles, as_plate_names, collect
 from .proposal import check_proposal
 from .rerun import Rerun
@@ -34,10 +36,10 @@ from .runner import Runner
 from .samples import ImportanceSamples
 from .sites import read_sites
 from .streaming import RunningBound, RunningLogMean, jackknife
-from .traces import OneMinibatch, Pair, Traces
+from .traces import OneMinibatch, Pair, Traces, plate_nesting
 from .warn import warn
 
-__all__ = ["ImportanceSampler", "LogMarginal", "read_batch"]
+__all__ = ["ImportanceSampler", "LogMarginal", "check_loader", "read_batch"]
 
 # Seconds before a progress bar shows.
 _DELAY = 2.0
@@ -117,6 +119,8 @@ class ImportanceSampler:
 
             where particle s is left out in turn (Nowozin, 2018, of order 1). Keeps S numbers a cell. The
             result is no bound, and its variance is larger.
+        check_support: whether a guide that never proposes part of what the prior allows is refused. Pass
+            False where the likelihood is 0 on that part.
         vectorize_particles: run a chunk in one pass under a plate on the leftmost batch dim, which model and
             guide must broadcast over; otherwise one particle at a time.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
@@ -144,6 +148,7 @@ class ImportanceSampler:
         chunk_size: int = 100,
         plates: str | Iterable[str] | None = None,
         jackknife: bool = False,
+        check_support: bool = True,
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
         progress: bool = True,
@@ -156,6 +161,7 @@ class ImportanceSampler:
         self.jackknife = jackknife
         if jackknife and self.num_particles == 1:
             raise ValueError("jackknife=True leaves out one particle in turn, which needs num_particles > 1.")
+        self.check_support = check_support
         self.progress = progress
         self._runner = Runner(vectorize_particles, max_plate_nesting, check=read_sites)
         self._warned: set[str] = set()
@@ -216,7 +222,8 @@ class ImportanceSampler:
                 f"{bound!r} takes {bound.num_particles} particles, but num_particles={self.num_particles}."
             )
         parts: list[list[Tensor]] = []
-        with self._bar(len(loader) if isinstance(loader, Sized) else None) as bar:
+        check_loader(loader)
+        with self._bar(_length(loader)) as bar:
             for batch in loader:
                 args, kwargs = read_batch(batch, to_args)
                 running = RunningLogMean()
@@ -255,13 +262,14 @@ class ImportanceSampler:
         rerun = Rerun(
             pair,
             self._runner.prepare(pair),
+            plate_nesting(traces.pairs[-1].model),
             self._runner.vectorize,
             self.chunk_size,
             minibatch,
             enumerated_sites(traces),
         )
         samples = ImportanceSamples(
-            {name: cat([chunk[name] for chunk in latents]) for name in latents[0]},
+            join(latents, self.num_particles),
             torch.cat(log_p),
             torch.cat(log_q),
             particles.plates,
@@ -312,7 +320,7 @@ class ImportanceSampler:
                 traces = self._runner.run(pair, size)
                 particles = collect(traces, self.plates, is_linear=False, warn_dropped=self._warn_once)
                 if left == self.num_particles:
-                    check_proposal(particles.sites, traces, self._warn_once)
+                    check_proposal(particles, traces, self.check_support, self._warn_once)
             _check_finite(particles)
             bar.update(size)
             left -= size
@@ -372,6 +380,22 @@ def _warn_of_dead(value: Tensor, num_particles: int, site: str | None) -> None:
             "values outside the model's support, or the data do not fit the model.",
             RuntimeWarning,
         )
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse what would give its rows one by one, where batches are meant."""
+    if isinstance(loader, Tensor | np.ndarray | Dataset):
+        raise ValueError(
+            f"A {type(loader).__name__} gives single datapoints and not batches. Pass a DataLoader of it, "
+            "data.split(100), or [data] for all in one batch."
+        )
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:  # which a DataLoader raises of a data set that has none
+        return None
 
 
 def read_batch(batch: Any, to_args: Callable[[Any], Any] | None = None) -> tuple[tuple, dict[str, Any]]:

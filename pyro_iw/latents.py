@@ -17,7 +17,7 @@ from torch import Tensor
 from .enumeration import is_enumerated
 from .traces import PARTICLE_PLATE, Traces
 
-__all__ = ["Latent", "enumerated_sites", "own_frames", "own_shape", "place", "read_latents"]
+__all__ = ["Latent", "cat", "enumerated_sites", "join", "own_frames", "own_shape", "place", "read_latents"]
 
 
 class Latent(NamedTuple):
@@ -35,18 +35,24 @@ class Latent(NamedTuple):
 
 
 def read_latents(traces: Traces) -> dict[str, Latent]:
-    """The latent sites of the model that the guide has sampled."""
+    """The latent sites of the model that the guide has sampled.
+
+    Raises:
+        ValueError: as :func:`join`.
+    """
     nesting = 0 if traces.particle_dim is None else -traces.particle_dim - 1
     size = None if traces.particle_dim is None else traces.num_particles
-    found: dict[str, list[Latent]] = {}
+    found = []
     for pair in traces.pairs:
         nodes: dict[str, Any] = dict(pair.model.nodes)
+        latents = {}
         for name, site in nodes.items():
             if site["type"] == "sample" and not site["is_observed"] and name in pair.guide.nodes:
                 event_dim, frames = site["fn"].event_dim, own_frames(site)
                 values = own_shape(site["value"], event_dim, frames, nesting, size)
-                found.setdefault(name, []).append(Latent(values, event_dim, frames))
-    return {name: cat(parts) for name, parts in found.items()}
+                latents[name] = Latent(values, event_dim, frames)
+        found.append(latents)
+    return join(found, traces.num_particles)
 
 
 def enumerated_sites(traces: Traces) -> list[str]:
@@ -58,6 +64,25 @@ def enumerated_sites(traces: Traces) -> list[str]:
 def cat(parts: Sequence[Latent]) -> Latent:
     """The particles of several runs as one."""
     return parts[0]._replace(values=torch.cat([part.values for part in parts]))
+
+
+def join(chunks: Sequence[dict[str, Latent]], num_particles: int) -> dict[str, Latent]:
+    """The particles of several chunks as one.
+
+    Raises:
+        ValueError: if a site is not there for every particle, or differs in shape; naming it.
+    """
+    joined = {}
+    for name in dict.fromkeys(name for chunk in chunks for name in chunk):
+        parts = [chunk[name] for chunk in chunks if name in chunk]
+        alike = len({tuple(part.values.shape[1:]) for part in parts}) == 1
+        if not alike or sum(len(part.values) for part in parts) != num_particles:
+            raise ValueError(
+                f"Latent site {name!r} is not there for every particle, or not of one shape, so its values "
+                "cannot be kept side by side. log_marginal does not need to and works for such models."
+            )
+        joined[name] = cat(parts)
+    return joined
 
 
 def own_frames(site: Any) -> tuple[CondIndepStackFrame, ...]:

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .latents import enumerated_sites
+from .latents import enumerated_sites, read_latents
+from .particles import Particles
 from .sites import Site
 from .traces import Traces
 
 __all__ = ["check_proposal"]
 
 
-def check_proposal(sites: Iterable[Site], traces: Traces, warn: Callable[[str], None]) -> None:
+def check_proposal(
+    particles: Particles, traces: Traces, check_support: bool, warn: Callable[[str], None]
+) -> None:
     """Refuse a pair whose weights would say nothing of the evidence.
 
     Arguments:
-        sites: the pair's sites.
+        particles: some particles of the pair.
         traces: the traces they come from.
+        check_support: whether to compare the supports.
         warn: called with a message where the estimate is of something else than the evidence.
 
     Raises:
         ValueError: if the model has no latent site, or the support of a guide site is smaller than that of
             the model's; naming the site.
     """
+    sites = particles.sites
     latent = {site.name: site for site in sites if site.role == "model" and site.is_latent}
     guide = {site.name: site for site in sites if site.role == "guide" and site.is_latent}
     if not guide:
@@ -38,16 +43,31 @@ def check_proposal(sites: Iterable[Site], traces: Traces, warn: Callable[[str], 
             + (", with the enumerated ones summed out" if enumerated_sites(traces) else "")
             + ", which pyro_iw.IWAE_ELBO(K=1).loss gives exactly (with the opposite sign)."
         )
-    auxiliary = any(site.message["infer"].get("is_auxiliary") for site in guide.values())
+    tempered = [site for site in sites if isinstance(site.scale, Tensor) or site.scale != 1]
+    if tempered:
+        warn(
+            f"Site(s) {', '.join(dict.fromkeys(map(str, tempered)))} have a poutine.scale that others do "
+            "not share, so what is estimated is the normaliser of that tempered density and not the "
+            "evidence. Remove the scale (of a KL term that is annealed, say) to estimate log p(x)."
+        )
     for name, site in latent.items():
         if not isinstance(_base(guide[name]), dist.Delta):
-            _check_support(name, site, guide[name])
-        elif not auxiliary:
+            if check_support:
+                _check_support(name, site, guide[name])
+        elif _is_one_point(name, guide, traces):
             warn(
                 f"Guide site {name!r} is a point estimate (a Delta), so what is estimated is the density "
                 f"of the data together with that point, not the evidence with {name!r} integrated out. "
                 "Take a guide with a density, such as AutoNormal, to integrate over it."
             )
+
+
+def _is_one_point(name: str, guide: dict[str, Site], traces: Traces) -> bool:
+    """Whether a Delta is a point estimate, and not a value that was computed from an auxiliary site's."""
+    if traces.num_particles == 1:
+        return not any(site.message["infer"].get("is_auxiliary") for site in guide.values())
+    values = read_latents(traces)[name].values
+    return bool((values == values[:1]).all())
 
 
 def _base(site: Site) -> Any:
@@ -68,8 +88,9 @@ def _check_support(name: str, model: Site, guide: Site) -> None:
         raise ValueError(
             f"The guide proposes {name!r} from [{_extreme(guide_low, max)}, {_extreme(guide_high, min)}], "
             f"but the model's prior reaches over [{_extreme(low, min)}, {_extreme(high, max)}]. No weight "
-            f"can make up for what is never proposed: every estimate would fall short. Give {name!r} a guide "
-            "distribution with the prior's support."
+            "can make up for what is never proposed: unless the likelihood is 0 there, every estimate "
+            f"falls short. Give {name!r} a guide distribution with the prior's support, or pass "
+            "check_support=False."
         )
 
 

@@ -54,7 +54,7 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The smoothed log-weights, of that shape, the unsmoothed ones unchanged; and k̂, of shape ``[*cells]``
         in float64. It is inf where fewer than 5 weights make up the tail (S < 25, or all dead but a few), and
-        -inf where all weights are equal and there is no tail.
+        -inf where the largest weight makes up the whole tail, as it does if all are equal.
 
     Raises:
         ImportError: if ArviZ is missing.
@@ -69,12 +69,16 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     raw = log_weights.detach().double().cpu()
     table = raw.reshape(len(raw), -1).T.contiguous().numpy()  # [cells, S]
     top, bottom = table.max(1), table.min(1)
-    khat = np.where(top == bottom, -np.inf, np.inf)
-    khat[np.isneginf(top)] = np.inf
-    fit = np.isfinite(top) & (top > bottom) & (np.isfinite(table).sum(1) > 5)
+    size = table.shape[1]
+    # Where the largest weight makes up the tail by itself, as with a few discrete values, weights are
+    # bounded.
+    ties = (table == top[:, None]).sum(1) >= max(math.ceil(min(size / 5, 3 * math.sqrt(size))), 5)
+    khat = np.where(ties & np.isfinite(top), -np.inf, np.inf)
+    fit = np.isfinite(top) & (top > bottom) & ~ties & (np.isfinite(table).sum(1) > 5)
     smoothed = table.copy()
     if fit.any():
-        values, khat[fit] = smooth(table[fit])
+        with np.errstate(over="ignore"):
+            values, khat[fit] = smooth(table[fit])
         # Version 1 normalises its result; what lies below the tail is as it was but for that constant.
         low = np.where(np.isfinite(table[fit]), table[fit], np.inf).argmin(1)
         rows = np.arange(len(values))

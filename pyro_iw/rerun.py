@@ -4,13 +4,13 @@ observations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.distributions import Unit
+from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Predictive
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -49,6 +49,7 @@ class Rerun(NamedTuple):
     Attributes:
         pair: model, guide and arguments.
         nesting: number of batch dims that the pair's own plates take.
+        model_nesting: number of those that the model's alone take.
         vectorize: whether draws run in one pass, or one by one.
         chunk_size: number of draws in memory at once.
         minibatch: the subsample that all particles saw.
@@ -57,6 +58,7 @@ class Rerun(NamedTuple):
 
     pair: Pair
     nesting: int
+    model_nesting: int
     vectorize: bool
     chunk_size: int
     minibatch: OneMinibatch
@@ -70,8 +72,7 @@ class Rerun(NamedTuple):
         """
         self._refuse_enumeration("log-likelihoods")
         # One draw by itself shows the shapes that deterministic sites have without a dim for draws.
-        first = {name: latent.values[0] for name, latent in draws.items()}
-        single: dict[str, Any] = dict(self._trace(first).nodes)
+        first, last = (self._single(draws, index) for index in (0, -1))
         found: dict[str, list[Observed]] = {}
         for trace, size in self._traces(draws):
             for name, site in trace.nodes.items():
@@ -81,15 +82,11 @@ class Rerun(NamedTuple):
                 if not _is_deterministic(site):
                     found.setdefault(name, []).append(self._read_data(site, size))
                     continue
-                value = single[name]["value"]
-                part = _read_deterministic(site, value.shape, size)
-                if name not in found and not torch.allclose(part.values[0], value, rtol=1e-3, atol=1e-5):
-                    raise ValueError(
-                        f"The deterministic site {name!r} has another value when all draws run in one "
-                        "pass, so its computation mixes the draws (a mean over all dims, say). Let it "
-                        "broadcast over a leading dim, or pass vectorize_particles=False."
-                    )
-                found.setdefault(name, []).append(part)
+                found.setdefault(name, []).append(_read_deterministic(name, site, first[name]["value"], size))
+        for name, parts in found.items():
+            if parts[0].log_prob is None:
+                _check_same(name, parts[0].values[0], first[name]["value"])
+                _check_same(name, parts[-1].values[-1], last[name]["value"])
         return {name: _cat(parts) for name, parts in found.items()}
 
     def predictive(self, draws: Mapping[str, Latent], return_sites: Sequence[str]) -> Predictive:
@@ -100,10 +97,16 @@ class Rerun(NamedTuple):
         """
         self._refuse_enumeration("predictions")
         # With all batch dims there: Predictive would count event dims among those it adds.
-        pad = self._padded if self.vectorize else _values
+        nesting = self.model_nesting
         return Predictive(
-            self._sampling_model(),
-            posterior_samples={name: pad(latent) for name, latent in draws.items()},
+            # It runs the model without draws first, where a prior may be one that cannot be sampled.
+            poutine.condition(
+                self._sampling_model(), data={name: latent.values[0] for name, latent in draws.items()}
+            ),
+            posterior_samples={
+                name: _padded(latent, nesting) if self.vectorize else latent.values
+                for name, latent in draws.items()
+            },
             return_sites=return_sites,
             parallel=self.vectorize,
         )
@@ -112,13 +115,14 @@ class Rerun(NamedTuple):
         self, draws: Mapping[str, Latent], sites: Mapping[str, Latent | Observed]
     ) -> dict[str, Tensor]:
         """Observed sites given draws of the latents, a chunk at a time, each ``[n, *batch, *event]``."""
-        total = len(next(iter(draws.values())).values)
-        chunks = []
-        for start in range(0, total, self.chunk_size):
-            rows = slice(start, start + self.chunk_size)
-            chunk = {name: draw._replace(values=draw.values[rows]) for name, draw in draws.items()}
-            chunks.append(self.predictive(chunk, list(sites))(*self.pair.args, **self.pair.kwargs))
-        return self._joined(chunks, sites)
+        self._refuse_enumeration("predictions")
+        drawn: dict[str, list[Tensor]] = {name: [] for name in sites}
+        # The data are let go before the latents are held, which would be let go as well.
+        for trace, size in self._traces(draws, _SampleData()(self.pair.model)):
+            for name, site in sites.items():
+                value: Any = trace.nodes[name]["value"]
+                drawn[name].append(own_shape(value, site.event_dim, site.frames, self.nesting, size))
+        return {name: torch.cat(parts) for name, parts in drawn.items()}
 
     def sample_prior(self, num_samples: int, sites: Mapping[str, Latent | Observed]) -> dict[str, Tensor]:
         """Sites sampled from the model alone, a chunk at a time, each ``[n, *batch, *event]``."""
@@ -128,19 +132,15 @@ class Rerun(NamedTuple):
             model, names = self._sampling_model(), list(sites)
             predictive = Predictive(model, num_samples=size, return_sites=names, parallel=self.vectorize)
             chunks.append(predictive(*self.pair.args, **self.pair.kwargs))
-        return self._joined(chunks, sites)
-
-    def _joined(
-        self, chunks: Sequence[dict[str, Tensor]], sites: Mapping[str, Latent | Observed]
-    ) -> dict[str, Tensor]:
-        """Chunks as Predictive gives them, without the dims that it adds to sites outside of plates."""
+        # Without the dims that Predictive adds to sites outside of plates.
         joined = {}
         for name, site in sites.items():
             values = torch.cat([chunk[name] for chunk in chunks])
             if isinstance(site, Observed) and site.log_prob is None:
                 joined[name] = values.reshape(len(values), *site.values.shape[1:])
             else:
-                joined[name] = own_shape(values, site.event_dim, site.frames, self.nesting, len(values))
+                nesting = self.model_nesting
+                joined[name] = own_shape(values, site.event_dim, site.frames, nesting, len(values))
         return joined
 
     def _sampling_model(self) -> Any:
@@ -153,7 +153,9 @@ class Rerun(NamedTuple):
 
         return on_the_same_minibatch
 
-    def _traces(self, draws: Mapping[str, Latent]) -> Iterator[tuple[Trace, int | None]]:
+    def _traces(
+        self, draws: Mapping[str, Latent], model: Callable | None = None
+    ) -> Iterator[tuple[Trace, int | None]]:
         """The model's traces on chunks of draws, with their number in each; None for a single one."""
         total = len(next(iter(draws.values())).values)
         step = self.chunk_size if self.vectorize else 1
@@ -163,24 +165,23 @@ class Rerun(NamedTuple):
                 for name, latent in draws.items()
             }
             if not self.vectorize:
-                yield self._trace({name: latent.values[0] for name, latent in chunk.items()}), None
+                yield self._trace({name: latent.values[0] for name, latent in chunk.items()}, model), None
                 continue
             size = min(step, total - start)
             with pyro.plate(PARTICLE_PLATE, size, dim=-1 - self.nesting):
-                trace = self._trace({name: self._padded(latent) for name, latent in chunk.items()})
+                padded = {name: _padded(latent, self.nesting) for name, latent in chunk.items()}
+                trace = self._trace(padded, model)
             yield trace, size
 
-    def _trace(self, data: dict[str, Tensor]) -> Trace:
-        conditioned = poutine.condition(self.pair.model, data=data)
+    def _single(self, draws: Mapping[str, Latent], index: int) -> dict[str, Any]:
+        """The sites of the model on a single draw."""
+        return dict(self._trace({name: latent.values[index] for name, latent in draws.items()}).nodes)
+
+    def _trace(self, data: dict[str, Tensor], model: Callable | None = None) -> Trace:
+        conditioned = poutine.condition(model or self.pair.model, data=data)
         with torch.no_grad(), self.minibatch:
             trace = poutine.trace(conditioned).get_trace(*self.pair.args, **self.pair.kwargs)
         return prune_subsample_sites(trace)
-
-    def _padded(self, latent: Latent) -> Tensor:
-        """Values with the draws on the batch dim left of all plates."""
-        values = latent.values
-        batch = values.dim() - 1 - latent.event_dim
-        return values.reshape(len(values), *[1] * (self.nesting - batch), *values.shape[1:])
 
     def _read_data(self, site: Any, size: int | None) -> Observed:
         fn, value = site["fn"], site["value"]
@@ -207,20 +208,45 @@ class _SampleData(UnconditionMessenger):
 
 
 def _is_deterministic(site: Any) -> bool:
-    return bool(site["infer"] and site["infer"].get("_deterministic"))
+    """Whether a site only records a value: by pyro.deterministic, or as what is left of one
+    reparameterised.
+    """
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return bool(site["infer"] and site["infer"].get("_deterministic")) or isinstance(fn, Delta)
 
 
-def _read_deterministic(site: Any, shape: torch.Size, size: int | None) -> Observed:
-    """A deterministic site's values on draws, given the shape that it has on one."""
+def _read_deterministic(name: str, site: Any, single: Tensor, size: int | None) -> Observed:
+    """A deterministic site's values on draws, given the one that it has on a single draw."""
     value, frames = site["value"], own_frames(site)
-    count = 1 if size is None else size
-    values = value.reshape(-1, *shape)
+    count, shape = 1 if size is None else size, single.shape
+    if value.numel() not in (single.numel(), count * single.numel()):
+        raise ValueError(_MIXED.format(name))
     rank = max((-frame.dim for frame in frames if frame.dim is not None), default=0)
-    return Observed(values.expand(count, *shape), None, max(len(shape) - rank, 0), frames)
+    values = value.reshape(-1, *shape).expand(count, *shape)
+    return Observed(values, None, max(len(shape) - rank, 0), frames)
 
 
-def _values(latent: Latent) -> Tensor:
-    return latent.values
+def _check_same(name: str, value: Tensor, single: Tensor) -> None:
+    """Refuse a value that is another one when all draws run in one pass."""
+    if not torch.allclose(value.double(), single.double(), rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise ValueError(_MIXED.format(name))
+
+
+_MIXED = (
+    "The deterministic site {!r} has another value when all draws run in one pass than by itself: its "
+    "computation mixes the draws (a mean over all dims, an index from the left), or is random (dropout in "
+    "train mode). Let it broadcast over a leading dim (index from the right), or pass "
+    "vectorize_particles=False."
+)
+
+
+def _padded(latent: Latent, nesting: int) -> Tensor:
+    """Values with the draws on the batch dim left of that many plates."""
+    values = latent.values
+    batch = values.dim() - 1 - latent.event_dim
+    return values.reshape(len(values), *[1] * (nesting - batch), *values.shape[1:])
 
 
 def _cat(parts: Sequence[Observed]) -> Observed:

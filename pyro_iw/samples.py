@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.infer import Predictive
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -226,6 +227,8 @@ class ImportanceSamples:
                 f"{self._cells()} at their own dims of batch. Say by event_dim= how many of its rightmost "
                 "dims are no plates."
             )
+        if callable(what):
+            self._check_event_dim(values, event_dim)
         return (placed * values).sum(0)
 
     def resample(self, num_samples: int, method: str = "systematic") -> Tensor:
@@ -321,6 +324,8 @@ class ImportanceSamples:
         """:meth:`predictive` on given draws."""
         if return_sites is None:
             return_sites = list(self.observed({name: values[:1] for name, values in draws.items()}))
+            if not return_sites:
+                raise ValueError("The model has no observed or deterministic site to predict, only factors.")
         return self.rerun.predictive(self.as_latents(draws), return_sites)
 
     def merge(self, other: ImportanceSamples) -> ImportanceSamples:
@@ -351,6 +356,16 @@ class ImportanceSamples:
     def as_latents(self, draws: Mapping[str, Tensor]) -> dict[str, Latent]:
         """Draws with the plates and event dims of their sites."""
         return {name: latent._replace(values=draws[name]) for name, latent in self.latents.items()}
+
+    def _check_event_dim(self, values: Tensor, event_dim: int) -> None:
+        """Warn of a function's result that looks like a site's values with their event dims forgotten."""
+        for name, latent in self.latents.items():
+            if self.frames and values.shape == latent.values.shape and event_dim < latent.event_dim:
+                warn(
+                    f"The function's result has the shape {tuple(values.shape)} of site {name!r}, which has "
+                    f"{latent.event_dim} event dim(s), but event_dim={event_dim} was given. Should it be "
+                    f"event_dim={latent.event_dim}?"
+                )
 
     def _check_alive(self, purpose: str) -> None:
         dead = self.log_weights.amax(0).isneginf()
@@ -399,7 +414,13 @@ def _same(one: Any, other: Any) -> bool:
         return True
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         both = isinstance(one, Tensor) and isinstance(other, Tensor)
-        return both and one.shape == other.shape and torch.equal(one, other)
+        return (
+            both
+            and one.shape == other.shape
+            and bool(((one == other) | ((one != one) & (other != other))).all())
+        )
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, Sequence) and not isinstance(one, str) and isinstance(other, Sequence):

@@ -29,6 +29,7 @@ __all__ = [
     "Route",
     "Through",
     "Traces",
+    "plate_nesting",
     "trace_model_again",
     "trace_pair",
 ]
@@ -99,18 +100,21 @@ class Traces(NamedTuple):
     @property
     def plate_nesting(self) -> int:
         """Number of batch dims that the pair's own plates take."""
-        return max(
-            (
-                -frame.dim
-                for pair in self.pairs
-                for trace in (pair.model, pair.guide)
-                for site in trace.nodes.values()
-                if site["type"] == "sample"
-                for frame in site["cond_indep_stack"]
-                if frame.dim is not None and frame.name != PARTICLE_PLATE
-            ),
-            default=0,
-        )
+        return max(plate_nesting(trace) for pair in self.pairs for trace in (pair.model, pair.guide))
+
+
+def plate_nesting(trace: Trace) -> int:
+    """Number of batch dims that the plates in a trace take, that over particles aside."""
+    return max(
+        (
+            -frame.dim
+            for site in trace.nodes.values()
+            if site["type"] == "sample"
+            for frame in site["cond_indep_stack"]
+            if frame.dim is not None and frame.name != PARTICLE_PLATE
+        ),
+        default=0,
+    )
 
 
 class Progress:

@@ -135,6 +135,55 @@ class TestGroups:
         assert sizes(data.sample_stats["ess"]) == {"rows": 3, "columns": 2}
         np.testing.assert_array_equal(data.observed_data["x"].values, pair.x.numpy())
 
+    def test_kept_plates_that_are_not_the_rightmost(self):
+        def model():
+            with pyro.plate("a", 4, dim=-3), pyro.plate("b", 3, dim=-2):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                with pyro.plate("c", 5, dim=-1):
+                    pyro.sample("x", dist.Normal(z, 3.0), obs=torch.ones(4, 3, 5))
+
+        def guide():
+            with pyro.plate("a", 4, dim=-3), pyro.plate("b", 3, dim=-2):
+                pyro.sample("z", dist.Normal(0.5, 1.0))
+
+        samples = ImportanceSampler(model, guide, 500)()
+        data = samples.to_arviz(num_samples=20)
+        assert sizes(data.sample_stats["khat"]) == {"a": 4, "b": 3}
+        assert sizes(data.sample_stats["log_p"]) == {"chain": 1, "draw": 20, "a": 4, "b": 3}
+        np.testing.assert_allclose(data.sample_stats["ess"].values, samples.ess.numpy())
+        assert sizes(data.log_likelihood["x"]) == {"chain": 1, "draw": 20, "a": 4, "b": 3, "c": 5}
+
+    def test_values_of_size_one_in_a_plate(self):
+        def model():
+            with pyro.plate("rows", 3, dim=-2):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                with pyro.plate("columns", 4, dim=-1):
+                    pyro.sample("x", dist.Normal(z, 3.0), obs=torch.ones(3, 1))
+
+        def guide():
+            with pyro.plate("rows", 3, dim=-2):
+                pyro.sample("z", dist.Normal(0.5, 1.0))
+
+        data = ImportanceSampler(model, guide, 500)().to_arviz(num_samples=20)
+        assert sizes(data.observed_data["x"]) == {"rows": 3, "columns": 4}
+
+    def test_constants_of_a_module_and_names_for_their_dims(self):
+        class Model(pyro.nn.PyroModule):
+            def forward(self, scale, x):
+                with pyro.plate("data", 3):
+                    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                    pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+        def guide(scale, x):
+            with pyro.plate("data", 3):
+                pyro.sample("z", dist.Normal(0.0, 0.9))
+
+        samples = ImportanceSampler(Model(), guide, 500)(torch.full((3,), 2.0), torch.zeros(3))
+        data = samples.to_arviz(num_samples=20, dims={"scale": ["data"]})
+        assert sizes(data.constant_data["scale"]) == {"data": 3}
+        named = samples.to_arviz(num_samples=20, constant_data={"labels": ["a", "b"]})
+        assert named.constant_data["labels"].values.tolist() == ["a", "b"]
+
     def test_a_minibatch_is_labelled_by_its_indices(self):
         def model():
             with pyro.plate("data", 20, subsample_size=3):

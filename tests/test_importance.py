@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -13,8 +15,15 @@ import pytest
 import torch
 from cases import CASES, GlobalLatent
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoNormal
-from torch.utils.data import DataLoader, TensorDataset
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoLaplaceApproximation,
+    AutoNormal,
+    AutoStructured,
+)
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from truth import ConjugateGaussian, RecordedNormal, logmeanexp
 
 from pyro_iw import IWAE_ELBO, ImportanceSampler
@@ -154,7 +163,9 @@ class TestLogMarginal:
         sampler = ImportanceSampler(
             case.model_callable, case.guide_callable, 6, chunk_size=6, vectorize_particles=vectorize
         )
-        sampler.log_marginal()
+        tempered = case_class.__name__ == "Tempered"
+        with pytest.warns(UserWarning, match="'x'.*tempered density") if tempered else nullcontext():
+            sampler.log_marginal()
         RecordedNormal.draws.clear()
         samples = sampler()
         draws = RecordedNormal.draws
@@ -399,6 +410,80 @@ class TestBadInput:
         sampler = ImportanceSampler(model, guide, 5)
         with pytest.raises(ValueError, match=r"NaN or \+inf.*'x' \(model\)"):
             sampler.log_marginal(torch.tensor([1.0, math.nan]))
+
+    @pytest.mark.parametrize("kind", ["list", "structured", "laplace"])
+    def test_a_point_estimate_beside_a_latent_with_a_density(self, kind):
+        def model():
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(mu, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(3))
+
+        if kind == "list":
+            guide = AutoGuideList(model)
+            guide.append(AutoDelta(poutine.block(model, expose=["mu"])))
+            guide.append(AutoNormal(poutine.block(model, expose=["z"])))
+        elif kind == "structured":
+            guide = AutoStructured(model, conditionals={"mu": "delta", "z": "normal"})
+        else:
+            guide = AutoLaplaceApproximation(model)
+        guide()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ImportanceSampler(model, guide, 50).log_marginal()
+        named = {str(warning.message).split("'")[1] for warning in caught}
+        assert named == ({"mu", "z"} if kind == "laplace" else {"mu"})
+
+    def test_a_joint_guide_is_no_point_estimate(self):
+        def model():
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+
+        guide = AutoDiagonalNormal(model)
+        for num_particles in (1, 50):
+            ImportanceSampler(model, guide, num_particles).log_marginal()
+
+    def test_what_is_no_loader(self):
+        x = torch.zeros(3).double()
+        for loader in (x, TensorDataset(x)):
+            with pytest.raises(ValueError, match="gives single datapoints and not batches"):
+                ImportanceSampler(*pair(3), 5).log_marginal_dataset(loader)
+
+    def test_a_loader_without_a_length(self):
+        class Stream(IterableDataset):
+            def __iter__(self):
+                return iter(torch.zeros(6).double())
+
+        result = ImportanceSampler(*pair(3), 5).log_marginal_dataset(DataLoader(Stream(), batch_size=4))
+        assert len(result.values) == 6
+
+    def test_supports_may_differ_where_the_user_says_so(self):
+        # y ~ U(0, n), so that n < max y has no likelihood and the guide need not go there.
+        y = torch.tensor([3.0, 7.0])
+
+        def model():
+            n = pyro.sample("n", dist.Uniform(0.0, 10.0))
+            pyro.sample("y", dist.Uniform(0.0, n[..., None] + 0 * y).to_event(1), obs=y)
+
+        def guide():
+            pyro.sample("n", dist.Uniform(7.0, 10.0))
+
+        with pytest.raises(ValueError, match="check_support=False"):
+            ImportanceSampler(model, guide, 20_000).log_marginal()
+        value = ImportanceSampler(model, guide, 20_000, check_support=False, chunk_size=5000).log_marginal()
+        exact = math.log((1 / 7 - 1 / 10) / 10)  # ∫ n^-2 / 10 over [7, 10]
+        assert value.item() == pytest.approx(exact, abs=0.01)
+
+    def test_sites_that_not_every_particle_has(self):
+        def model():
+            a = pyro.sample("a", dist.Bernoulli(0.5))
+            if a:
+                pyro.sample("b", dist.Normal(0.0, 1.0))
+
+        sampler = ImportanceSampler(model, model, 50, vectorize_particles=False)
+        assert sampler.log_marginal().item() == pytest.approx(0.0, abs=1e-6)
+        with pytest.raises(ValueError, match="'b' is not there for every particle"):
+            sampler()
 
     def test_a_point_estimate_is_no_proposal(self):
         def model():

@@ -66,9 +66,16 @@ def test_degenerate_weights():
     assert (smoothed[:100, 3] == -math.inf).all()
 
 
-def test_too_few_particles():
-    _, khat = pareto_smoothed(torch.randn(10))
-    assert khat.item() == math.inf
+@pytest.mark.parametrize("log_w", [torch.randn(10), torch.zeros(1), torch.zeros(3)])
+def test_too_few_particles(log_w):
+    assert pareto_smoothed(log_w)[1].item() == math.inf
+
+
+def test_bounded_weights_of_few_values_have_no_tail():
+    log_w = torch.where(torch.rand(1000) < 0.5, 0.0, -1.0)
+    smoothed, khat = pareto_smoothed(log_w)
+    assert khat.item() == -math.inf
+    assert torch.equal(smoothed, log_w)
 
 
 def test_threshold():

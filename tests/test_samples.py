@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
@@ -9,6 +10,7 @@ import pytest
 import torch
 from cases import GlobalLatent, Masked, NestedPlates, PlateInsideKeptPlate
 from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.infer.reparam import LocScaleReparam
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 
 from pyro_iw import ImportanceSampler
@@ -155,6 +157,12 @@ class TestExpectation:
         torch.testing.assert_close(samples.expectation("z"), expected)
         product = samples.expectation(lambda z: z["z"][..., None] * z["z"][..., None, :], event_dim=2)
         assert product.shape == (3, 2, 2)
+
+    def test_a_forgotten_event_dim_that_happens_to_fit(self):
+        model, guide, _ = local_pair(2)
+        samples = ImportanceSampler(model, guide, 50)()
+        with pytest.warns(UserWarning, match="Should it be event_dim=1"):
+            samples.expectation(lambda z: z["z"] ** 2)
 
     def test_errors(self):
         model, guide, _ = local_pair()
@@ -341,6 +349,70 @@ class TestModelAgain:
         observed = samples.observed(samples.posterior(30))["x"]
         assert torch.equal(observed.values, data[rows])
 
+    def test_a_deterministic_site_that_indexes_from_the_left(self):
+        def model():
+            w = pyro.sample("w", dist.Normal(torch.zeros(50), 1.0).to_event(1))
+            pyro.deterministic("first", w[0])
+
+        def guide():
+            pyro.sample("w", dist.Normal(torch.zeros(50), 0.99).to_event(1))
+
+        samples = ImportanceSampler(model, guide, 100, chunk_size=50)()
+        for count in (50, 40):
+            with pytest.raises(ValueError, match=r"'first' has another value.*index from the right"):
+                samples.observed(samples.take(torch.arange(count)))
+
+    def test_reparameterised_sites_are_deterministic(self):
+        def base():
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(1.0, 2.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+        model = poutine.reparam(base, config={"z": LocScaleReparam(0.0)})
+
+        def guide():
+            with pyro.plate("data", 3):
+                pyro.sample("z_decentered", dist.Normal(-0.4, 0.5))  # the posterior's sd is 0.45
+
+        samples = ImportanceSampler(model, guide, 500, chunk_size=200)()
+        draws = samples.take(torch.randint(500, (300, 3)))
+        observed = samples.observed(draws)
+        assert observed["z"].log_prob is None
+        torch.testing.assert_close(observed["z"].values, 1 + 2 * draws["z_decentered"])
+        data = samples.to_arviz(num_samples=30)
+        assert set(data.log_likelihood.data_vars) == {"x"}
+        assert {"z", "z_decentered"} == set(data.posterior.data_vars) == set(data.prior.data_vars)
+
+    @pytest.mark.filterwarnings("ignore:k̂ exceeds")
+    def test_more_dims_than_the_model_has_plates(self):
+        model, guide, _ = local_pair()
+        samples = ImportanceSampler(model, guide, 500, max_plate_nesting=3)()
+        assert samples.predictive(30)()["x"].shape == (30, 3)
+        data = samples.to_arviz(num_samples=20)
+        assert data.posterior_predictive["x"].shape == data.prior_predictive["x"].shape == (1, 20, 3)
+
+    def test_a_prior_that_cannot_be_sampled(self):
+        def model():
+            z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+        def guide():
+            pyro.sample("z", dist.Normal(1.0, 1.1))
+
+        samples = ImportanceSampler(model, guide, 500)()
+        assert samples.log_marginal.item() == pytest.approx(0.0, abs=0.05)
+        assert samples.predictive(30)()["x"].shape == (30,)
+        samples.to_arviz(num_samples=20, prior=False)
+
+    def test_a_likelihood_of_factors_has_nothing_to_predict(self):
+        def model():
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("x", -(z**2))
+
+        samples = ImportanceSampler(model, lambda: pyro.sample("z", dist.Normal(0.0, 0.7)), 500)()
+        with pytest.raises(ValueError, match="only factors"):
+            samples.predictive(5)
+
     def test_enumerated_sites_are_refused(self):
         def model():
             with pyro.plate("data", 3):
@@ -400,6 +472,18 @@ class TestMerge:
         for other, message in refused:
             with pytest.raises(ValueError, match=message):
                 samples.merge(other)
+
+    def test_arguments_are_compared_by_value(self):
+        def model(x, mask):
+            with pyro.plate("data", 3):
+                pyro.sample("z", dist.Normal(0.0, 1.0))
+
+        sampler = ImportanceSampler(model, model, 5)
+        x = torch.tensor([1.0, float("nan"), 2.0])
+        samples = sampler(x, np.array([1, 2]))
+        samples.merge(sampler(x.clone(), np.array([1, 2])))
+        with pytest.raises(ValueError, match="arguments differ"):
+            samples.merge(sampler(x.clone(), np.array([1, 3])))
 
     def test_unlike_minibatches(self):
         def model():
