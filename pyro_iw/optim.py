@@ -33,9 +33,10 @@ class FusedOptim(PyroOptim):
     Arguments:
         optim_constructor: an optimiser class of :mod:`torch.optim`, or a function that makes one from
             parameter groups and keywords.
-        optim_args: its keywords; or a function of a parameter's name that returns them, parameters with equal
-            keywords then sharing a group. ``fused=True`` is added where the constructor has it and the
-            parameters allow it, unless ``fused``, ``foreach`` or ``differentiable`` is among them.
+        optim_args: its keywords; or a function of a parameter's name that returns them. Under PyTorch's own
+            optimisers, parameters with equal keywords share a group. ``fused=True`` is added where the
+            constructor has it and the parameters allow it, unless ``fused``, ``foreach`` or
+            ``differentiable`` is among them.
         clip_args: ``clip_norm`` and ``clip_value`` as in ``PyroOptim``, for each parameter by itself.
 
     Example:
@@ -57,6 +58,9 @@ class FusedOptim(PyroOptim):
         #: The optimiser, None before the first step.
         self.optimizer: torch.optim.Optimizer | None = None
         self._has_fused = "fused" in inspect.signature(optim_constructor).parameters
+        # PyTorch's own leave their groups alone; others may count steps in there, of each parameter by
+        # itself.
+        self._shares_groups = getattr(optim_constructor, "__module__", "").startswith("torch.optim")
         self._known: set[Tensor] = set()
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
@@ -80,7 +84,16 @@ class FusedOptim(PyroOptim):
         for param, _ in others:
             param.grad = None
         assert self.optimizer is not None
+        # An optimiser may write to its groups (ClippedAdam decays the learning rate), also to those that
+        # rest.
+        resting = [
+            (group, dict(group))
+            for group in self.optimizer.param_groups
+            if params.isdisjoint(group["params"])
+        ]
         self.optimizer.step(*args, **kwargs)
+        for group, options in resting:
+            group.update(options)
         for param in params:
             param.grad = None  # else SVI would fill it with zeros, one parameter at a time
         for param, grad in others:
@@ -102,10 +115,10 @@ class FusedOptim(PyroOptim):
             if saved is not None:
                 group = {**saved["param_groups"][0], **_kernel(options)}
                 alone.load_state_dict({**saved, "param_groups": [group]})
-                states[param] = alone.state.get(param)
+            states[param] = alone.state.get(param)  # some optimisers make it at once
             complete = alone.param_groups[0]
             for group in groups:
-                if {**group, "params": None} == {**complete, "params": None}:
+                if self._shares_groups and {**group, "params": None} == {**complete, "params": None}:
                     group["params"].append(param)
                     break
             else:
@@ -145,7 +158,8 @@ class FusedOptim(PyroOptim):
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Go on from what :meth:`get_state` of this class or of ``PyroOptim`` gave.
 
-        Each parameter takes its state up at its next step.
+        Each parameter takes its state up at its next step, which makes a new :attr:`optimizer`: put a
+        scheduler on that one.
         """
         # What is not in there keeps the state it has.
         self._state_waiting_to_be_consumed = {**self.get_state(), **state_dict}

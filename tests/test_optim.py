@@ -99,6 +99,28 @@ def test_parameters_that_appear_later(options: Any) -> None:
     assert_same(*found)
 
 
+@pytest.mark.parametrize(
+    ("constructor", "options"),
+    [
+        (pyro.optim.clipped_adam.ClippedAdam, {"lr": 0.05, "lrd": 0.9}),
+        (pyro.optim.adagrad_rmsprop.AdagradRMSProp, {"eta": 0.3}),
+        (torch.optim.Adam, {"lr": 0.1}),
+        (torch.optim.Adagrad, {"lr": 0.1}),
+    ],
+)
+def test_parameters_that_rest_in_some_steps(constructor: type, options: dict[str, Any]) -> None:
+    """A decay that a group counts in steps goes on for those parameters alone that take part."""
+
+    def trained(kind: type[PyroOptim]) -> dict[str, torch.Tensor]:
+        optim = kind(constructor, dict(options))
+        train(optim, steps=2, late=False)
+        for late in (True, False, False, True, False):
+            result = train(optim, steps=1, fresh=False, late=late)
+        return result
+
+    assert_same(trained(FusedOptim), trained(PyroOptim))
+
+
 def test_options_by_name() -> None:
     def options(name: str) -> dict[str, Any]:
         return {"lr": 0.0, "betas": (0.1, 0.2)} if name == "loc" else {"lr": 0.1}
