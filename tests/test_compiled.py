@@ -38,6 +38,9 @@ LOSSES = {
     "vimco": lambda **kw: IWAE_ELBO(K=5, estimator="vimco", **kw),
     "rws": lambda **kw: IWAE_ELBO(K=5, estimator="rws", **kw),
     "loop": lambda **kw: IWAE_ELBO(K=3, vectorize_particles=False, **kw),
+    "resampled": lambda **kw: IWAE_ELBO(K=6, backward_particles=2, **kw),
+    "resampled-piwae": lambda **kw: PIWAE_ELBO(M=2, K=3, backward_particles=2, **kw),
+    "resampled-dreg": lambda **kw: MIWAE_ELBO(M=2, K=3, backward_particles=3, estimator="dreg", **kw),
 }
 
 
@@ -112,6 +115,20 @@ def test_every_case_agrees_with_eager(case, name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_estimator_agrees_with_eager(name):
     check_same(LOSSES[name], pair(DataPlate()))
+
+
+@pytest.mark.usefixtures("inductor")
+def test_resampled_steps_through_inductor():
+    pyro.enable_validation(False)  # which looks at values
+    try:
+        check_same(LOSSES["resampled-piwae"], pair(DataPlate()))
+    finally:
+        pyro.enable_validation(True)
+
+
+def test_chunks_are_refused():
+    with pytest.raises(ValueError, match="compile=True makes one program of a whole step, and chunk_size"):
+        IWAE_ELBO(K=64, chunk_size=8, compile=True)
 
 
 class SmallVAE(PyroModule):
