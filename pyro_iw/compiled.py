@@ -14,10 +14,12 @@ tensor too.
 changed, the next step runs eagerly and the one after it is recorded afresh:
 
 * shapes, strides, dtypes and devices of tensors, whether they need gradients, other arguments' values;
-* which tensor or submodule a name stands for, in modules, the param store, closures and globals;
-* plain Python values (numbers, strings, flags, and small containers of them) that are attributes of a module
-  that ran or of the ``self`` of a method that ran, or globals and closure variables of functions that ran:
-  ``module.training``, ``dropout.p``, a weight to anneal;
+* which object a name stands for, in modules, the param store, closures, globals and default arguments: a
+  tensor, a submodule, a function, a distribution;
+* plain Python values (numbers, strings, flags, and small containers of them) among the attributes of modules
+and
+  of objects of the user's own classes that the code that runs can reach: ``module.training``, ``dropout.p``,
+  a weight to anneal, settings of any kind;
 * default dtype, autocast, float32 precision, Pyro's validation.
 
 **What is refused**, with one warning that says why, and runs eagerly: reading a tensor's value in Python
@@ -25,14 +27,16 @@ changed, the next step runs eagerly and the one after it is recorded afresh:
 NumPy, attributes that the run itself changes (a counter), anything that comes out differently when recorded
 twice, and whatever Inductor cannot compile, as for want of a C++ compiler.
 
-**What cannot be seen** is baked in: a Python value behind more than one attribute of ``self`` (or behind two
-containers), the state of files, clocks and other libraries, and the effect of code that only runs sometimes.
-Call :meth:`Compiler.forget` after changing such a thing, or make it a tensor and change that in place. Checks
-of Pyro's validation take part in the eager step that precedes each recording, and not in those after it.
+**What cannot be seen** is baked in: the inside of objects of other libraries and of large containers, the
+state of files and clocks, and the effect of code that only runs sometimes. Nor do the pair's own side effects
+happen any more (a list it appends to, something it prints): it does not run. Call :meth:`Compiler.forget`
+after changing such a thing, or make it a tensor and change that in place. Checks of Pyro's validation take
+part in the eager step that precedes each recording, and not in those after it.
 """
 
 from __future__ import annotations
 
+import enum
 import types
 import warnings
 import weakref
@@ -40,6 +44,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -61,6 +66,8 @@ __all__ = ["CompiledStep", "Compiler"]
 _CAPACITY = 8
 #: How often guards may fail before a pair is left to run eagerly.
 _PATIENCE = 8
+#: How many steps in a row may have arguments that were not met before.
+_NOVELTIES = 64
 
 
 class CompiledStep:
@@ -142,6 +149,7 @@ class Compiler:
         # For a key met once: its pair's callables, for an id is good as long as its object.
         self._programs: OrderedDict[Any, _Program | tuple] = OrderedDict()
         self._stale: dict[Any, int] = {}
+        self._new: dict[Any, int] = {}
         self._refused: dict[Any, Any] = {}
         self._warned = False
 
@@ -156,7 +164,11 @@ class Compiler:
         self.__init__()  # type: ignore[misc]
 
     def run(
-        self, pair: Pair, kl_weight: float, estimate: Callable[[Pair, Any], tuple[Any, Estimate]]
+        self,
+        pair: Pair,
+        kl_weight: float,
+        estimate: Callable[[Pair, Any], tuple[Any, Estimate]],
+        options: tuple = (),
     ) -> CompiledStep | None:
         """Run a compiled step, recording it if this is the second one of its kind.
 
@@ -164,6 +176,7 @@ class Compiler:
             pair: the pair and its arguments.
             kl_weight: the weight of the KL term.
             estimate: what a step computes, given a pair and a weight.
+            options: what else that depends on, hashable.
 
         Returns:
             The step, or None if it has to run eagerly.
@@ -174,7 +187,7 @@ class Compiler:
         tensors: list[Tensor] = []
         try:
             spec = _spec((pair.args, pair.kwargs), tensors)
-            key = (identity, spec, _signature(tensors), _settings(), _kind(kl_weight))
+            key = (identity, spec, _signature(tensors), _settings(), _kind(kl_weight), options)
             hash(key)
         except (Refused, TypeError) as error:
             self._refuse(identity, pair, str(error))
@@ -185,7 +198,15 @@ class Compiler:
         if key not in self._programs:
             # Eagerly once: lazy parameters are made, errors and warnings come from the user's own lines.
             self._remember(key, (pair.model, pair.guide))
+            self._new[identity] = self._new.get(identity, 0) + 1
+            if self._new[identity] > _NOVELTIES:
+                self._refuse(
+                    identity,
+                    pair,
+                    "its arguments are new at every step; pass a number that changes as a tensor",
+                )
             return None
+        self._new[identity] = 0
         program = self._programs[key]
         if not isinstance(program, _Program):
             try:
@@ -234,13 +255,15 @@ def _identity(pair: Pair) -> Any:
 def _spec(value: Any, tensors: list[Tensor]) -> Any:
     """Arguments as something hashable, with their tensors taken out in order."""
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_nested:
+            raise Refused("an argument is a sparse or nested tensor")
         for index, seen in enumerate(tensors):
             if seen is value:  # one tensor twice is one input
                 return Tensor, index
         tensors.append(value)
         return Tensor
     kind = type(value)
-    if kind in PLAIN:
+    if kind in PLAIN or isinstance(value, np.generic | enum.Enum):
         return kind, value
     if kind is tuple or kind is list:
         return kind, tuple([_spec(item, tensors) for item in value])
@@ -351,10 +374,11 @@ class _Program:
         for messenger in _PYRO_STACK:
             add_node = messenger.trace.add_node
             for message, constraint in self.messages:
+                leaf = message["value"]
                 if constraint is not None:
-                    leaf = message["value"]
                     message = {**message, "value": transform_to(constraint)(leaf)}
-                    message["value"].unconstrained = weakref.ref(leaf)
+                # As the param store does at each access; saving the store takes it off.
+                message["value"].unconstrained = weakref.ref(leaf)
                 add_node(message["name"], **message)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from . import chunked, resampled
 from .bounds import Bound, positive_integer
 from .chunked import Chunks
-from .compiled import Compiler
+from .compiled import CompiledStep, Compiler
 from .estimators import get_estimator
 from .particles import Particles, as_plate_names, collect
 from .runner import Runner
@@ -166,7 +166,7 @@ class ImportanceWeightedELBO(ELBO):
         """
         pair = Pair(model, guide, args, kwargs)
         kl_weight = self._next_kl_weight()
-        compiled = self._compiler.run(pair, kl_weight, self._estimate) if self.compile else None
+        compiled = self._compiled_step(pair, kl_weight)
         if compiled is not None:
             loss = compiled.loss.item()
             if math.isfinite(loss):
@@ -197,9 +197,7 @@ class ImportanceWeightedELBO(ELBO):
         """
         pair = Pair(model, guide, args, kwargs)
         kl_weight = self._next_kl_weight()
-        compiled = None
-        if self.compile and torch.is_grad_enabled():
-            compiled = self._compiler.run(pair, kl_weight, self._estimate)
+        compiled = self._compiled_step(pair, kl_weight)
         if compiled is not None:
             if not is_validation_enabled() or math.isfinite(compiled.loss.item()):
                 self.steps += 1
@@ -211,6 +209,17 @@ class ImportanceWeightedELBO(ELBO):
         if torch.is_grad_enabled():
             self.steps += 1
         return estimate.loss
+
+    def _compiled_step(self, pair: Pair, kl_weight: float) -> CompiledStep | None:
+        if not (self.compile and torch.is_grad_enabled()):
+            return None
+        self._runner.prepare(pair)  # by a run of its own, which is not to be recorded
+        attributes = tuple(
+            (name, value if isinstance(value, Hashable) else id(value))
+            for name, value in vars(self.bound).items()
+        )
+        options = (type(self.bound), attributes, self.plates, self.backward_particles)
+        return self._compiler.run(pair, kl_weight, self._estimate, options)
 
     def recompile(self) -> None:
         """Forget all compiled steps, and try again to compile what could not be."""

@@ -145,11 +145,15 @@ def record(
     Raises:
         Refused: if a recording would freeze what may change from step to step.
     """
+    # Imported here and not as the code is watched: they are large, and their own code would be looked at.
+    import torch._dynamo
+    import torch._inductor.compile_fx
+
     weight = kl_weight if isinstance(kl_weight, Tensor) else None
     guards, guards_again = Guards(pair), Guards(pair)
     observer = _Observer()
     first, second = _Recording(pair, estimate), _Recording(pair, estimate)
-    with _as_before(observer) as check_random, pyro.validation_enabled(False):
+    with _as_before(observer) as check_random, _without_validation():
         with observer, guards.watch():
             graph = first.run([], args, weight, kl_weight)
         fixed = _constants(graph)
@@ -191,6 +195,19 @@ def record(
         params=second.params,
         guards=guards,
     )
+
+
+@contextmanager
+def _without_validation() -> Iterator[None]:
+    """No checks of values, in distributions either that were made while validation was on."""
+    kind = torch.distributions.Distribution
+    validate = kind._validate_sample
+    kind._validate_sample = lambda self, value: None  # type: ignore[method-assign]
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        kind._validate_sample = validate  # type: ignore[method-assign]
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

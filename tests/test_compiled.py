@@ -4,7 +4,11 @@ Most tests run the recorded program operation by operation, which takes no compi
 is what was recorded. Those that ask for ``inductor`` run what Inductor makes of it.
 """
 
+import argparse
 import copy
+import dataclasses
+import enum
+import functools
 import pickle
 import random
 import warnings
@@ -512,9 +516,9 @@ def test_loaded_parameters_are_seen():
     assert len(loss._compiler._programs) == 1
 
 
-def follows(loss, model, guide, change, *args):
+def follows(loss, model, guide, change, *args, eager=None):
     """Whether the steps after a change give what eager ones give, on the same noise."""
-    eager = IWAE_ELBO(K=3)
+    eager = eager or IWAE_ELBO(K=3)
     for _ in range(2):
         loss.loss_and_grads(model, guide, *args)
     assert compiled_programs(loss)
@@ -639,6 +643,259 @@ def test_changes_of_globals_and_closures_are_seen(what, monkeypatch):
             shift.fill_(1.0)
 
     assert follows(IWAE_ELBO(K=3, compile=True), model, guide, change)
+
+
+class Settings:
+    beta = 1.0
+
+
+class Kind(enum.Enum):
+    narrow, wide = 1.0, 3.0
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    beta: float = 1.0
+
+
+class Nested:
+    def __init__(self):
+        self.inner = Settings()
+        self.table = {"prior": {"scale": 1.0}}
+        self.values = [1.0]
+        self.kind = Kind.narrow
+        self.number = np.float32(1.0)
+        self.prior = dist.Normal(0.0, 1.0)
+
+
+class Unused(nn.Module):
+    """Read by a model, its own forward never run."""
+
+    def __init__(self):
+        super().__init__()
+        self.beta = 1.0
+        self.scale = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.scale.weight)
+
+    def replace(self):
+        self.scale = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(self.scale.weight, 3.0)
+
+
+def scale_of(z):
+    return 1.0
+
+
+# What a model reads its prior's scale from, and how that changes.
+READS = {
+    "class": (lambda: Settings, lambda c: c.beta, lambda c: setattr(c, "beta", 3.0)),
+    "shadowed": (Settings, lambda c: c.beta, lambda c: setattr(c, "beta", 3.0)),
+    "namespace": (
+        lambda: argparse.Namespace(beta=1.0),
+        lambda c: c.beta,
+        lambda c: setattr(c, "beta", 3.0),
+    ),
+    "slots": (Slotted, lambda c: c.beta, lambda c: setattr(c, "beta", 3.0)),
+    "object in object": (Nested, lambda c: c.inner.beta, lambda c: setattr(c.inner, "beta", 3.0)),
+    "dict in dict": (
+        Nested,
+        lambda c: c.table["prior"]["scale"],
+        lambda c: c.table["prior"].update(scale=3.0),
+    ),
+    "dict replaced": (
+        Nested,
+        lambda c: c.table["prior"]["scale"],
+        lambda c: c.table.update(prior={"scale": 3.0}),
+    ),
+    "appended": (Nested, lambda c: sum(c.values), lambda c: c.values.append(2.0)),
+    "enum": (Nested, lambda c: c.kind.value, lambda c: setattr(c, "kind", Kind.wide)),
+    "numpy number": (Nested, lambda c: float(c.number), lambda c: setattr(c, "number", np.float32(3.0))),
+    "distribution": (
+        Nested,
+        lambda c: c.prior.scale,
+        lambda c: setattr(c, "prior", dist.Normal(0.0, 3.0)),
+    ),
+    "function": (lambda: scale_of, lambda c: c.beta, lambda c: setattr(c, "beta", 3.0)),
+    "module": (Unused, lambda c: c.beta, lambda c: setattr(c, "beta", 3.0)),
+    "module's flag": (Unused, lambda c: 1.0 + c.training, lambda c: c.eval()),
+    "module's child": (Unused, lambda c: c.scale.weight[0, 0], Unused.replace),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("where", ["closure", "partial"])
+def test_changes_wherever_a_model_reads_are_seen(name, where, monkeypatch):
+    make, read, change = READS[name]
+    monkeypatch.setattr(Settings, "beta", 1.0)
+    monkeypatch.setattr(scale_of, "beta", 1.0, raising=False)
+    settings = make()
+
+    def body(scale):
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=DATA)
+
+    def model():
+        body(read(settings))
+
+    def model_of(given):
+        body(read(given))
+
+    def guide():
+        a = pyro.param("a", torch.tensor(0.3))
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(a * DATA, 1.0))
+
+    run_model = model if where == "closure" else functools.partial(model_of, settings)
+    assert follows(IWAE_ELBO(K=3, compile=True), run_model, guide, lambda: change(settings))
+
+
+def test_each_closure_of_one_factory_is_watched():
+    def layer(weight):
+        def forward(z):
+            return weight * z
+
+        def set_weight(value):
+            nonlocal weight
+            weight = value
+
+        return forward, set_weight
+
+    (one, set_one), (other, set_other) = layer(1.0), layer(2.0)
+
+    def model():
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(other(one(z)), 1.0), obs=DATA)
+
+    def guide():
+        a = pyro.param("a", torch.tensor(0.3))
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(a * DATA, 1.0))
+
+    loss = IWAE_ELBO(K=3, compile=True)
+    assert follows(loss, model, guide, lambda: set_one(3.0))
+    assert follows(loss, model, guide, lambda: set_other(-1.0))
+
+
+def test_handlers_around_a_model_are_watched():
+    data = {"x": DATA}
+
+    def free():
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0))
+
+    def guide():
+        a = pyro.param("a", torch.tensor(0.3))
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(a, 1.0))
+
+    model = poutine.condition(free, data=data)
+    assert follows(IWAE_ELBO(K=3, compile=True), model, guide, lambda: data.update(x=DATA + 2))
+
+
+def test_the_bound_of_a_loss_may_change():
+    case = DataPlate()
+    loss = CIWAE_ELBO(K=3, beta=0.2, compile=True)
+    eager = CIWAE_ELBO(K=3, beta=0.9)
+    assert follows(loss, case.model, case.guide, lambda: setattr(loss.bound, "beta", 0.9), eager=eager)
+
+
+def test_a_cleared_param_store_is_begun_anew():
+    """Not merely seen: the new parameters are those that are trained and stored."""
+    case = DataPlate()
+    loss = IWAE_ELBO(K=3, compile=True)
+    found = []
+    for _ in range(2):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        svi = SVI(case.model, case.guide, Adam({"lr": 0.1}), loss=loss)
+        losses = [svi.step() for _ in range(6)]
+        found.append((losses, {name: value.item() for name, value in pyro.get_param_store().items()}))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
+
+
+def test_saving_the_param_store_in_between(tmp_path):
+    case = DataPlate()
+    svi = SVI(case.model, case.guide, Adam({"lr": 0.1}), loss=IWAE_ELBO(K=3, compile=True))
+    for _ in range(3):
+        svi.step()
+    pyro.get_param_store().save(str(tmp_path / "params.pt"))
+    before = pyro.param("a").item()
+    svi.step()
+    assert pyro.param("a").item() != before
+
+
+def test_steps_without_gradients_are_no_gradient_steps():
+    case = DataPlate()
+    loss = IWAE_ELBO(K=3, compile=True)
+    with torch.no_grad():
+        for _ in range(3):
+            loss.loss_and_grads(case.model, case.guide)
+    assert pyro.get_param_store()._params["a"].grad is None
+    for _ in range(3):
+        loss.loss_and_grads(case.model, case.guide)
+    assert pyro.get_param_store()._params["a"].grad is not None
+
+
+def test_autoguides_of_local_latents():
+    x = torch.linspace(-1, 1, 4)
+
+    def model():
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([1]).expand([4]))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    check_same(LOSSES["iwae"], lambda: (model, AutoNormal(model)))
+
+
+def test_two_models_in_turn_on_one_guide():
+    case = DataPlate()
+    loss = IWAE_ELBO(K=3, compile=True)
+
+    def other():
+        case.model()
+
+    for _ in range(3):
+        loss.loss_and_grads(case.model, case.guide)
+        loss.loss_and_grads(other, case.guide)
+    assert len(compiled_programs(loss)) == 2
+
+
+def test_arguments_that_are_new_at_every_step_are_given_up():
+    def model(scale):
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=DATA)
+
+    def guide(scale):
+        a = pyro.param("a", torch.tensor(0.3))
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(a * DATA, 1.0))
+
+    loss = IWAE_ELBO(K=3, compile=True)
+    for step in range(compiled._NOVELTIES):
+        loss.loss_and_grads(model, guide, 1.0 + step)
+    with pytest.warns(RuntimeWarning, match="new at every step; pass a number that changes as a tensor"):
+        loss.loss_and_grads(model, guide, 0.5)
+
+
+def test_a_sparse_argument_runs_eagerly():
+    def model(x):
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.to_dense())
+
+    def guide(x):
+        a = pyro.param("a", torch.tensor(0.3))
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(a, 1.0))
+
+    loss = IWAE_ELBO(K=3, compile=True)
+    with pytest.warns(RuntimeWarning, match="sparse or nested tensor"):
+        loss.loss_and_grads(model, guide, DATA.to_sparse())
 
 
 def test_shapes_and_values_of_arguments_are_seen_and_programs_bounded():
