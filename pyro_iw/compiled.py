@@ -16,10 +16,9 @@ changed, the next step runs eagerly and the one after it is recorded afresh:
 * shapes, strides, dtypes and devices of tensors, whether they need gradients, other arguments' values;
 * which object a name stands for, in modules, the param store, closures, globals and default arguments: a
   tensor, a submodule, a function, a distribution;
-* plain Python values (numbers, strings, flags, and small containers of them) among the attributes of modules
-and
-  of objects of the user's own classes that the code that runs can reach: ``module.training``, ``dropout.p``,
-  a weight to anneal, settings of any kind;
+* plain Python values (numbers, strings, flags, and small containers of them) among the attributes of
+  modules and of objects of the user's own classes that the code that runs can reach: ``module.training``,
+  ``dropout.p``, a weight to anneal, settings of any kind;
 * default dtype, autocast, float32 precision, Pyro's validation.
 
 **What is refused**, with one warning that says why, and runs eagerly: reading a tensor's value in Python

@@ -54,7 +54,7 @@ class Guards:
 
     def __init__(self, pair: Pair) -> None:
         self._same: list[tuple[Any, Any, Any]] = []  # mapping, key, the very object
-        self._keys: list[tuple[Any, tuple]] = []  # containers and their keys
+        self._sizes: list[tuple[Any, int]] = []  # containers and their lengths; what is in them is above
         self._equal: list[tuple[Any, Any, Any]] = []  # mapping, key, an equal value
         self._tensors: list[tuple[Tensor, tuple]] = []
         self._owners: dict[int, tuple[Any, list, list]] = {}  # objects, each with entries of either kind
@@ -69,8 +69,8 @@ class Guards:
             found = mapping.get(key, Guards)
             if found is not value and found != value:
                 return repr(key)
-        for container, keys in self._keys:
-            if tuple(container) != keys:
+        for container, size in self._sizes:
+            if len(container) != size:
                 return "what is in a container or an object"
         for tensor, facts in self._tensors:
             if _facts(tensor) != facts:
@@ -91,7 +91,7 @@ class Guards:
             for mapping, key, value in self._same
             if isinstance(value, (Tensor, nn.Module)) or mapping.get(key) is value
         ]
-        self._keys = [(container, keys) for container, keys in self._keys if tuple(container) == keys]
+        self._sizes = [(container, size) for container, size in self._sizes if len(container) == size]
 
     def add_tensors(self, tensors: list[Tensor]) -> None:
         """Watch the shapes of tensors, and where the param store has them."""
@@ -216,7 +216,7 @@ class Guards:
             if name not in internals:
                 self._note(attributes, name, value, same, equal)
         if _has_dict(owner) and not isinstance(owner, Messenger):
-            self._keys.append((attributes, tuple(attributes)))
+            self._sizes.append((attributes, len(attributes)))
         slots = _Attributes(owner)
         for kind in type(owner).__mro__:
             for name in vars(kind).get("__slots__", ()):
@@ -225,9 +225,9 @@ class Guards:
         if isinstance(owner, nn.Module):
             for members in (owner._parameters, owner._buffers, owner._modules):
                 same += [(members, name, value) for name, value in members.items()]
-                self._keys.append((members, tuple(members)))
+                self._sizes.append((members, len(members)))
             for hooks in (owner._forward_hooks, owner._forward_pre_hooks, owner._backward_hooks):
-                self._keys.append((hooks, tuple(hooks)))
+                self._sizes.append((hooks, len(hooks)))
             for child in owner._modules.values():
                 if child is not None:
                     self._object(child)
@@ -263,7 +263,7 @@ class Guards:
             self._object(value)
         elif isinstance(value, (list, tuple, dict)) and len(value) <= _LARGEST and depth < _DEEPEST:
             items: Any = value if isinstance(value, dict) else _Items(value)
-            self._keys.append((items, tuple(items)))
+            self._sizes.append((items, len(items)))
             for key, item in items.items():
                 self._note(items, key, item, same, equal, depth + 1)
 
@@ -317,8 +317,8 @@ class _Items:
     def items(self) -> list[tuple[int, Any]]:
         return list(enumerate(self.sequence))
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self.sequence)))
+    def __len__(self) -> int:
+        return len(self.sequence)
 
 
 def _is_users(filename: str) -> bool:
