@@ -55,7 +55,7 @@ docs: $(FULL)  ## Build the documentation; warnings are errors
 check: lint types test docs  ## All of lint, types, test and docs
 
 # NumPyro takes part where it is installed: $(BIN)/pip install -c constraints.txt '.[bench]'.
-bench: $(BASE)  ## Time and memory beside what a user would pick instead (an hour; BENCH_ARGS=--smoke: a minute)
+bench: $(BASE)  ## Time and memory beside what a user would pick instead (half an hour; BENCH_ARGS=--smoke: a minute)
 	@for script in step_time memory time_to_nll; do \
 	    $(BIN)/python benchmarks/$$script.py $(BENCH_ARGS) || exit 1; \
 	done
