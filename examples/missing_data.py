@@ -18,7 +18,6 @@ Columns are standardised by their observed values; RMSE and log-likelihood are t
 from __future__ import annotations
 
 import argparse
-import math
 import warnings
 from collections.abc import Iterator
 
@@ -37,8 +36,7 @@ DATA = ("breast-cancer", "wine", "diabetes")
 SMOKE = {"epochs": 2, "num_particles": 50, "hidden": 16}
 LEVELS = [i / 20 for i in range(1, 20)]
 DRAWS = 200
-# Rows that are imputed at once.
-ROWS = 100
+ROWS = 100  # that are imputed at once
 
 
 def load(name: str, missing: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -92,11 +90,7 @@ def particles(vae: TableVAE, x: Tensor, observed: Tensor, num_particles: int) ->
 
 @torch.no_grad()
 def impute(vae: TableVAE, x: Tensor, observed: Tensor, num_particles: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the weighted particles say of each value, given what is observed in its row.
-
-    Returns:
-        Means and log densities at ``x``, ``[N, D]``, and effective numbers of particles, ``[N]``.
-    """
+    """Means of the values given what is observed, log densities at ``x``, ``[N, D]``, and ESS, ``[N]``."""
     parts = []
     for samples, truth in zip(particles(vae, x, observed, num_particles), x.split(ROWS), strict=True):
         mean = samples.expectation(lambda draws: vae.likelihood(draws["z"]).mean, event_dim=1)
@@ -140,7 +134,7 @@ def run(args: argparse.Namespace) -> dict:
     vae = TableVAE(x.shape[1], args.latent, args.hidden)
     history = fit(vae.model, vae.guide, (x, observed), loss_of(args), args, f"{args.loss} on {args.data}")
     methods = {"column means": (torch.zeros_like(x), dist.Normal(0.0, 1.0).log_prob(x))}
-    sizes = [4**i for i in range(1 + int(math.log(args.num_particles, 4)))]
+    sizes = [4**i for i in range((args.num_particles.bit_length() + 1) // 2)]
     for size in sizes:
         *methods[f"weights, {size}"], ess = impute(vae, x, observed, size)
     results = {
@@ -186,9 +180,8 @@ def table(results: dict) -> str:
         log_prob = f"{numbers['log_prob']:10.3f}" if "log_prob" in numbers else ""
         lines.append(f"{name:<18}{numbers['rmse']:8.3f}{log_prob}")
     ess = results["ess"]
-    return "\n".join(lines) + (
-        f"\nESS {ess['median']:.0f} in the median row, below 10 in {ess['below 10']:.0%} of them"
-    )
+    lines.append(f"ESS {ess['median']:.0f} in the median row, below 10 in {ess['below 10']:.0%} of them")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> dict:
