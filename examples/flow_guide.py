@@ -10,7 +10,7 @@ location and scale. Both are trained by MIWAE on draws from the model and judged
 evidence is known from a grid. Try::
 
     python examples/flow_guide.py                              # minutes
-    python examples/flow_guide.py --loss elbo                  # no weights inside the log: one arc is lost
+    python examples/flow_guide.py --loss elbo                  # the normal loses an arc, unseen by most k̂
     python examples/flow_guide.py --estimator dreg
 """
 

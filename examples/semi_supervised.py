@@ -8,7 +8,7 @@ Where a label is known c is observed. Elsewhere it is latent (``obs_mask``), mar
 and left out of the guide: Σ_c p(c) p(z | c) p(x | z) is exact for each particle, and the guide proposes z.
 Classes come from weighted particles, without a classifier: p(c | x) ≈ Σ_k w_k p(c | z_k). Try::
 
-    python examples/semi_supervised.py                         # two minutes
+    python examples/semi_supervised.py                         # a minute or two
     python examples/semi_supervised.py --labels 30
 """
 

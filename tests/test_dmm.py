@@ -102,7 +102,18 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_it_learns_more_than_frequencies(tmp_path: Path) -> None:
-    argv = ["--epochs", "30", "--train-size", "200", "--num-particles", "64", "--out", str(tmp_path)]
+    argv = [
+        "--epochs",
+        "40",
+        "--train-size",
+        "150",
+        "-K",
+        "4",
+        "--num-particles",
+        "64",
+        "--out",
+        str(tmp_path),
+    ]
     results = dmm.main(argv)
     assert results["frequencies"] + 0.5 < results["bounds"][64] < results["truth"]
 

@@ -85,7 +85,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_the_flow_fits_better(tmp_path: Path) -> None:
-    sizes = ["--epochs", "12", "--test-size", "30", "--num-particles", "500", "--hidden", "16"]
+    sizes = ["--epochs", "10", "-K", "4", "--test-size", "30", "--num-particles", "500", "--hidden", "16"]
     results = flow_guide.main([*sizes, "--out", str(tmp_path)])
     truth = torch.tensor(results["log_evidence"])
     normal, flow = (results["guides"][name] for name in ("normal", "flow"))

@@ -113,7 +113,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_better_than_column_means(tmp_path: Path) -> None:
-    argv = ["--data", "wine", "--epochs", "60", "--num-particles", "64", "--out", str(tmp_path)]
+    argv = ["--data", "wine", "--epochs", "40", "--num-particles", "64", "--out", str(tmp_path)]
     results = missing_data.main(argv)["results"]
     assert results["weights, 64"]["rmse"] < 0.93 * results["column means"]["rmse"]
     assert results["weights, 64"]["rmse"] < results["weights, 1"]["rmse"]

@@ -171,6 +171,12 @@ def test_what_is_shared_is_computed_once() -> None:
     assert counting.shapes == [(20, 3), (20, 3)]
     torch.testing.assert_close(out, truth + 2 * z.sum(-1))
 
+    # Dropout included: one mask for all that share their input, another one for each that does not.
+    dropped = FoldBatch(nn.Dropout(0.5), 1)(torch.ones(200).expand(4, 200))
+    assert (dropped == dropped[0]).all()
+    dropped = FoldBatch(nn.Dropout(0.5), 1)(torch.ones(4, 200))
+    assert not (dropped == dropped[0]).all()
+
     # In the middle, and with event dims that are expanded themselves: those are no batch.
     counting.shapes.clear()
     middle = torch.randn(4, 1, 5, 1).expand(4, 6, 5, 3)

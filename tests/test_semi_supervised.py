@@ -110,7 +110,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_it_learns_classes(tmp_path: Path) -> None:
-    methods = semi_supervised.main(["--epochs", "8", "--out", str(tmp_path)])["methods"]
+    methods = semi_supervised.main(["--epochs", "6", "--out", str(tmp_path)])["methods"]
     weighted = methods["VAE, with unlabelled, 200"]
     assert weighted["accuracy"] > 0.55  # by chance: 0.1
     assert weighted["accuracy"] > methods["VAE, with unlabelled, 1"]["accuracy"]
