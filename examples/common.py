@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -130,7 +131,9 @@ def finish(
         args.out.mkdir(parents=True, exist_ok=True)
         results = {"settings": {**vars(args), "out": str(args.out)}, **run(args)}
         results["seconds"] = time.perf_counter() - start
-        (args.out / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+        # JSON knows neither NaN nor the infinite k̂ of too few particles.
+        text = re.sub(r"-?\b(NaN|Infinity)\b", "null", json.dumps(results, indent=2))
+        (args.out / f"{name}.json").write_text(text + "\n")
         draw(results).savefig(args.out / f"{name}.png", dpi=100)
     except OSError as error:
         raise SystemExit(f"error: {error}") from None

@@ -96,7 +96,7 @@ def split(data: ImageData, labels: int, unlabelled: int) -> tuple[tuple[Tensor, 
         rank[classes == c] = torch.arange(int((classes == c).sum()))
     known = rank < labels // CLASSES
     few, rest = images[known], images[~known][:unlabelled]
-    times = -(-len(rest) // len(few))
+    times = max(1, -(-len(rest) // len(few)))
     labelled = (
         binarize(few.repeat(times, 1)),
         classes[known].repeat(times),

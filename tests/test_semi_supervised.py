@@ -90,6 +90,12 @@ def test_split() -> None:
     assert 0.02 < (once != again).float().mean() < 0.3
 
 
+def test_split_with_all_labels() -> None:
+    (x, _, known), labelled = semi_supervised.split(datasets.load("digits"), labels=5000, unlabelled=800)
+    assert len(x) == len(labelled[0]) == 1500
+    assert bool(known.all())
+
+
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = semi_supervised.main(["--smoke", "--out", str(tmp_path)])
     names = ["labels alone, 1", "labels alone, 20", "with unlabelled, 1", "with unlabelled, 20"]
