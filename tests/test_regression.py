@@ -75,7 +75,6 @@ def test_the_weighted_guide_is_the_exact_posterior() -> None:
     assert (torch.tensor(found["weighted"]["sd"]) / sds - 1).abs().max() < 2 * error
 
 
-@pytest.mark.filterwarnings("ignore:k̂ exceeds:RuntimeWarning")
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = regression.main(["--smoke", "--out", str(tmp_path)])
     assert list(results["guides"]) == list(regression.GUIDES)
