@@ -18,7 +18,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -327,9 +327,10 @@ def torch_device(text: str) -> torch.device:
     return device
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(description or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add(
@@ -361,23 +362,37 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and complete the command line; exits with a message where it makes no sense."""
     parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.smoke:
-        for name, value in SMOKE.items():
-            given = getattr(args, name)
-            setattr(args, name, value if given is None else min(given, value))
+    args = complete(parser.parse_args(argv))
     if args.out is None:
         args.out = Path("results") / f"vae-{args.data}-{args.loss}"
     return args
 
 
-def run(args: argparse.Namespace, heldout_losses: Mapping[str, ELBO] | None = None) -> dict:
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """The sizes of a smoke run, where one is asked for."""
+    for name, value in SMOKE.items() if args.smoke else ():
+        given = getattr(args, name)
+        setattr(args, name, value if given is None else min(given, value))
+    return args
+
+
+def fully_connected(data: ImageData) -> VAE:
+    """The VAE of Burda et al. for these images."""
+    return VAE(math.prod(data.image_shape), mean_image=data.train.flatten(1).mean(0))
+
+
+def run(
+    args: argparse.Namespace,
+    heldout_losses: Mapping[str, ELBO] | None = None,
+    build: Callable[[ImageData], VAE] = fully_connected,
+) -> dict:
     """Load, train, evaluate and write the folder ``args.out``.
 
     Arguments:
         args: From :func:`parse_args`.
         heldout_losses: Further losses to evaluate after every epoch, by the name they get in the
             history.
+        build: Makes the model and its guide, for images flattened to vectors.
 
     Returns:
         What ``metrics.json`` holds: ``settings``, ``history`` and ``results``.
@@ -390,7 +405,7 @@ def run(args: argparse.Namespace, heldout_losses: Mapping[str, ELBO] | None = No
     pyro.set_rng_seed(args.seed)
     images = data.train.flatten(1).to(args.device)
     heldout = heldout_images(data, args.seed).flatten(1).to(args.device)
-    vae = VAE(images.shape[1], mean_image=images.mean(0)).to(args.device)
+    vae = build(data).to(args.device)
     loss = make_loss(args.loss, args.M, args.K, args.beta, args.estimator)
 
     history = train(
