@@ -36,11 +36,15 @@ from deep_training import Trainer
 from torch import Tensor
 
 from pyro_iw import ImportanceSampler, ImportanceWeightedELBO, active_units
+from pyro_iw.bounds import IWAE
 
 KIND = "examples/deep_vae.py"
+# K of the IWAE bound that the log evidence is compared with, as in Rainforth et al. (2018).
+IWAE_PARTICLES = 64
 PRECISIONS = ("float32", "tf32", "bfloat16")
 # What has to agree for a run to go on: with the model and its data, and with how it is trained.
 MODEL_SETTINGS = ("layers", "data", "train_size", "test_size", "binarisation", "seed", "data_checksum")
+MODEL_SETTINGS += ("device_type",)  # a generator's state is of one kind of device
 TRAINING_SETTINGS = ("loss", "M", "K", "beta", "estimator", "switch_to", "kl_warmup", "epochs_scale")
 TRAINING_SETTINGS += ("batch_size", "precision")
 SMOKE = {"train_size": 100, "test_size": 40, "nll_particles": 50, "epochs_scale": 0.002}
@@ -93,19 +97,24 @@ def load_checkpoint(folder: Path, settings: dict[str, Any], names: tuple[str, ..
 
 @torch.no_grad()
 def evaluate(network: DeepVAE, heldout: Tensor, nll_particles: int, seed: int) -> dict[str, Any]:
-    """Held-out NLL in nats per datapoint by L_K, and the active units of every layer, lowest first."""
+    """Held-out NLL by L_K and IWAE-64 in nats per datapoint, ESS, and active units, the lowest layer first."""
     network.eval()
+    bound = IWAE(min(IWAE_PARTICLES, nll_particles))
     batches = heldout.split(vae.EVALUATION_BATCH)
     chunk_size = max(1, vae.EVALUATION_ROWS // len(batches[0]))
     sampler = ImportanceSampler(network.model, network.guide, nll_particles, chunk_size=chunk_size)
     with vae.seeded(seed, heldout.device):
-        evidence = sampler.log_marginal_dataset(batches)
+        evidence = sampler.log_marginal_dataset(batches, bound=bound)
         activity = active_units(network.guide, heldout.split(1000))
     layers = [activity[f"z{i}"] for i in range(1, len(network.encoders) + 1)]
     return {
         "heldout_nll": -evidence.mean,
         "nll_monte_carlo_error": evidence.monte_carlo_error,
         "nll_sampling_error": evidence.sampling_error,
+        "iwae_particles": bound.K,
+        "iwae_bound": evidence.mean + evidence.minus_kl,
+        "minus_kl": evidence.minus_kl,
+        "ess": evidence.ess.double().mean().item(),
         "active_units": [layer.num_active for layer in layers],
         "units": [layer.variances.numel() for layer in layers],
     }
@@ -197,6 +206,7 @@ def run(args: argparse.Namespace) -> dict:
         for name, value in vars(args).items()
     }
     settings["data_checksum"] = zlib.crc32(heldout.numpy(), zlib.crc32(images.numpy()))
+    settings["device_type"] = args.device.type
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "checkpoint.pt"
     if path.exists() and not args.resume:

@@ -237,7 +237,7 @@ def test_schedule_is_the_papers() -> None:
     assert [(stage.end - stage.start) // 3000 for stage in stages] == [1, 3, 9, 27, 81, 243, 729, 2187]
     assert stages[-1].end == 3280 * 3000
     assert [stage.start for stage in stages[1:]] == [stage.end for stage in stages[:-1]]
-    # The paper's repository has these, rounded to a digit.
+    # The authors' code has these, rounded so.
     rates = [1e-3, 7.2e-4, 5.2e-4, 3.7e-4, 2.7e-4, 1.9e-4, 1.4e-4, 1e-4]
     assert [round(stage.learning_rate, 5) for stage in stages] == pytest.approx(rates)
     assert [(s.end, s.learning_rate) for s in schedule(3000, first=7)] == [
@@ -285,6 +285,11 @@ def test_smoke(loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert imread(tmp_path / name).std() > 0.05
     results = metrics["results"]
     assert math.isfinite(results["heldout_nll"])
+    # IWAE-64 of 50 draws is IWAE-50, the log evidence itself.
+    assert results["iwae_particles"] == 50
+    assert results["iwae_bound"] == pytest.approx(-results["heldout_nll"], rel=1e-5)
+    assert results["minus_kl"] == pytest.approx(0, abs=1e-4)
+    assert 1 <= results["ess"] <= 50
     assert results["units"] == [6, 4][:layers]
     assert all(0 <= a <= b for a, b in zip(results["active_units"], results["units"], strict=True))
     history = metrics["history"]
@@ -479,26 +484,22 @@ def test_second_signal_is_as_usual() -> None:
 
 
 @pytest.mark.slow
-def test_killed_process(tmp_path: Path) -> None:
+def test_killed_process_of_full_size(tmp_path: Path) -> None:
     """SIGKILL at any moment, checkpoints being written all the time."""
-    argv = ["--smoke", "-K", "2", "--checkpoint-every", "1", "--resume"]
-    whole = tmp_path / "whole"
+    argv = ["--smoke", "-K", "2", "--checkpoint-every", "1", "--resume", "--out"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, deep_vae.__file__, *argv]
-
-    def start(folder: Path) -> subprocess.Popen:
-        return subprocess.Popen([*command, "--out", str(folder)], env=environment, stderr=subprocess.DEVNULL)
-
-    assert start(whole).wait() == 0
-    killed = tmp_path / "killed"
-    process = start(killed)
-    while not (killed / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(random.Random(0).uniform(0, 0.2))
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert start(killed).wait() == 0
+    command = [sys.executable, deep_vae.__file__, *argv, str(killed)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        while not (killed / "checkpoint.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(random.Random(0).uniform(0, 0.2))
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    steps = deep_vae.main([*argv, str(whole)])["results"]["steps"]
+    assert 1 <= checkpoint.load(killed / "checkpoint.pt", deep_vae.KIND)["training"]["step"] < steps
+    deep_vae.main([*argv, str(killed)])
     assert training(killed) == training(whole)
 
 
