@@ -97,7 +97,7 @@ def load_checkpoint(folder: Path, settings: dict[str, Any], names: tuple[str, ..
 
 @torch.no_grad()
 def evaluate(network: DeepVAE, heldout: Tensor, nll_particles: int, seed: int) -> dict[str, Any]:
-    """Held-out NLL by L_K and IWAE-64 in nats per datapoint, ESS, and active units, the lowest layer first."""
+    """Held-out NLL by L_K and IWAE-64 in nats per datapoint, ESS, and active units, lowest layer first."""
     network.eval()
     bound = IWAE(min(IWAE_PARTICLES, nll_particles))
     batches = heldout.split(vae.EVALUATION_BATCH)

@@ -30,10 +30,11 @@ import pyro
 import vae
 from checkpoint import write_bytes, write_json
 from datasets import ImageData
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyro_iw import ImportanceSampler, active_units
+from pyro_iw import IWAE_ELBO, ImportanceSampler, active_units
 from pyro_iw.bounds import IWAE
 
 METRICS = {
@@ -94,6 +95,7 @@ def train_and_measure(cell: Cell, seed: int, data: ImageData, args: argparse.Nam
         learning_rate=args.learning_rate,
         seed=seed,
         binary=data.binary,
+        heldout_losses={"iwae": IWAE_ELBO(K=args.budget)},
         description=f"{cell.name}, seed {seed}",
     )
     batches = heldout.split(vae.EVALUATION_BATCH)
@@ -108,6 +110,7 @@ def train_and_measure(cell: Cell, seed: int, data: ImageData, args: argparse.Nam
         "minus_kl": evidence.minus_kl,
         "ess": evidence.ess.double().mean().item(),
         "active_units": units,
+        "curve": [record["iwae"] for record in history],
         "training_seconds": sum(record["seconds"] for record in history),
     }
 
@@ -215,6 +218,27 @@ def save_figure(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def save_learning_curves(results: dict[str, Any], path: Path) -> None:
+    """The same held-out bound over the epochs after training with each loss, mean over the seeds."""
+    budget = results["settings"]["budget"]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    colours, styles = colormaps["viridis"], {"miwae": "-", "piwae": "--", "ciwae": ":"}
+    for cell in results["cells"]:
+        curve = [mean(values) for values in zip(*(one["curve"] for one in cell["runs"]), strict=True)]
+        # Yellow is the ELBO's side, violet IWAE's.
+        share = cell["beta"] if cell["loss"] == "ciwae" else math.log(cell["M"]) / math.log(max(budget, 2))
+        style = {"color": colours(0.95 * share), "linestyle": styles[cell["loss"]], "linewidth": 1.2}
+        marker = "o" if len(curve) == 1 else None
+        axes.plot(range(1, len(curve) + 1), curve, label=cell["name"], marker=marker, **style)
+    axes.set_title("The same held-out bound after training with each loss")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"IWAE-{budget} bound [nats per datapoint]")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and complete the command line; exits with a message where it makes no sense."""
     parser = argparse.ArgumentParser(
@@ -232,7 +256,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=vae.positive_int, default=30, help="of every run")
     add("--batch-size", type=vae.positive_int, default=50, help="images a gradient step")
     add("--learning-rate", type=vae.positive_float, default=3e-3, help="Adam's")
-    add("--nll-particles", type=vae.positive_int, default=5000, help="draws an image for log p̂ and ESS")
+    add("--nll-particles", type=vae.positive_int, default=1000, help="draws an image for log p̂ and ESS")
     add("--train-size", type=vae.positive_int, help="use that many training images")
     add("--test-size", type=vae.positive_int, help="use that many held-out images")
     add("--out", type=Path, help="folder for the results (default: results/mk-grid-<data>)")
@@ -259,12 +283,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         write_json(args.out / "grid.json", results)
         write_bytes(args.out / "grid.md", f"{table}\n".encode())
         save_figure(results, args.out / "grid.png")
+        save_learning_curves(results, args.out / "learning_curves.png")
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         print(f"interrupted: the finished runs are kept in {args.out / 'runs'}", file=sys.stderr)
         raise SystemExit(130) from None
-    print(f"{table}\n{args.out}/grid.{{json,md,png}}\nTook {time.perf_counter() - start:.0f} s.")
+    print(f"{table}\nTables and pictures are in {args.out}/. Took {time.perf_counter() - start:.0f} s.")
     return results
 
 

@@ -15,7 +15,8 @@ import vae
 from matplotlib.image import imread
 from mk_grid import Cell
 
-FILES = {"runs", "grid.json", "grid.md", "grid.png"}
+PICTURES = {"grid.png", "learning_curves.png"}
+FILES = PICTURES | {"runs", "grid.json", "grid.md"}
 
 
 def fake_results(cell: Cell, seed: int, *_: Any) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Cell, int]]:
 
     monkeypatch.setattr(mk_grid, "train_and_measure", noted)
     monkeypatch.setattr(mk_grid, "save_figure", lambda *_: None)
+    monkeypatch.setattr(mk_grid, "save_learning_curves", lambda *_: None)
     return done
 
 
@@ -51,7 +53,7 @@ def test_cells_are_all_ways_to_spend_64() -> None:
 
 def test_default_is_the_papers_budget() -> None:
     args = mk_grid.parse_args([])
-    assert (args.budget, args.data, args.nll_particles) == (64, "digits", 5000)
+    assert (args.budget, args.data) == (64, "digits")
     assert len(mk_grid.make_cells(args.budget, args.betas)) == 18
 
 
@@ -59,7 +61,8 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = mk_grid.main(["--smoke", "--seeds", "1", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert json.loads((tmp_path / "grid.json").read_text()) == results
-    assert imread(tmp_path / "grid.png").std() > 0.05
+    for name in PICTURES:
+        assert imread(tmp_path / name).std() > 0.05
     assert [cell["name"] for cell in results["cells"]] == [
         "MIWAE(4, 1)",
         "MIWAE(2, 2)",
@@ -73,6 +76,8 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert one["minus_kl"] == pytest.approx(one["iwae"] - one["log_marginal"])
         assert one["minus_kl"] < 0
         assert 1 <= one["ess"] <= 20
+        # The bound after the only epoch, from other draws.
+        assert one["curve"] == [pytest.approx(one["iwae"], abs=1)]
         assert 0 <= one["active_units"] <= 50
     table = (tmp_path / "grid.md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out
@@ -81,7 +86,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_measures_against_weights_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same draws, put together here: an untrained network, IWAE-2 of 6 particles."""
-    monkeypatch.setattr(vae, "train", lambda *_, **__: [{"seconds": 0.0}])
+    monkeypatch.setattr(vae, "train", lambda *_, **__: [{"seconds": 0.0, "iwae": 0.0}])
     argv = ["--smoke", "--budget", "2", "--nll-particles", "6", "--train-size", "10", "--test-size", "7"]
     args = mk_grid.parse_args(argv)
     data = datasets.load("digits").subset(10, 7)
