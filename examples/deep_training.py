@@ -37,8 +37,8 @@ class Trainer:
     Attributes:
         step: Steps taken.
         history: A dict an epoch, and one at the end of a stage that ends within an epoch: ``step``,
-            ``epoch``, ``learning_rate``, ``train_bound`` (the mean since the last), ``heldout_bound`` and
-            ``seconds`` of training.
+            ``epoch``, ``learning_rate``, ``train_bound`` (the mean since the last one; no bound during a
+            warm-up of the KL term), ``heldout_bound`` and ``seconds`` of training.
     """
 
     def __init__(
