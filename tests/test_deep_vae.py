@@ -555,6 +555,16 @@ def test_other_settings(more: list[str], message: str, tmp_path: Path) -> None:
         small_run(tmp_path, *more, "--resume")
 
 
+def test_checkpoint_of_another_kind_of_device(tmp_path: Path) -> None:
+    small_run(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    saved = checkpoint.load(path, deep_vae.KIND)
+    saved["settings"]["device_type"] = "cuda"
+    checkpoint.save(path, deep_vae.KIND, saved)
+    with pytest.raises(SystemExit, match=r"device_type cuda \(now cpu\)"):
+        small_run(tmp_path, "--resume")
+
+
 def test_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
     small_run(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
