@@ -260,7 +260,7 @@ def summary(results: dict[str, Any]) -> str:
     """NLL and active units in one line, as the paper has them."""
     units = "+".join(map(str, results["active_units"]))
     error = results["nll_monte_carlo_error"]
-    return f"NLL {results['heldout_nll']:.2f} ± {error:.2f} (draws), active units {units}"
+    return f"NLL {results['heldout_nll']:.3f} ± {error:.3f} by the draws, active units {units}"
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -295,7 +295,7 @@ def test_smoke(loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     history = metrics["history"]
     assert history[-1]["step"] == results["steps"] == schedule(5, 0.002)[-1].end
     assert history[-1]["heldout_bound"] > history[0]["heldout_bound"]
-    assert f"NLL {results['heldout_nll']:.2f}" in capsys.readouterr().out
+    assert f"NLL {results['heldout_nll']:.3f}" in capsys.readouterr().out
 
 
 def test_full_size_networks(tmp_path: Path) -> None:
@@ -629,7 +629,7 @@ def test_switch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moments = saved["training"]["optimiser"].values()
     assert {parameter["state"][0]["step"].item() for parameter in moments} == {steps}
     printed = capsys.readouterr().out
-    assert f"before the switch: NLL {first['results']['heldout_nll']:.2f}" in printed
+    assert f"before the switch: NLL {first['results']['heldout_nll']:.3f}" in printed
 
 
 def test_switch_is_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
