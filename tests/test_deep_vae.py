@@ -457,10 +457,14 @@ def test_signals_end_a_run_after_its_step(
 ) -> None:
     argv = [*TINY, "--checkpoint-every", "1000", "--resume", "--out", str(tmp_path)]
     step = torch.optim.Adam.step
+    steps = 0
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted(self: torch.optim.Adam, *args: Any) -> Any:
-        os.kill(os.getpid(), signum)  # in the middle of a step
+        nonlocal steps
+        steps += 1
+        if steps == 10:  # in the middle of a step in the middle of the last stage
+            os.kill(os.getpid(), signum)
         return step(self, *args)
 
     with monkeypatch.context() as patch:
@@ -470,7 +474,7 @@ def test_signals_end_a_run_after_its_step(
     assert caught.value.code == 130
     assert "--resume" in capsys.readouterr().err
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    assert checkpoint.load(tmp_path / "checkpoint.pt", deep_vae.KIND)["training"]["step"] == 1
+    assert checkpoint.load(tmp_path / "checkpoint.pt", deep_vae.KIND)["training"]["step"] == 10
     deep_vae.main(argv)
     assert training(tmp_path) == uninterrupted("one layer")
 
