@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pictures
@@ -125,19 +126,20 @@ class VAE(nn.Module):
 
 
 def make_loss(
-    name: str, M: int = 8, K: int = 8, beta: float = 0.5, estimator: str = "auto"
+    name: str, M: int = 8, K: int = 8, beta: float = 0.5, estimator: str = "auto", **keywords: Any
 ) -> ImportanceWeightedELBO:
-    """The loss of that name; all of them spend M·K particles a datapoint."""
+    """The loss of that name, with any keywords; all of them spend M·K particles a datapoint."""
+    keywords["estimator"] = estimator
     if name == "elbo":
-        return MIWAE_ELBO(M=M * K, K=1, estimator=estimator)
+        return MIWAE_ELBO(M=M * K, K=1, **keywords)
     if name == "iwae":
-        return IWAE_ELBO(K=M * K, estimator=estimator)
+        return IWAE_ELBO(K=M * K, **keywords)
     if name == "miwae":
-        return MIWAE_ELBO(M=M, K=K, estimator=estimator)
+        return MIWAE_ELBO(M=M, K=K, **keywords)
     if name == "ciwae":
-        return CIWAE_ELBO(K=M * K, beta=beta, estimator=estimator)
+        return CIWAE_ELBO(K=M * K, beta=beta, **keywords)
     if name == "piwae":
-        return PIWAE_ELBO(M=M, K=K, estimator=estimator)
+        return PIWAE_ELBO(M=M, K=K, **keywords)
     raise ValueError(f"unknown loss {name!r}: choose one of {', '.join(LOSSES)}")
 
 

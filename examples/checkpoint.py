@@ -1,0 +1,104 @@
+"""Files that are whole or absent: checkpoints and JSON that survive a kill, a full disk and a flipped bit.
+
+A file is written beside its place and moved there in one go, so that what is read is always what some
+write has finished.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["load", "random_state", "restore_random_state", "save", "write_bytes", "write_json"]
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file, or leave it as it is.
+
+    Raises:
+        OSError: If the content cannot be written; the file then holds what it held before.
+    """
+    # One name for all attempts: what a kill leaves behind, the next write takes over.
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            # Else a power cut could leave the new name with nothing behind it.
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        if unfinished.is_file():
+            unfinished.unlink()
+        raise OSError(f"cannot write {path} ({error}); what it held before is untouched") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file, or leave it as it is."""
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def save(path: Path, kind: str, state: dict[str, Any]) -> None:
+    """Replace a checkpoint, or leave it as it is.
+
+    Arguments:
+        path: The file.
+        kind: What program it is of, so that none takes another's.
+        state: Tensors, numbers, strings and containers of these.
+    """
+    buffer = io.BytesIO()
+    torch.save({"kind": kind, "state": state}, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def load(path: Path, kind: str) -> dict[str, Any]:
+    """What :func:`save` has written, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or of another kind.
+    """
+    content = path.read_bytes()
+    try:
+        # torch.load itself does not look at the checksums: a flipped bit would be a changed weight.
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum of {damaged}")
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if saved["kind"] != kind:
+            raise ValueError(f"it is of {saved['kind']}")
+        return saved["state"]
+    except Exception as error:  # whatever a damaged file stops the unpickler with
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} is no checkpoint of {kind}, or a damaged one ({reason})") from error
+
+
+def random_state() -> dict[str, Any]:
+    """The state of PyTorch's, NumPy's and Python's global generators, for :func:`save`."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the state that models may use
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "python": random.getstate(),
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Go on from what :func:`random_state` gave; on a machine with fewer GPUs, without theirs."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available():
+        for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda, device)
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])

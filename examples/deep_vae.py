@@ -1,0 +1,286 @@
+"""Burda et al. (1509.00519) from first to last: VAEs of one, two or more stochastic layers.
+
+Their networks, initialisation, data and schedule of 3280 epochs, with any of the bounds and estimators; a run
+can be killed at any time and goes on to the bit. Try::
+
+    python examples/deep_vae.py --smoke
+    python examples/deep_vae.py --layers 2 -K 5 --epochs-scale 0.01          # on 8×8 digits
+    python examples/deep_vae.py --layers 2 -K 50 --data mnist --device cuda --out results/iwae --resume
+    python examples/deep_vae.py --layers 2 -K 50 --data mnist --device cuda --out results/vae-of-iwae \\
+        --switch-to elbo -K 1 --start-from results/iwae
+
+The last one goes on with a trained model under another bound (the paper's Table 2).
+All bounds are in nats per datapoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import datasets
+import pictures
+import pyro
+import torch
+import vae
+from datasets import ImageData
+from deep_networks import DeepVAE, KLWarmup, layer_widths, schedule
+from deep_training import Trainer
+from torch import Tensor
+
+from pyro_iw import ImportanceSampler, ImportanceWeightedELBO, active_units
+from pyro_iw.bounds import IWAE
+
+KIND = "examples/deep_vae.py"
+# K of the IWAE bound that the log evidence is compared with, as in Rainforth et al. (2018).
+IWAE_PARTICLES = 64
+PRECISIONS = ("float32", "tf32", "bfloat16")
+# What has to agree for a run to go on: with the model and its data, and with how it is trained.
+MODEL_SETTINGS = ("layers", "data", "train_size", "test_size", "binarisation", "seed", "data_checksum")
+MODEL_SETTINGS += ("device_type",)  # a generator's state is of one kind of device
+TRAINING_SETTINGS = ("loss", "M", "K", "beta", "estimator", "switch_to", "kl_warmup", "epochs_scale")
+TRAINING_SETTINGS += ("batch_size", "precision")
+SMOKE = {"train_size": 100, "test_size": 40, "nll_particles": 50, "epochs_scale": 0.002}
+
+
+def load_data(args: argparse.Namespace) -> tuple[ImageData, Tensor, Tensor, bool]:
+    """The set, the training images ``[N, D]``, held-out bits ``[N', D]``, and whether the former are bits."""
+    data = datasets.load(args.data, args.data_dir)
+    data = data.subset(args.train_size, args.test_size, seed=args.seed)
+    if args.binarisation == "fresh" and data.binary:
+        raise ValueError(
+            f"the images of {args.data} are bits already: --binarisation fresh has nothing to draw"
+        )
+    train = data.train
+    if args.binarisation == "static" and not data.binary:
+        train = datasets.binarize(train, torch.Generator().manual_seed(args.seed))
+    binary = data.binary or args.binarisation == "static"
+    heldout = vae.heldout_images(data, args.seed)
+    return data, train.flatten(1), heldout.flatten(1), binary
+
+
+def make_loss(args: argparse.Namespace, steps_per_epoch: int) -> ImportanceWeightedELBO:
+    keywords: dict[str, Any] = {}
+    if args.kl_warmup:
+        keywords["kl_weight"] = KLWarmup(max(1, round(args.kl_warmup * steps_per_epoch)))
+    if args.compile:
+        keywords["compile"] = True
+    return vae.make_loss(args.switch_to or args.loss, args.M, args.K, args.beta, args.estimator, **keywords)
+
+
+def load_checkpoint(folder: Path, settings: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The checkpoint of a run, whose settings of these names have to be the same.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, of another program or of other settings.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    saved = checkpoint.load(path, KIND)
+    differing = [name for name in names if saved["settings"].get(name) != settings[name]]
+    if differing:
+        listed = ", ".join(
+            f"{name} {saved['settings'].get(name)} (now {settings[name]})" for name in differing
+        )
+        raise ValueError(f"{path} was trained with {listed}")
+    return saved
+
+
+@torch.no_grad()
+def evaluate(network: DeepVAE, heldout: Tensor, nll_particles: int, seed: int) -> dict[str, Any]:
+    """Held-out NLL by L_K and IWAE-64 in nats per datapoint, ESS, and active units, lowest layer first."""
+    network.eval()
+    bound = IWAE(min(IWAE_PARTICLES, nll_particles))
+    batches = heldout.split(vae.EVALUATION_BATCH)
+    chunk_size = max(1, vae.EVALUATION_ROWS // len(batches[0]))
+    sampler = ImportanceSampler(network.model, network.guide, nll_particles, chunk_size=chunk_size)
+    with vae.seeded(seed, heldout.device):
+        evidence = sampler.log_marginal_dataset(batches, bound=bound)
+        activity = active_units(network.guide, heldout.split(1000))
+    layers = [activity[f"z{i}"] for i in range(1, len(network.encoders) + 1)]
+    return {
+        "heldout_nll": -evidence.mean,
+        "nll_monte_carlo_error": evidence.monte_carlo_error,
+        "nll_sampling_error": evidence.sampling_error,
+        "iwae_particles": bound.K,
+        "iwae_bound": evidence.mean + evidence.minus_kl,
+        "minus_kl": evidence.minus_kl,
+        "ess": evidence.ess.double().mean().item(),
+        "active_units": [layer.num_active for layer in layers],
+        "units": [layer.variances.numel() for layer in layers],
+    }
+
+
+@torch.no_grad()
+def save_pictures(
+    network: DeepVAE, heldout: Tensor, data: ImageData, history: list[dict], args: argparse.Namespace
+) -> None:
+    """What the trained model makes of noise and of held-out images, and its learning curve."""
+    with vae.seeded(args.seed, heldout.device), pyro.plate("pictures", 64):
+        samples = network.logits(network.sample_latents(heldout)).sigmoid()
+    title = "Decoder means of prior draws"
+    pictures.save_images(samples.reshape(-1, *data.image_shape), 8, title, args.out / "samples.png")
+    originals = heldout[:24]
+    rebuilt = network.logits(network.encoders[0](originals)[0]).sigmoid()
+    images = (tensor.reshape(-1, *data.image_shape) for tensor in (originals, rebuilt))
+    pictures.save_reconstructions(*images, args.out / "reconstructions.png")
+    pictures.save_learning_curve(history, args.switch_to or args.loss, args.out / "learning_curve.png")
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """A scope in which matrix products on a GPU may take TensorFloat32."""
+    before = torch.get_float32_matmul_precision()
+    if name == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and complete the command line; exits with a message where it makes no sense."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--layers", type=vae.positive_int, default=1, help="stochastic layers")
+    add("--loss", choices=vae.LOSSES, default="iwae", help="the bound; all spend M·K particles a datapoint")
+    add("-M", type=vae.positive_int, default=1, help="averages outside the log")
+    add("-K", type=vae.positive_int, default=50, help="particles inside the log")
+    add("--beta", type=vae.unit_interval, default=0.5, help="the ELBO's share in ciwae")
+    add("--estimator", choices=vae.ESTIMATORS, default="auto", help="of the guide's gradient")
+    add("--switch-to", choices=vae.LOSSES, help="go on under this bound, with -M and -K, from --start-from")
+    add("--start-from", type=Path, help="folder of the trained run, for --switch-to")
+    add("--kl-warmup", type=vae.positive_float, help="epochs over which the KL term's weight grows to 1")
+    add("--data", choices=datasets.NAMES, default="digits", help="the images")
+    add("--data-dir", type=Path, default=Path("data"), help="where their files are; not for digits")
+    add(
+        "--binarisation",
+        choices=("fresh", "static"),
+        help="draw the training bits at every access, or once (default: fresh, unless the images are bits)",
+    )
+    add("--epochs-scale", type=vae.positive_float, default=1.0, help="factor on the schedule's 3280 epochs")
+    add("--batch-size", type=vae.positive_int, default=20, help="images a gradient step")
+    add("--checkpoint-every", type=vae.positive_int, default=10_000, help="gradient steps; and every stage")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    add("--device", type=vae.torch_device, default="cpu", help="a torch device, such as cuda")
+    add("--precision", choices=PRECISIONS, default="float32", help="of the networks' matrix products")
+    add("--compile", action="store_true", help="run the gradient step as one compiled program")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--nll-particles", type=vae.positive_int, default=5000, help="draws an image for the NLL")
+    add("--train-size", type=vae.positive_int, help="use that many training images")
+    add("--test-size", type=vae.positive_int, help="use that many held-out images")
+    add("--out", type=Path, help="folder for the results (default: results/deep-<data>-<layers>-<loss>)")
+    add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
+    args = parser.parse_args(argv)
+    if (args.switch_to is None) != (args.start_from is None):
+        parser.error("--switch-to and --start-from go together")
+    if args.smoke:
+        for name, value in SMOKE.items():
+            given = getattr(args, name)
+            setattr(args, name, value if given is None else min(given, value))
+    if args.binarisation is None:
+        args.binarisation = "static" if args.data == "binarized-mnist" else "fresh"
+    if args.out is None:
+        name = f"{args.loss}-to-{args.switch_to}" if args.switch_to else args.loss
+        args.out = Path("results") / f"deep-{args.data}-{args.layers}-{name}"
+    return args
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Load, train, evaluate and write the folder ``args.out``; returns what ``metrics.json`` holds."""
+    data, images, heldout, binary = load_data(args)
+    settings = {
+        name: value if isinstance(value, int | float | None) else str(value)
+        for name, value in vars(args).items()
+    }
+    settings["data_checksum"] = zlib.crc32(heldout.numpy(), zlib.crc32(images.numpy()))
+    settings["device_type"] = args.device.type
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "checkpoint.pt"
+    if path.exists() and not args.resume:
+        raise FileExistsError(f"{path} is there already: go on with --resume, or name another --out")
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(args.seed)
+    bfloat16 = args.precision == "bfloat16"
+    network = DeepVAE(images.shape[1], layer_widths(args.layers), images.mean(0), bfloat16).to(args.device)
+    images, heldout = images.to(args.device), heldout.to(args.device)
+    loss = make_loss(args, -(-len(images) // args.batch_size))
+    trainer = Trainer(network, loss, images, binary=binary, batch_size=args.batch_size, seed=args.seed)
+    metrics: dict[str, Any] = {"settings": settings, "before_switch": None, "results": None}
+    if path.exists():
+        saved = load_checkpoint(args.out, settings, MODEL_SETTINGS + TRAINING_SETTINGS)
+        trainer.load_state(saved["training"])
+        metrics["before_switch"] = saved["before_switch"]
+    elif args.switch_to:
+        trainer.load_state(load_checkpoint(args.start_from, settings, MODEL_SETTINGS)["training"])
+        metrics["before_switch"] = evaluate(network, heldout, args.nll_particles, args.seed)
+        metrics["before_switch"]["step"] = trainer.step
+        trainer.restart()
+    # After a switch, as in the paper, another 3^7 epochs at the last learning rate.
+    stages = schedule(trainer.steps_per_epoch, args.epochs_scale, first=7 if args.switch_to else 0)
+
+    def save() -> None:
+        state = {"settings": settings, "before_switch": metrics["before_switch"], "training": trainer.state()}
+        checkpoint.save(path, KIND, state)
+        checkpoint.write_json(args.out / "metrics.json", {**metrics, "history": trainer.history})
+
+    trainer.run(
+        stages,
+        heldout,
+        seed=args.seed,
+        save=save,
+        save_every=args.checkpoint_every,
+        description=f"{args.switch_to or args.loss} on {args.data}",
+    )
+    start = time.perf_counter()
+    metrics["results"] = evaluate(network, heldout, args.nll_particles, args.seed)
+    metrics["results"]["steps"] = trainer.step
+    metrics["results"]["training_seconds"] = sum(record["seconds"] for record in trainer.history)
+    metrics["results"]["evaluation_seconds"] = time.perf_counter() - start
+    metrics["history"] = trainer.history
+    save_pictures(network, heldout, data, trainer.history, args)
+    checkpoint.write_json(args.out / "metrics.json", metrics)
+    return metrics
+
+
+def summary(results: dict[str, Any]) -> str:
+    """NLL and active units in one line, as the paper has them."""
+    units = "+".join(map(str, results["active_units"]))
+    error = results["nll_monte_carlo_error"]
+    return f"NLL {results['heldout_nll']:.3f} ± {error:.3f} by the draws, active units {units}"
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    try:
+        with matmul_precision(args.precision):
+            metrics = run(args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        print(f"interrupted: --resume goes on from the checkpoint in {args.out}", file=sys.stderr)
+        raise SystemExit(130) from None
+    if metrics["before_switch"]:
+        print(f"before the switch: {summary(metrics['before_switch'])}")
+    results = metrics["results"]
+    print(f"{args.switch_to or args.loss} on {args.data}: {summary(results)}")
+    per_step = 1000 * results["training_seconds"] / results["steps"]
+    print(f"{results['steps']} steps of {per_step:.2f} ms in {args.out}")
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

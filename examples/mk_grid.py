@@ -1,0 +1,297 @@
+"""All ways to spend 64 particles: MIWAE and PIWAE over (M, K) with M·K = 64, CIWAE over β, several seeds.
+
+Trains the one-layer VAE with each and measures on held-out images what Rainforth et al. (1802.04537) do: the
+IWAE-64 bound, log p̂, their difference −KL, and the effective sample size of the guide. IWAE is MIWAE(1, 64)
+and CIWAE of β = 0; the ELBO is MIWAE(64, 1) and CIWAE of β = 1. Try::
+
+    python examples/mk_grid.py --smoke
+    python examples/mk_grid.py                                    # on 8×8 digits
+    python examples/mk_grid.py --data mnist --epochs 100 --batch-size 20 --learning-rate 1e-3 --device cuda
+
+Each finished run is a file in the folder ``runs`` and is not repeated: a stopped grid goes on where it was.
+All bounds are in nats per datapoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import datasets
+import pyro
+import vae
+from checkpoint import write_bytes, write_json
+from datasets import ImageData
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pyro_iw import IWAE_ELBO, ImportanceSampler, active_units
+from pyro_iw.bounds import IWAE
+
+METRICS = {
+    "iwae": "IWAE-{budget} bound",
+    "log_marginal": "log p̂",
+    "minus_kl": "−KL",
+    "ess": "ESS of the guide",
+}
+SETTINGS = ("data", "train_size", "test_size", "epochs", "batch_size", "learning_rate", "estimator")
+SETTINGS += ("budget", "nll_particles")
+SMOKE = {"train_size": 100, "test_size": 40, "epochs": 1, "nll_particles": 20, "budget": 4, "seeds": 2}
+SMOKE_BETAS = [0.5]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A training loss of the grid; ``beta`` is of ciwae alone."""
+
+    loss: str
+    M: int
+    K: int
+    beta: float = 0.0
+
+    @property
+    def name(self) -> str:
+        if self.loss == "ciwae":
+            return f"CIWAE({self.K}, β = {self.beta:g})"
+        return f"{self.loss.upper()}({self.M}, {self.K})"
+
+    @property
+    def file(self) -> str:
+        return f"ciwae-{self.beta:g}" if self.loss == "ciwae" else f"{self.loss}-{self.M}-{self.K}"
+
+
+def make_cells(budget: int, betas: Iterable[float]) -> list[Cell]:
+    """Every loss of the grid once: PIWAE(1, K) is MIWAE(1, K), and the ends of β are MIWAE's."""
+    pairs = [(budget // K, K) for K in range(1, budget + 1) if budget % K == 0]
+    cells = [Cell("miwae", M, K) for M, K in pairs]
+    cells += [Cell("piwae", M, K) for M, K in pairs if M > 1]
+    return cells + [Cell("ciwae", 1, budget, beta) for beta in sorted(set(betas) - {0.0, 1.0})]
+
+
+def train_and_measure(cell: Cell, seed: int, data: ImageData, args: argparse.Namespace) -> dict[str, Any]:
+    """Train with one loss and one seed; all but ``ess`` and units is in nats per held-out image."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    images = data.train.flatten(1).to(args.device)
+    heldout = vae.heldout_images(data, 0).flatten(1).to(args.device)
+    network = vae.VAE(images.shape[1], mean_image=images.mean(0)).to(args.device)
+    loss = vae.make_loss(cell.loss, cell.M, cell.K, cell.beta, args.estimator)
+    history = vae.train(
+        network,
+        images,
+        heldout,
+        loss,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=seed,
+        binary=data.binary,
+        heldout_losses={"iwae": IWAE_ELBO(K=args.budget)},
+        description=f"{cell.name}, seed {seed}",
+    )
+    batches = heldout.split(vae.EVALUATION_BATCH)
+    chunk_size = max(1, vae.EVALUATION_ROWS // len(batches[0]))
+    sampler = ImportanceSampler(network.model, network.guide, args.nll_particles, chunk_size=chunk_size)
+    with vae.seeded(seed, heldout.device):
+        evidence = sampler.log_marginal_dataset(batches, bound=IWAE(args.budget))
+        units = active_units(network.guide, heldout.split(1000))["z"].num_active
+    return {
+        "iwae": evidence.mean + evidence.minus_kl,
+        "log_marginal": evidence.mean,
+        "minus_kl": evidence.minus_kl,
+        "ess": evidence.ess.double().mean().item(),
+        "active_units": units,
+        "curve": [record["iwae"] for record in history],
+        "training_seconds": sum(record["seconds"] for record in history),
+    }
+
+
+def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The results of a run that has been done already, or ``None``.
+
+    Raises:
+        ValueError: If the file is damaged, or of other settings.
+    """
+    if not path.exists():
+        return None
+    try:
+        saved = json.loads(path.read_text())
+        results, differing = saved["results"], [k for k in settings if saved["settings"][k] != settings[k]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is not a run of this program; delete it to repeat the run") from error
+    if differing:
+        raise ValueError(f"{path} is a run with another {', '.join(differing)}: choose another --out")
+    return results
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Do all runs that have not been done; returns what ``grid.json`` holds, cell by cell."""
+    cells = make_cells(args.budget, args.betas)
+    data = datasets.load(args.data, args.data_dir).subset(args.train_size, args.test_size, seed=0)
+    folder = args.out / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    grid: dict[str, Any] = {
+        cell.file: {
+            "name": cell.name,
+            "loss": cell.loss,
+            "M": cell.M,
+            "K": cell.K,
+            "beta": cell.beta,
+            "runs": [],
+        }
+        for cell in cells
+    }
+    total = len(cells) * args.seeds
+    # Seed by seed, so that the grid is whole from early on.
+    jobs = [(seed, cell) for seed in range(args.seeds) for cell in cells]
+    for number, (seed, cell) in enumerate(jobs, 1):
+        path = folder / f"{cell.file}-seed-{seed}.json"
+        results = finished(path, settings)
+        if results is None:
+            print(f"[{number}/{total}] {cell.name}, seed {seed}", flush=True)
+            results = train_and_measure(cell, seed, data, args)
+            write_json(path, {"settings": settings, "results": results})
+        grid[cell.file]["runs"].append(results)
+    return {"settings": settings | {"seeds": args.seeds}, "cells": list(grid.values())}
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation over the seeds; NaN for a single one."""
+    return mean(values), stdev(values) if len(values) > 1 else math.nan
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """A markdown table, a cell of the grid a row: mean ± standard deviation over the seeds."""
+    titles = [title.format(budget=results["settings"]["budget"]) for title in METRICS.values()]
+    lines = [f"| trained with | {' | '.join(titles)} | active units |", "|:--|" + "--:|" * (len(titles) + 1)]
+    for cell in results["cells"]:
+        entries = []
+        for metric in (*METRICS, "active_units"):
+            centre, deviation = spread([one[metric] for one in cell["runs"]])
+            digits = 1 if metric in ("ess", "active_units") else 2
+            entries.append(f"{centre:.{digits}f}")
+            if not math.isnan(deviation):
+                entries[-1] += f" ± {deviation:.{digits}f}"
+        lines.append(f"| {cell['name']} | {' | '.join(entries)} |")
+    return "\n".join(lines)
+
+
+def draw_curve(axes: Axes, positions: list[float], cells: list[dict], metric: str, **style: Any) -> None:
+    centres, deviations = zip(*(spread([one[metric] for one in cell["runs"]]) for cell in cells), strict=True)
+    errors = None if math.isnan(deviations[0]) else deviations
+    axes.errorbar(positions, centres, errors, marker="o", markersize=3, capsize=2, linewidth=1.2, **style)
+
+
+def save_figure(results: dict[str, Any], path: Path) -> None:
+    """The four metrics over K (above) and over β (below), with the standard deviation over the seeds."""
+    cells, budget = results["cells"], results["settings"]["budget"]
+    miwae = [cell for cell in cells if cell["loss"] == "miwae"]
+    elbo, iwae = miwae[0], miwae[-1]
+    piwae = [cell for cell in cells if cell["loss"] == "piwae"] + [iwae]
+    ciwae = [cell for cell in cells if cell["loss"] == "ciwae"]
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    rows = figure.subplots(2, len(METRICS))
+    for (above, below), (metric, title) in zip(rows.T, METRICS.items(), strict=True):
+        draw_curve(above, [cell["K"] for cell in miwae], miwae, metric, label="MIWAE(M, K)")
+        draw_curve(above, [cell["K"] for cell in piwae], piwae, metric, label="PIWAE(M, K)")
+        above.set_xscale("log", base=2)
+        above.set_xlabel(f"K, with M·K = {budget}")
+        betas = [0.0, *(cell["beta"] for cell in ciwae), 1.0]
+        draw_curve(below, betas, [iwae, *ciwae, elbo], metric, color="C2", label=f"CIWAE({budget}, β)")
+        below.set_xlabel("β: 0 is IWAE, 1 the ELBO")
+        for axes in (above, below):
+            axes.set_title(title.format(budget=budget))
+            axes.grid(alpha=0.3)
+    for axes in rows[:, 0]:
+        axes.set_ylabel("nats per datapoint")
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def save_learning_curves(results: dict[str, Any], path: Path) -> None:
+    """The same held-out bound over the epochs after training with each loss, mean over the seeds."""
+    budget = results["settings"]["budget"]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    colours, styles = colormaps["viridis"], {"miwae": "-", "piwae": "--", "ciwae": ":"}
+    for cell in results["cells"]:
+        curve = [mean(values) for values in zip(*(one["curve"] for one in cell["runs"]), strict=True)]
+        # Yellow is the ELBO's side, violet IWAE's.
+        share = cell["beta"] if cell["loss"] == "ciwae" else math.log(cell["M"]) / math.log(max(budget, 2))
+        style = {"color": colours(0.95 * share), "linestyle": styles[cell["loss"]], "linewidth": 1.2}
+        marker = "o" if len(curve) == 1 else None
+        axes.plot(range(1, len(curve) + 1), curve, label=cell["name"], marker=marker, **style)
+    axes.set_title("The same held-out bound after training with each loss")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"IWAE-{budget} bound [nats per datapoint]")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and complete the command line; exits with a message where it makes no sense."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    betas = [0.05, 0.25, 0.5, 0.75, 0.95]
+    add("--budget", type=vae.positive_int, default=64, help="M·K, particles a datapoint")
+    add("--betas", type=vae.unit_interval, nargs="+", default=betas, help="the ELBO's share in ciwae")
+    add("--seeds", type=vae.positive_int, default=3, help="runs of every loss")
+    add("--estimator", choices=vae.ESTIMATORS, default="auto", help="of the guide's gradient")
+    add("--data", choices=datasets.NAMES, default="digits", help="the images")
+    add("--data-dir", type=Path, default=Path("data"), help="where their files are; not for digits")
+    add("--device", type=vae.torch_device, default="cpu", help="a torch device, such as cuda")
+    add("--epochs", type=vae.positive_int, default=30, help="of every run")
+    add("--batch-size", type=vae.positive_int, default=50, help="images a gradient step")
+    add("--learning-rate", type=vae.positive_float, default=3e-3, help="Adam's")
+    add("--nll-particles", type=vae.positive_int, default=1000, help="draws an image for log p̂ and ESS")
+    add("--train-size", type=vae.positive_int, help="use that many training images")
+    add("--test-size", type=vae.positive_int, help="use that many held-out images")
+    add("--out", type=Path, help="folder for the results (default: results/mk-grid-<data>)")
+    add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        for name, value in SMOKE.items():
+            given = getattr(args, name)
+            setattr(args, name, value if given is None else min(given, value))
+        args.betas = SMOKE_BETAS
+    if args.nll_particles < args.budget:
+        parser.error(f"argument --nll-particles: must be at least the budget, {args.budget}")
+    if args.out is None:
+        args.out = Path("results") / f"mk-grid-{args.data}"
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse_args(argv)
+    start = time.perf_counter()
+    try:
+        results = run(args)
+        table = format_table(results)
+        write_json(args.out / "grid.json", results)
+        write_bytes(args.out / "grid.md", f"{table}\n".encode())
+        save_figure(results, args.out / "grid.png")
+        save_learning_curves(results, args.out / "learning_curves.png")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        print(f"interrupted: the finished runs are kept in {args.out / 'runs'}", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(f"{table}\nTables and pictures are in {args.out}/. Took {time.perf_counter() - start:.0f} s.")
+    return results
+
+
+if __name__ == "__main__":
+    main()
