@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import common
+import measuring
 import pyro
 import torch
 from contestants import Case, by_hand, ours
@@ -39,8 +39,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     sizes = [4**power for power in range(3, 8)]
-    add("--particles", nargs="+", type=common.positive_int, default=sizes, metavar="K", help="particles")
-    add("--batch", type=common.positive_int, default=20, help="images a step")
+    add("--particles", nargs="+", type=measuring.positive_int, default=sizes, metavar="K", help="particles")
+    add("--batch", type=measuring.positive_int, default=20, help="images a step")
     add(
         "--cap",
         type=float,
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="GiB that no case is to exceed, as foreseen from the one before",
     )
     add("--case", nargs=2, metavar=("WAY", "K"), help="measure this one in this process, and print JSON")
-    common.add_common_arguments(parser)
+    measuring.add_common_arguments(parser)
     args = parser.parse_args(argv)
     if args.smoke:
         args.particles, args.batch = [8, 64], 4
@@ -93,7 +93,7 @@ def measure(way: str, particles: int, args: argparse.Namespace) -> dict[str, Any
         torch.cuda.reset_peak_memory_stats(args.device)
     before = _in_use(args.device)
     trained.step()
-    common.synchronize(args.device)
+    measuring.synchronize(args.device)
     return {"bytes": max(0, _peak(args.device) - before), "baseline": before}
 
 
@@ -112,7 +112,7 @@ def in_subprocess(way: str, particles: int, args: argparse.Namespace) -> dict[st
 def run(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
     """All cases, by way and number of particles."""
     results: dict[str, dict[int, dict[str, Any]]] = {}
-    with common.progress(len(WAYS) * len(args.particles), "memory") as bar:
+    with measuring.progress(len(WAYS) * len(args.particles), "memory") as bar:
         for way, keywords in WAYS.items():
             results[way] = {}
             last: tuple[int, int] | None = None
@@ -150,12 +150,12 @@ def show(results: dict[str, dict[int, dict[str, Any]]]) -> str:
 
     particles = list(next(iter(results.values())))
     rows = [[f"{count}", *(cell(found[count]) for found in results.values())] for count in particles]
-    return common.table(["particles", *(f"{way}, MiB" for way in results)], rows)
+    return measuring.table(["particles", *(f"{way}, MiB" for way in results)], rows)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    common.prepare(args)
+    measuring.prepare(args)
     if args.case is not None:
         way, particles = args.case
         found = measure(way, int(particles), args)
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results = run(args)
     print(f"peak memory of one training step, one-layer VAE, B = {args.batch}, {args.device}\n")
     print(show(results))
-    path = common.save(args, "memory", results=results)
+    path = measuring.save(args, "memory", results=results)
     print(f"\n{path}")
     return {"results": results}
 

@@ -19,12 +19,12 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import common
+import measuring
 import models
 import pyro
 import torch
-from common import Blocks, Quartiles, Rates
 from contestants import REFERENCE, Case, Contestant, Skip, reference_loss, registry
+from measuring import Blocks, Quartiles, Rates
 
 #: Ratios to the reference to aim for, of the one-layer model on a CPU, by batch size and particles.
 TARGETS: dict[str, dict[tuple[int, int], float]] = {
@@ -65,10 +65,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "it with wildcards; the reference always runs",
     )
     add("--validation", choices=("off", "on", "both"), default="off", help="Pyro's validation")
-    add("--rounds", type=common.positive_int, default=15, help="blocks of steps that each contestant gets")
+    add("--rounds", type=measuring.positive_int, default=15, help="blocks of steps that each contestant gets")
     add("--block-seconds", type=float, default=0.3, help="how long a block lasts, about")
-    add("--checks", type=common.positive_int, default=40, help="losses that are averaged and compared")
-    common.add_common_arguments(parser)
+    add("--checks", type=measuring.positive_int, default=40, help="losses that are averaged and compared")
+    measuring.add_common_arguments(parser)
     args = parser.parse_args(argv)
     if args.smoke:
         args.models, args.sizes, args.rounds, args.block_seconds = args.models[:1], [(4, 3)], 2, 0.0
@@ -97,7 +97,7 @@ def build(case: Case, args: argparse.Namespace) -> tuple[dict[str, Contestant], 
     factories = {name: make for name, make in registry().items() if selected(name, args.only)}
     if args.smoke:
         factories = {name: make for name, make in factories.items() if "compiled" not in name}
-    with common.progress(len(factories), "first steps") as bar:
+    with measuring.progress(len(factories), "first steps") as bar:
         for name, make in factories.items():
             bar.set_postfix_str(name, refresh=True)
             try:
@@ -152,14 +152,14 @@ def run_case(case: Case, args: argparse.Namespace, rates: Rates) -> dict[str, An
         raise SystemExit(f"error: the reference {skipped[REFERENCE]}")
     expected: dict[str, tuple[float, float]] = {}
     checks = {}
-    with common.progress(len(ready), "comparing losses") as bar:
+    with measuring.progress(len(ready), "comparing losses") as bar:
         for name, contestant in ready.items():
             checks[name] = check(contestant, case, args.checks, expected)
             bar.update()
     steps: dict[str, Callable[[], Any]] = {name: contestant.step for name, contestant in ready.items()}
     label = f"{case.model} {batch}x{particles}"
-    blocks = common.run_blocks(steps, args.rounds, args.block_seconds, args.device, label)
-    work = common.work_of(case.make(), batch, particles)
+    blocks = measuring.run_blocks(steps, args.rounds, args.block_seconds, args.device, label)
+    work = measuring.work_of(case.make(), batch, particles)
     rows = {
         name: _row(name, contestant, blocks, checks[name], work, rates, case)
         for name, contestant in ready.items()
@@ -180,7 +180,7 @@ def _row(
     contestant: Contestant,
     blocks: dict[str, Blocks],
     checked: dict,
-    work: common.Work,
+    work: measuring.Work,
     rates: Rates,
     case: Case,
 ) -> dict[str, Any]:
@@ -240,13 +240,13 @@ def show(result: dict[str, Any], validation: str) -> str:
     for name, reason in result["skipped"].items():
         reasons.setdefault(reason, []).append(name)
     left_out = "".join(f"\nleft out ({reason}): {'; '.join(names)}" for reason, names in reasons.items())
-    return f"\n{title}; {work}\n\n{common.table(header, rows)}{left_out}"
+    return f"\n{title}; {work}\n\n{measuring.table(header, rows)}{left_out}"
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    common.prepare(args)
-    rates = common.measure_rates(args.device, args.smoke)
+    measuring.prepare(args)
+    rates = measuring.measure_rates(args.device, args.smoke)
     print(f"{args.threads} thread(s) on {args.device}: {rates}")
     results = []
     modes = ("off", "on") if args.validation == "both" else (args.validation,)
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     result = run_case(case, args, rates)
                 print(show(result, validation), flush=True)
                 results.append({**result, "validation": validation})
-                path = common.save(args, "step_time", rates=rates._asdict(), results=results)
+                path = measuring.save(args, "step_time", rates=rates._asdict(), results=results)
     print(f"\n{path}")
     return {"rates": rates._asdict(), "results": results}
 

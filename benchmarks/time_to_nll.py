@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import common
+import measuring
 import models
 import pyro
 import torch
@@ -42,13 +42,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--target", type=float, default=24.0, help="held-out NLL to reach, in nats per datapoint")
-    add("--particles", type=common.positive_int, default=64, help="draws a datapoint in training")
-    add("--batch", type=common.positive_int, default=20, help="images a step")
+    add("--particles", type=measuring.positive_int, default=64, help="draws a datapoint in training")
+    add("--batch", type=measuring.positive_int, default=20, help="images a step")
     add("--learning-rate", type=float, default=1e-3, help="Adam's")
-    add("--epochs", type=common.positive_int, default=40, help="passes over the data at the most")
-    add("--seeds", type=common.positive_int, default=3, help="runs of each, for the median")
-    add("--nll-particles", type=common.positive_int, default=500, help="draws an image of the evaluator")
-    common.add_common_arguments(parser)
+    add("--epochs", type=measuring.positive_int, default=40, help="passes over the data at the most")
+    add("--seeds", type=measuring.positive_int, default=3, help="runs of each, for the median")
+    add("--nll-particles", type=measuring.positive_int, default=500, help="draws an image of the evaluator")
+    measuring.add_common_arguments(parser)
     args = parser.parse_args(argv)
     if args.smoke:
         args.particles, args.epochs, args.seeds, args.nll_particles = 4, 1, 1, 10
@@ -100,7 +100,7 @@ def train(
     start = time.perf_counter()
     contestant.step()
     contestant.step()
-    common.synchronize(args.device)
+    measuring.synchronize(args.device)
     first = time.perf_counter() - start
     contestant.reset()
     curve, seconds = [], 0.0
@@ -108,7 +108,7 @@ def train(
         start = time.perf_counter()
         for _ in range(steps):
             contestant.step()
-        common.synchronize(args.device)
+        measuring.synchronize(args.device)
         seconds += time.perf_counter() - start
         curve.append((seconds, held_out_nll(contestant.vae, test, args.nll_particles)))
         bar.set_postfix_str(f"{contestant.name}, epoch {epoch}, NLL {curve[-1][1]:.2f}", refresh=False)
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, list[dict[str, Any]]], dict
     options = {"pixels": images.shape[1]} | ({"hidden": 20, "latent": 5} if args.smoke else {})
     results: dict[str, list[dict[str, Any]]] = {}
     skipped: dict[str, str] = {}
-    with common.progress(len(factories) * args.seeds * args.epochs, "training") as bar:
+    with measuring.progress(len(factories) * args.seeds * args.epochs, "training") as bar:
         for seed in range(args.seeds):
             for name, make in factories.items():
                 pyro.set_rng_seed(seed)
@@ -172,18 +172,18 @@ def show(results: dict[str, list[dict[str, Any]]], skipped: dict[str, str], args
         rows.append([name, *cells])
     header = ["", f"s to NLL {args.target:g}", "epochs", "ms a step", "last NLL", "first steps, s"]
     left_out = "".join(f"\nleft out: {name} ({reason})" for name, reason in skipped.items())
-    return common.table(header, rows) + left_out
+    return measuring.table(header, rows) + left_out
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    common.prepare(args)
+    measuring.prepare(args)
     with pyro.validation_enabled(False):
         results, skipped = run(args)
     print(f"8×8 digits, one-layer VAE, B = {args.batch}, {args.particles} particles, {args.device};")
     print(f"medians of {args.seeds} seed(s); first steps (compilation) and evaluation are off the clock\n")
     print(show(results, skipped, args))
-    path = common.save(args, "time_to_nll", results=results, skipped=skipped)
+    path = measuring.save(args, "time_to_nll", results=results, skipped=skipped)
     print(f"\n{path}")
     return {"results": results, "skipped": skipped}
 

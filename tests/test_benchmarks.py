@@ -6,8 +6,8 @@ import json
 import math
 from pathlib import Path
 
-import common
 import contestants
+import measuring
 import memory
 import models
 import pytest
@@ -149,7 +149,7 @@ def test_products_are_those_of_the_layers(model: str) -> None:
 
 def test_work_of_the_one_layer_model() -> None:
     vae = models.OneLayerVAE(pixels=3, hidden=2, latent=1)
-    work = common.work_of(vae, batch=5, particles=7)
+    work = measuring.work_of(vae, batch=5, particles=7)
     encoder, decoder = 3 * 2 + 2 * 2 + 2 * 2, 1 * 2 + 2 * 2 + 2 * 3
     # Forward, and backward for weights and inputs, but for that of the data.
     assert work.flops == 2 * (3 * (5 * encoder + 35 * decoder) - 5 * 3 * 2)
@@ -165,9 +165,9 @@ def test_wrong_losses_are_marked() -> None:
 
 
 def test_quartiles_and_tables() -> None:
-    blocks, other = common.Blocks([2.0, 4.0, 6.0], []), common.Blocks([1.0, 4.0, 2.0], [])
+    blocks, other = measuring.Blocks([2.0, 4.0, 6.0], []), measuring.Blocks([1.0, 4.0, 2.0], [])
     assert blocks.ratios(other) == (1.5, 2.0, 2.5)
-    assert common.table(["", "b"], [["one", "2"]]).splitlines() == [
+    assert measuring.table(["", "b"], [["one", "2"]]).splitlines() == [
         "|     | b |",
         "|-----|--:|",
         "| one | 2 |",
