@@ -8,6 +8,8 @@ FULL := $(VENV)/.full
 # Bytecode is compiled at the first import: most of what is installed is never imported.
 INSTALL := $(BIN)/python -m pip install -qq --no-compile -c constraints.txt
 PYTEST_ARGS ?=
+# Test processes at a time; 0 for one in the foreground.
+JOBS ?= 2
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -39,7 +41,7 @@ demo: $(BASE)  ## Train a VAE with five bounds on real images (under two minutes
 
 # One thread: the tests' tensors are tiny, and on a busy machine idle threads spin on one another's cores.
 test: $(FULL)  ## Run the whole test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10 $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=10 $(PYTEST_ARGS)
 
 lint: $(FULL)  ## Check style and formatting with ruff
 	@$(BIN)/ruff check .

@@ -72,7 +72,9 @@ def test_moments_of_the_elbo(loss):
 
 
 @pytest.mark.parametrize(
-    "loss", [IWAE_ELBO(K=3), PIWAE_ELBO(M=2, K=2), IWAE_ELBO(K=3, estimator="dreg"), Trace_ELBO()], ids=repr
+    "loss",
+    [IWAE_ELBO(K=3), PIWAE_ELBO(M=2, K=2), IWAE_ELBO(K=3, estimator="dreg"), Trace_ELBO()],
+    ids=["iwae", "piwae", "dreg", "elbo"],
 )
 def test_equals_a_plain_loop(loss):
     """The same draws as backward passes from the same seed give, their moments taken at once."""
