@@ -253,7 +253,8 @@ def _over_plates(
     for frame in frames:
         if frame.dim is not None and batch[frame.dim] == 1:
             batch[frame.dim] = frame.size
-    return np.broadcast_to(array, (*front, *batch, *event))
+    expanded = np.broadcast_to(array, (*front, *batch, *event))
+    return array if expanded.shape == array.shape else expanded.copy()  # one that can be written to
 
 
 def _sample_stats(samples: ImportanceSamples, indices: Tensor, names: _Names) -> Variables:

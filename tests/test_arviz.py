@@ -166,6 +166,8 @@ class TestGroups:
 
         data = ImportanceSampler(model, guide, 500)().to_arviz(num_samples=20)
         assert sizes(data.observed_data["x"]) == {"rows": 3, "columns": 4}
+        for group in data.groups():
+            assert all(variable.values.flags.writeable for variable in data[group].data_vars.values())
 
     def test_constants_of_a_module_and_names_for_their_dims(self):
         class Model(pyro.nn.PyroModule):
