@@ -23,16 +23,13 @@ from pyro.infer.elbo import ELBO
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from tqdm import tqdm
 
 from .elbo import ImportanceWeightedELBO
+from .progress import progress_bar
 from .traces import Pair
 from .warn import warn
 
 __all__ = ["GradientSNR", "GroupSNR", "gradient_snr"]
-
-# Seconds before a progress bar shows.
-_DELAY = 2.0
 
 
 class GroupSNR(NamedTuple):
@@ -142,7 +139,7 @@ def gradient_snr(
     if not hasattr(loss, "differentiable_loss"):
         raise ValueError(f"{loss!r} has no differentiable_loss to take gradients of")
     moments: dict[str, _Moments] = {}
-    for draw in tqdm(range(num_draws), desc="gradients", delay=_DELAY, leave=False, disable=not progress):
+    for draw in progress_bar(range(num_draws), show=progress, desc="gradients"):
         for name, gradient in _draw(loss, model, guide, args, kwargs).items():
             # In the draws before a parameter was first seen its gradient was 0.
             moments.setdefault(name, _Moments(gradient, draw)).add(gradient)

@@ -18,17 +18,14 @@ import pyro.poutine as poutine
 import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from tqdm import tqdm
 
 from .bounds import IWAE, positive_integer
 from .importance import ImportanceSampler, check_loader, read_batch
+from .progress import progress_bar
 from .sites import Site
 from .streaming import RunningBound, RunningLogMean
 
 __all__ = ["BoundCurve", "RateDistortion", "UnitActivity", "active_units", "bound_curve", "rate_distortion"]
-
-# Seconds before a progress bar shows.
-_DELAY = 2.0
 
 # So many groups of particles know the spread of their bounds.
 _ENOUGH_GROUPS = 8
@@ -213,7 +210,7 @@ def active_units(
         raise ValueError("num_samples must be at least 2, for there to be a variance")
     moments: dict[str, _Activity] = {}
     check_loader(batches)
-    for batch in tqdm(batches, desc="active units", delay=_DELAY, leave=False, disable=not progress):
+    for batch in progress_bar(batches, show=progress, desc="active units"):
         args, kwargs = read_batch(batch, to_args)
         runs = 1
         done = 0

@@ -219,7 +219,8 @@ class Guards:
             self._sizes.append((attributes, len(attributes)))
         slots = _Attributes(owner)
         for kind in type(owner).__mro__:
-            for name in vars(kind).get("__slots__", ()):
+            names = vars(kind).get("__slots__", ())
+            for name in (names,) if isinstance(names, str) else names:
                 if hasattr(owner, name):
                     self._note(slots, name, getattr(owner, name), same, equal)
         if isinstance(owner, nn.Module):
@@ -232,7 +233,7 @@ class Guards:
                 if child is not None:
                     self._object(child)
         for kind in type(owner).__mro__:
-            if _is_users(getattr(sys.modules.get(kind.__module__), "__file__", None) or ""):
+            if _is_users(_file_of(kind)):
                 self._class(kind, same, equal)
 
     def _class(self, kind: type, same: list[Any], equal: list[Any]) -> None:

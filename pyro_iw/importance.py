@@ -30,6 +30,7 @@ from tqdm import tqdm
 from .bounds import Bound, positive_integer
 from .latents import Latent, enumerated_sites, join, read_latents
 from .particles import Particles, as_plate_names, collect
+from .progress import progress_bar
 from .proposal import check_proposal
 from .rerun import Rerun
 from .runner import Runner
@@ -40,9 +41,6 @@ from .traces import OneMinibatch, Pair, Traces, plate_nesting
 from .warn import warn
 
 __all__ = ["ImportanceSampler", "LogMarginal", "check_loader", "read_batch"]
-
-# Seconds before a progress bar shows.
-_DELAY = 2.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -329,14 +327,7 @@ class ImportanceSampler:
 
     def _bar(self, batches: int | None) -> tqdm:
         total = None if batches is None else batches * self.num_particles
-        return tqdm(
-            total=total,
-            desc="particles",
-            unit_scale=True,
-            delay=_DELAY,
-            leave=False,
-            disable=not self.progress,
-        )
+        return progress_bar(show=self.progress, total=total, desc="particles", unit_scale=True)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -658,6 +658,13 @@ class Slotted:
     beta: float = 1.0
 
 
+class OneSlot:
+    __slots__ = "beta"
+
+    def __init__(self):
+        self.beta = 1.0
+
+
 class Nested:
     def __init__(self):
         self.inner = Settings()
@@ -696,6 +703,7 @@ READS = {
         lambda c: setattr(c, "beta", 3.0),
     ),
     "slots": (Slotted, lambda c: c.beta, lambda c: setattr(c, "beta", 3.0)),
+    "one slot": (OneSlot, lambda c: c.beta, lambda c: setattr(c, "beta", 3.0)),
     "object in object": (Nested, lambda c: c.inner.beta, lambda c: setattr(c.inner, "beta", 3.0)),
     "dict in dict": (
         Nested,

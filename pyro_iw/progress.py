@@ -1,0 +1,14 @@
+"""One look for all progress bars: on runs of more than two seconds, and gone when they end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["progress_bar"]
+
+
+def progress_bar(iterable: Any = None, *, show: bool, **options: Any) -> tqdm:
+    """A progress bar, if it is to be shown at all; ``options`` are tqdm's."""
+    return tqdm(iterable, delay=2.0, leave=False, disable=not show, **options)
