@@ -11,13 +11,23 @@ import json
 import os
 import random
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["load", "random_state", "restore_random_state", "save", "write_bytes", "write_json"]
+__all__ = [
+    "load",
+    "random_state",
+    "restore_random_state",
+    "save",
+    "write_arrays",
+    "write_bytes",
+    "write_json",
+]
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -44,6 +54,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file, or leave it as it is."""
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Tensor]) -> None:
+    """Replace a file of NumPy's (``.npz``) with tensors by name, or leave it as it is."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: tensor.numpy() for name, tensor in arrays.items()})
+    write_bytes(path, buffer.getvalue())
 
 
 def save(path: Path, kind: str, state: dict[str, Any]) -> None:

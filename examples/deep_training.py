@@ -16,11 +16,14 @@ from datasets import binarize
 from deep_networks import DeepVAE, Stage
 from pyro.infer import SVI
 from torch import Tensor
-from vae import mean_bound, progress_bar
+from vae import log_marginal, mean_bound, progress_bar
 
 from pyro_iw import FusedOptim, ImportanceWeightedELBO
 
 __all__ = ["Trainer", "stop_signals"]
+
+# Held-out images and draws for the NLL during training: a second or two an epoch.
+CURVE_IMAGES, CURVE_PARTICLES = 500, 500
 
 
 class Trainer:
@@ -38,7 +41,9 @@ class Trainer:
         step: Steps taken.
         history: A dict an epoch, and one at the end of a stage that ends within an epoch: ``step``,
             ``epoch``, ``learning_rate``, ``train_bound`` (the mean since the last one; no bound during a
-            warm-up of the KL term), ``heldout_bound`` and ``seconds`` of training.
+            warm-up of the KL term), ``heldout_bound``, ``heldout_nll`` and ``seconds`` of training. The
+            NLL, which alone compares runs with different bounds, is :data:`CURVE_PARTICLES` draws' on
+            :data:`CURVE_IMAGES` images.
     """
 
     def __init__(
@@ -132,12 +137,14 @@ class Trainer:
     def record(self, heldout: Tensor, seed: int) -> None:
         """Add to the history."""
         self.network.eval()
+        shown = heldout[:CURVE_IMAGES]
         record = {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
             "learning_rate": self.learning_rate,
             "train_bound": self._total / self._seen,
             "heldout_bound": mean_bound(self.network, heldout, self.loss, seed=seed),
+            "heldout_nll": -log_marginal(self.network, shown, CURVE_PARTICLES, seed=seed).mean().item(),
             "seconds": self._seconds,
         }
         self.network.train()
