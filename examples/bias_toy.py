@@ -20,8 +20,8 @@ import pyro.distributions as dist
 import torch
 from checkpoint import write_json
 from matplotlib.figure import Figure
+from options import positive_int
 from torch import Tensor
-from vae import positive_int
 
 from pyro_iw import ImportanceSampler
 

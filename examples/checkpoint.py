@@ -22,11 +22,13 @@ from torch import Tensor
 __all__ = [
     "load",
     "random_state",
+    "read_torch",
     "restore_random_state",
     "save",
     "write_arrays",
     "write_bytes",
     "write_json",
+    "write_torch",
 ]
 
 
@@ -63,6 +65,24 @@ def write_arrays(path: Path, arrays: Mapping[str, Tensor]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def write_torch(path: Path, content: Any) -> None:
+    """Replace a file of PyTorch's, or leave it as it is."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_torch(path: Path) -> Any:
+    """What :func:`write_torch` has written, on the CPU; an error of any kind if it is damaged."""
+    content = path.read_bytes()
+    # torch.load itself does not look at the checksums: a flipped bit would be a changed weight.
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"wrong checksum of {damaged}")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
 def save(path: Path, kind: str, state: dict[str, Any]) -> None:
     """Replace a checkpoint, or leave it as it is.
 
@@ -71,9 +91,7 @@ def save(path: Path, kind: str, state: dict[str, Any]) -> None:
         kind: What program it is of, so that none takes another's.
         state: Tensors, numbers, strings and containers of these.
     """
-    buffer = io.BytesIO()
-    torch.save({"kind": kind, "state": state}, buffer)
-    write_bytes(path, buffer.getvalue())
+    write_torch(path, {"kind": kind, "state": state})
 
 
 def load(path: Path, kind: str) -> dict[str, Any]:
@@ -83,17 +101,13 @@ def load(path: Path, kind: str) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged or of another kind.
     """
-    content = path.read_bytes()
     try:
-        # torch.load itself does not look at the checksums: a flipped bit would be a changed weight.
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"wrong checksum of {damaged}")
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        saved = read_torch(path)
         if saved["kind"] != kind:
             raise ValueError(f"it is of {saved['kind']}")
         return saved["state"]
+    except FileNotFoundError:
+        raise
     except Exception as error:  # whatever a damaged file stops the unpickler with
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is no checkpoint of {kind}, or a damaged one ({reason})") from error

@@ -14,13 +14,14 @@ from typing import Any
 import pyro
 import torch
 from matplotlib.figure import Figure
+from options import add_loss_options, positive_float, positive_int
 from pyro.infer import SVI
 from torch import Tensor
-from vae import ESTIMATORS, LOSSES, make_loss, positive_float, positive_int, progress_bar, unit_interval
+from vae import progress_bar
 
 from pyro_iw import ImportanceWeightedELBO
 
-__all__ = ["finish", "fit", "loss_of", "parse", "training_parser"]
+__all__ = ["finish", "fit", "parse", "training_parser"]
 
 
 def training_parser(doc: str, out: str, minibatches: bool = True, **defaults: Any) -> argparse.ArgumentParser:
@@ -36,11 +37,7 @@ def training_parser(doc: str, out: str, minibatches: bool = True, **defaults: An
         description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--loss", choices=LOSSES, default="miwae", help="the bound; all spend M·K particles a datapoint")
-    add("-M", type=positive_int, default=8, help="averages outside the log")
-    add("-K", type=positive_int, default=8, help="particles inside the log")
-    add("--beta", type=unit_interval, default=0.5, help="the ELBO's share in ciwae")
-    add("--estimator", choices=ESTIMATORS, default="auto", help="of the guide's gradient")
+    add_loss_options(parser)
     add("--epochs", type=positive_int, default=20, help="passes over the training data")
     if minibatches:
         add("--batch-size", type=positive_int, default=20, help="datapoints a gradient step")
@@ -60,11 +57,6 @@ def parse(
     for name, value in smoke.items() if args.smoke else ():
         setattr(args, name, min(getattr(args, name), value))
     return args
-
-
-def loss_of(args: argparse.Namespace) -> ImportanceWeightedELBO:
-    """The loss that the options ask for."""
-    return make_loss(args.loss, args.M, args.K, args.beta, args.estimator)
 
 
 def fit(

@@ -1,4 +1,4 @@
-"""A convolutional VAE, trained with one of five bounds and any estimator.
+"""A convolutional VAE, trained with any bound and estimator.
 
 Two strided convolutions down to a quarter of the height and width, and two transposed ones up again. Under
 particles the latents have two batch dims, ``[S, B, latent]``, where a convolution takes one: the decoder is
@@ -19,12 +19,13 @@ from pathlib import Path
 
 import vae
 from datasets import ImageData
+from options import positive_int
 from torch import Tensor, nn
-from vae import VAE, positive_int, summary
+from vae import VAE, summary
 
 from pyro_iw.nn import FoldBatch
 
-DEFAULTS = {"M": 4, "K": 4, "epochs": 30, "learning_rate": 2e-3}
+DEFAULTS = {"latent": 16, "M": 4, "K": 4, "epochs": 30, "learning_rate": 2e-3}
 
 
 class ConvEncoder(nn.Module):
@@ -87,7 +88,6 @@ class ConvVAE(VAE):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = vae.make_parser(__doc__)
     parser.add_argument("--channels", type=positive_int, default=16, help="of the finer convolution")
-    parser.add_argument("--latent", type=positive_int, default=16, help="dimension of z")
     parser.set_defaults(**DEFAULTS)
     args = vae.complete(parser.parse_args(argv))
     args.out = args.out or Path("results") / f"conv-vae-{args.data}-{args.loss}"
@@ -97,8 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
 
-    def build(data: ImageData) -> ConvVAE:
-        return ConvVAE(data.image_shape, args.channels, args.latent)
+    def build(data: ImageData, latent: int) -> ConvVAE:
+        return ConvVAE(data.image_shape, args.channels, latent)
 
     try:
         metrics = vae.run(args, build=build)

@@ -33,6 +33,15 @@ import vae
 from datasets import ImageData
 from deep_networks import DeepVAE, KLWarmup, layer_widths, schedule
 from deep_training import Trainer
+from options import (
+    LOSS_OPTIONS,
+    LOSSES,
+    add_loss_options,
+    make_loss,
+    positive_float,
+    positive_int,
+    torch_device,
+)
 from torch import Tensor
 
 from pyro_iw import ImportanceSampler, ImportanceWeightedELBO, active_units
@@ -45,8 +54,8 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 # What has to agree for a run to go on: with the model and its data, and with how it is trained.
 MODEL_SETTINGS = ("layers", "data", "train_size", "test_size", "binarisation", "seed", "data_checksum")
 MODEL_SETTINGS += ("device_type",)  # a generator's state is of one kind of device
-TRAINING_SETTINGS = ("loss", "M", "K", "beta", "estimator", "switch_to", "kl_warmup", "epochs_scale")
-TRAINING_SETTINGS += ("batch_size", "precision")
+TRAINING_SETTINGS = (*LOSS_OPTIONS, "switch_to", "kl_warmup", "epochs_scale", "batch_size")
+TRAINING_SETTINGS += ("precision",)
 SMOKE = {"train_size": 100, "test_size": 40, "nll_particles": 50, "epochs_scale": 0.002}
 
 
@@ -66,13 +75,15 @@ def load_data(args: argparse.Namespace) -> tuple[ImageData, Tensor, Tensor, bool
     return data, train.flatten(1), heldout.flatten(1), binary
 
 
-def make_loss(args: argparse.Namespace, steps_per_epoch: int) -> ImportanceWeightedELBO:
+def training_loss(args: argparse.Namespace, steps_per_epoch: int) -> ImportanceWeightedELBO:
+    """The loss of the run, or the one it switches to, with the warm-up of the KL term."""
     keywords: dict[str, Any] = {}
     if args.kl_warmup:
         keywords["kl_weight"] = KLWarmup(max(1, round(args.kl_warmup * steps_per_epoch)))
     if args.compile:
         keywords["compile"] = True
-    return vae.make_loss(args.switch_to or args.loss, args.M, args.K, args.beta, args.estimator, **keywords)
+    given = {name: getattr(args, name) for name in LOSS_OPTIONS}
+    return make_loss(**{**given, "loss": args.switch_to or args.loss}, **keywords)
 
 
 def load_checkpoint(folder: Path, settings: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -163,15 +174,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--layers", type=vae.positive_int, default=1, help="stochastic layers")
-    add("--loss", choices=vae.LOSSES, default="iwae", help="the bound; all spend M·K particles a datapoint")
-    add("-M", type=vae.positive_int, default=1, help="averages outside the log")
-    add("-K", type=vae.positive_int, default=50, help="particles inside the log")
-    add("--beta", type=vae.unit_interval, default=0.5, help="the ELBO's share in ciwae")
-    add("--estimator", choices=vae.ESTIMATORS, default="auto", help="of the guide's gradient")
-    add("--switch-to", choices=vae.LOSSES, help="go on under this bound, with -M and -K, from --start-from")
+    add("--layers", type=positive_int, default=1, help="stochastic layers")
+    add_loss_options(parser, "iwae", M=1, K=50)
+    add(
+        "--switch-to",
+        choices=LOSSES,
+        help="go on under this bound, with -M and -K, from --start-from",
+    )
     add("--start-from", type=Path, help="folder of the trained run, for --switch-to")
-    add("--kl-warmup", type=vae.positive_float, help="epochs over which the KL term's weight grows to 1")
+    add("--kl-warmup", type=positive_float, help="epochs over which the KL term's weight grows to 1")
     add("--data", choices=datasets.NAMES, default="digits", help="the images")
     add("--data-dir", type=Path, default=Path("data"), help="where their files are; not for digits")
     add(
@@ -179,17 +190,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("fresh", "static"),
         help="draw the training bits at every access, or once (default: fresh, unless the images are bits)",
     )
-    add("--epochs-scale", type=vae.positive_float, default=1.0, help="factor on the schedule's 3280 epochs")
-    add("--batch-size", type=vae.positive_int, default=20, help="images a gradient step")
-    add("--checkpoint-every", type=vae.positive_int, default=10_000, help="gradient steps; and every stage")
+    add(
+        "--epochs-scale",
+        type=positive_float,
+        default=1.0,
+        help="factor on the schedule's 3280 epochs",
+    )
+    add("--batch-size", type=positive_int, default=20, help="images a gradient step")
+    add(
+        "--checkpoint-every",
+        type=positive_int,
+        default=10_000,
+        help="gradient steps; and every stage",
+    )
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    add("--device", type=vae.torch_device, default="cpu", help="a torch device, such as cuda")
+    add("--device", type=torch_device, default="cpu", help="a torch device, such as cuda")
     add("--precision", choices=PRECISIONS, default="float32", help="of the networks' matrix products")
     add("--compile", action="store_true", help="run the gradient step as one compiled program")
     add("--seed", type=int, default=0, help="of everything random")
-    add("--nll-particles", type=vae.positive_int, default=5000, help="draws an image for the NLL")
-    add("--train-size", type=vae.positive_int, help="use that many training images")
-    add("--test-size", type=vae.positive_int, help="use that many held-out images")
+    add("--nll-particles", type=positive_int, default=5000, help="draws an image for the NLL")
+    add("--train-size", type=positive_int, help="use that many training images")
+    add("--test-size", type=positive_int, help="use that many held-out images")
     add("--out", type=Path, help="folder for the results (default: results/deep-<data>-<layers>-<loss>)")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     args = parser.parse_args(argv)
@@ -226,7 +247,7 @@ def run(args: argparse.Namespace) -> dict:
     bfloat16 = args.precision == "bfloat16"
     network = DeepVAE(images.shape[1], layer_widths(args.layers), images.mean(0), bfloat16).to(args.device)
     images, heldout = images.to(args.device), heldout.to(args.device)
-    loss = make_loss(args, -(-len(images) // args.batch_size))
+    loss = training_loss(args, -(-len(images) // args.batch_size))
     trainer = Trainer(network, loss, images, binary=binary, batch_size=args.batch_size, seed=args.seed)
     metrics: dict[str, Any] = {"settings": settings, "before_switch": None, "results": None}
     if path.exists():

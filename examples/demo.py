@@ -11,6 +11,7 @@ import json
 import time
 from pathlib import Path
 
+import options
 import vae
 from matplotlib.figure import Figure
 
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder for results")
-    parser.add_argument("--epochs", type=vae.positive_int, default=30, help="of every bound")
+    parser.add_argument("--epochs", type=options.positive_int, default=30, help="of every bound")
     parser.add_argument("--seed", type=int, default=0, help="of every bound")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: a check that it runs")
     args = parser.parse_args(argv)

@@ -26,10 +26,11 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 import torch.nn.functional as F
-from common import finish, fit, loss_of, parse, training_parser
+from common import finish, fit, parse, training_parser
 from matplotlib.figure import Figure
+from options import loss_of, positive_int
 from torch import Tensor, nn
-from vae import mlp, positive_int
+from vae import mlp
 
 from pyro_iw import ImportanceSampler
 from pyro_iw.bounds import IWAE

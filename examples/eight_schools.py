@@ -27,11 +27,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
+from options import positive_int
 from pyro.infer import MCMC, NUTS, SVI
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
-from vae import positive_int, progress_bar
+from vae import progress_bar
 
 from pyro_iw import IWAE_ELBO, ImportanceSampler
 from pyro_iw.optional import require

@@ -21,7 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoint
 import datasets
+import options
 import pyro
 import torch
 import vae
@@ -53,7 +55,7 @@ def load_vae(run: Path) -> tuple[vae.VAE, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; train a model with: python examples/vae.py --out {run}")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = checkpoint.read_torch(path)
         state, settings = saved["state_dict"], saved["settings"]
         hidden, latent = state["decoder.0.weight"].shape
         network = vae.VAE(state["encoder.trunk.0.0.weight"].shape[1], latent, hidden)
@@ -176,14 +178,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, help="folder that vae.py wrote, or its vae.pt")
     add("--out", type=Path, help="folder for the results (default: evaluation, in the run's folder)")
-    add("--num-particles", type=vae.positive_int, default=1000, help="draws from the guide, an image")
-    add("--chunk-size", type=vae.positive_int, default=100, help="of them in memory at once")
-    add("--batch-size", type=vae.positive_int, default=100, help="images in memory at once")
-    add("--device", type=vae.torch_device, default="cpu", help="a torch device, such as cuda")
+    add("--num-particles", type=options.positive_int, default=1000, help="draws from the guide, an image")
+    add("--chunk-size", type=options.positive_int, default=100, help="of them in memory at once")
+    add("--batch-size", type=options.positive_int, default=100, help="images in memory at once")
+    add("--device", type=options.torch_device, default="cpu", help="a torch device, such as cuda")
     add("--seed", type=int, default=0, help="of the draws and of which images are taken")
-    add("--test-size", type=vae.positive_int, help="use that many of the run's held-out images")
-    add("--khat-images", type=vae.positive_int, default=200, help="of these, for k̂ and the bound over K")
-    add("--arviz-images", type=vae.positive_int, default=20, help="of these, for the posterior's draws")
+    add("--test-size", type=options.positive_int, help="use that many of the run's held-out images")
+    add("--khat-images", type=options.positive_int, default=200, help="of these, for k̂ and the bound over K")
+    add("--arviz-images", type=options.positive_int, default=20, help="of these, for the posterior's draws")
     add("--data-dir", type=Path, help="where the image files are (default: where the run had them)")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     args = parser.parse_args(argv)

@@ -22,11 +22,12 @@ import math
 import pyro
 import pyro.distributions as dist
 import torch
-from common import finish, fit, loss_of, parse, training_parser
+from common import finish, fit, parse, training_parser
 from matplotlib.figure import Figure
+from options import loss_of, positive_int
 from pyro.distributions.transforms import Permute, conditional_spline_autoregressive
 from torch import Tensor, nn
-from vae import mlp, positive_int
+from vae import mlp
 
 from pyro_iw import ImportanceSampler
 

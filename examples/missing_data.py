@@ -25,10 +25,11 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from common import finish, fit, loss_of, parse, training_parser
+from common import finish, fit, parse, training_parser
 from matplotlib.figure import Figure
+from options import loss_of, positive_int, unit_interval
 from torch import Tensor, nn
-from vae import mlp, positive_int, unit_interval
+from vae import mlp
 
 from pyro_iw import ImportanceSampler, ImportanceSamples
 

@@ -26,6 +26,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import datasets
+import options
 import pyro
 import vae
 from checkpoint import write_bytes, write_json
@@ -84,7 +85,7 @@ def train_and_measure(cell: Cell, seed: int, data: ImageData, args: argparse.Nam
     images = data.train.flatten(1).to(args.device)
     heldout = vae.heldout_images(data, 0).flatten(1).to(args.device)
     network = vae.VAE(images.shape[1], mean_image=images.mean(0)).to(args.device)
-    loss = vae.make_loss(cell.loss, cell.M, cell.K, cell.beta, args.estimator)
+    loss = options.make_loss(cell.loss, cell.M, cell.K, beta=cell.beta, estimator=args.estimator)
     history = vae.train(
         network,
         images,
@@ -246,19 +247,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     betas = [0.05, 0.25, 0.5, 0.75, 0.95]
-    add("--budget", type=vae.positive_int, default=64, help="M·K, particles a datapoint")
-    add("--betas", type=vae.unit_interval, nargs="+", default=betas, help="the ELBO's share in ciwae")
-    add("--seeds", type=vae.positive_int, default=3, help="runs of every loss")
-    add("--estimator", choices=vae.ESTIMATORS, default="auto", help="of the guide's gradient")
+    add("--budget", type=options.positive_int, default=64, help="M·K, particles a datapoint")
+    add("--betas", type=options.unit_interval, nargs="+", default=betas, help="the ELBO's share in ciwae")
+    add("--seeds", type=options.positive_int, default=3, help="runs of every loss")
+    add("--estimator", choices=options.ESTIMATORS, default="auto", help="of the guide's gradient")
     add("--data", choices=datasets.NAMES, default="digits", help="the images")
     add("--data-dir", type=Path, default=Path("data"), help="where their files are; not for digits")
-    add("--device", type=vae.torch_device, default="cpu", help="a torch device, such as cuda")
-    add("--epochs", type=vae.positive_int, default=30, help="of every run")
-    add("--batch-size", type=vae.positive_int, default=50, help="images a gradient step")
-    add("--learning-rate", type=vae.positive_float, default=3e-3, help="Adam's")
-    add("--nll-particles", type=vae.positive_int, default=1000, help="draws an image for log p̂ and ESS")
-    add("--train-size", type=vae.positive_int, help="use that many training images")
-    add("--test-size", type=vae.positive_int, help="use that many held-out images")
+    add("--device", type=options.torch_device, default="cpu", help="a torch device, such as cuda")
+    add("--epochs", type=options.positive_int, default=30, help="of every run")
+    add("--batch-size", type=options.positive_int, default=50, help="images a gradient step")
+    add("--learning-rate", type=options.positive_float, default=3e-3, help="Adam's")
+    add("--nll-particles", type=options.positive_int, default=1000, help="draws an image for log p̂ and ESS")
+    add("--train-size", type=options.positive_int, help="use that many training images")
+    add("--test-size", type=options.positive_int, help="use that many held-out images")
     add("--out", type=Path, help="folder for the results (default: results/mk-grid-<data>)")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     args = parser.parse_args(argv)

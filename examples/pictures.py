@@ -7,6 +7,7 @@ is touched.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +15,15 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["save_images", "save_latents", "save_learning_curve", "save_reconstructions", "tile"]
+from pyro_iw import plots
+
+__all__ = [
+    "save_images",
+    "save_latents",
+    "save_learning_curve",
+    "save_reconstructions",
+    "tile",
+]
 
 MAX_COLOURS = 20
 
@@ -68,6 +77,13 @@ def save_latents(means: Tensor, labels: Tensor | None, path: Path) -> None:
     axes.set_title("Guide means of the held-out images: the two most active units")
     axes.set_xlabel(f"E[z{first}], variance {variances[first].item():.2f}")
     axes.set_ylabel(f"E[z{second}], variance {variances[second].item():.2f}")
+    figure.savefig(path, dpi=120)
+
+
+def save_manifold(decode: Callable[[Tensor], Tensor], image_shape: tuple[int, int], path: Path) -> None:
+    """Images that ``decode`` makes of a grid of two-dimensional latents."""
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    plots.plot_manifold(decode, image_shape, ax=figure.add_subplot())
     figure.savefig(path, dpi=120)
 
 

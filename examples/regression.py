@@ -21,11 +21,11 @@ import math
 import pyro
 import pyro.distributions as dist
 import torch
-from common import finish, fit, loss_of, parse, training_parser
+from common import finish, fit, parse, training_parser
 from matplotlib.figure import Figure
+from options import loss_of, positive_int
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
-from vae import positive_int
 
 from pyro_iw import ImportanceSampler
 

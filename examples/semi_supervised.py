@@ -20,13 +20,14 @@ import datasets
 import pyro
 import pyro.distributions as dist
 import torch
-from common import finish, fit, loss_of, parse, training_parser
+from common import finish, fit, parse, training_parser
 from datasets import ImageData, binarize
 from matplotlib.figure import Figure
+from options import loss_of, positive_int
 from pictures import tile
 from pyro.infer import config_enumerate
 from torch import Tensor, nn
-from vae import Encoder, mlp, positive_int
+from vae import Encoder, mlp
 
 from pyro_iw import ImportanceSampler
 

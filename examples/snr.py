@@ -28,8 +28,9 @@ import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
+from options import positive_int, torch_device
 from torch import Tensor
-from vae import positive_int, progress_bar, torch_device
+from vae import progress_bar
 
 from pyro_iw import (
     CIWAE_ELBO,

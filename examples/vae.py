@@ -1,4 +1,4 @@
-"""The one-layer VAE of Burda et al. (1509.00519), trained with one of five bounds and any estimator.
+"""The one-layer VAE of Burda et al. (1509.00519), trained with any bound and estimator.
 
 Decoder 50–200–200–pixels with tanh units, guide mirrored, trained by Pyro's own ``SVI``: the loss
 is the only line that knows about importance weighting. Try::
@@ -6,6 +6,7 @@ is the only line that knows about importance weighting. Try::
     python examples/vae.py                                     # MIWAE(8, 8) on 8×8 digits
     python examples/vae.py --loss piwae -M 4 -K 16
     python examples/vae.py --loss iwae --estimator dreg
+    python examples/vae.py --latent 2                          # with a picture of the latent manifold
     python examples/vae.py --data mnist --data-dir data --epochs 50
 
 All bounds are reported in nats per datapoint.
@@ -14,7 +15,6 @@ All bounds are reported in nats per datapoint.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -22,30 +22,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
+import checkpoint
 import datasets
 import pictures
 import pyro
 import pyro.distributions as dist
 import torch
 from datasets import ImageData, binarize
+from options import add_loss_options, loss_of, positive_float, positive_int, torch_device
 from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_iw import (
-    CIWAE_ELBO,
-    IWAE_ELBO,
-    MIWAE_ELBO,
-    PIWAE_ELBO,
-    ImportanceSampler,
-    ImportanceWeightedELBO,
-    active_units,
-)
+from pyro_iw import IWAE_ELBO, ImportanceSampler, active_units
 
-LOSSES = ("elbo", "iwae", "miwae", "ciwae", "piwae")
-ESTIMATORS = ("auto", "reparam", "stl", "dreg", "rws")
 # Rows (particles × images) that one evaluation pass holds in memory.
 EVALUATION_ROWS = 10_000
 EVALUATION_BATCH = 100
@@ -123,24 +114,6 @@ class VAE(nn.Module):
         with pyro.plate("data", len(x)):
             loc, scale = self.encoder(x)
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
-
-
-def make_loss(
-    name: str, M: int = 8, K: int = 8, beta: float = 0.5, estimator: str = "auto", **keywords: Any
-) -> ImportanceWeightedELBO:
-    """The loss of that name, with any keywords; all of them spend M·K particles a datapoint."""
-    keywords["estimator"] = estimator
-    if name == "elbo":
-        return MIWAE_ELBO(M=M * K, K=1, **keywords)
-    if name == "iwae":
-        return IWAE_ELBO(K=M * K, **keywords)
-    if name == "miwae":
-        return MIWAE_ELBO(M=M, K=K, **keywords)
-    if name == "ciwae":
-        return CIWAE_ELBO(K=M * K, beta=beta, **keywords)
-    if name == "piwae":
-        return PIWAE_ELBO(M=M, K=K, **keywords)
-    raise ValueError(f"unknown loss {name!r}: choose one of {', '.join(LOSSES)}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -299,53 +272,14 @@ def evaluate(
 # ------------------------------------------------------------------------------------------------
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive, not {text}")
-    return value
-
-
-def unit_interval(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie in [0, 1], not {text}")
-    return value
-
-
-def torch_device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
-    return device
-
-
 def make_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(description or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--loss",
-        choices=LOSSES,
-        default="miwae",
-        help="the bound; all spend M·K particles a datapoint: elbo averages them outside the "
-        "log, iwae and ciwae take K = M·K",
-    )
-    add("-M", type=positive_int, default=8, help="averages outside the log")
-    add("-K", type=positive_int, default=8, help="particles inside the log")
-    add("--beta", type=unit_interval, default=0.5, help="the ELBO's share in ciwae")
-    add("--estimator", choices=ESTIMATORS, default="auto", help="of the guide's gradient")
+    add_loss_options(parser)
+    add("--latent", type=positive_int, default=50, help="dimension of z; of two, the manifold is drawn")
     add("--data", choices=datasets.NAMES, default="digits", help="the images")
     add("--data-dir", type=Path, default=Path("data"), help="where their files are; not for digits")
     add("--device", type=torch_device, default="cpu", help="a torch device, such as cuda")
@@ -378,15 +312,15 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def fully_connected(data: ImageData) -> VAE:
+def fully_connected(data: ImageData, latent: int) -> VAE:
     """The VAE of Burda et al. for these images."""
-    return VAE(math.prod(data.image_shape), mean_image=data.train.flatten(1).mean(0))
+    return VAE(math.prod(data.image_shape), latent, mean_image=data.train.flatten(1).mean(0))
 
 
 def run(
     args: argparse.Namespace,
     heldout_losses: Mapping[str, ELBO] | None = None,
-    build: Callable[[ImageData], VAE] = fully_connected,
+    build: Callable[[ImageData, int], VAE] = fully_connected,
 ) -> dict:
     """Load, train, evaluate and write the folder ``args.out``.
 
@@ -394,7 +328,7 @@ def run(
         args: From :func:`parse_args`.
         heldout_losses: Further losses to evaluate after every epoch, by the name they get in the
             history.
-        build: Makes the model and its guide, for images flattened to vectors.
+        build: Makes the model and its guide, for images flattened to vectors and a dimension of z.
 
     Returns:
         What ``metrics.json`` holds: ``settings``, ``history`` and ``results``.
@@ -407,8 +341,8 @@ def run(
     pyro.set_rng_seed(args.seed)
     images = data.train.flatten(1).to(args.device)
     heldout = heldout_images(data, args.seed).flatten(1).to(args.device)
-    vae = build(data).to(args.device)
-    loss = make_loss(args.loss, args.M, args.K, args.beta, args.estimator)
+    vae = build(data, args.latent).to(args.device)
+    loss = loss_of(args)
 
     history = train(
         vae,
@@ -447,10 +381,10 @@ def run(
     }
     settings |= {"train_images": len(images), "heldout_images": len(heldout)}
     metrics = {"settings": settings, "history": history, "results": results}
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    checkpoint.write_json(args.out / "metrics.json", metrics)
     # From the CPU, so that a machine without this device can load it.
     state = {name: tensor.cpu() for name, tensor in vae.state_dict().items()}
-    torch.save({"state_dict": state, "settings": settings}, args.out / "vae.pt")
+    checkpoint.write_torch(args.out / "vae.pt", {"state_dict": state, "settings": settings})
     return metrics
 
 
@@ -467,6 +401,12 @@ def save_pictures(
     originals = heldout[:24].reshape(-1, *data.image_shape)
     pictures.save_reconstructions(originals, rebuilt, args.out / "reconstructions.png")
     pictures.save_latents(means, data.test_labels, args.out / "latents.png")
+    if vae.latent == 2:
+
+        def decode(z: Tensor) -> Tensor:
+            return vae.decoder(z.to(args.device)).sigmoid()
+
+        pictures.save_manifold(decode, data.image_shape, args.out / "manifold.png")
     pictures.save_learning_curve(history, args.loss, args.out / "learning_curve.png")
 
 

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib.figure import Figure
+from options import loss_of
 from torch import Tensor
 
 from pyro_iw import IWAE_ELBO, MIWAE_ELBO
@@ -76,9 +77,9 @@ def test_options() -> None:
     args = common.parse(parser, ["--smoke", "-M", "2"], {"epochs": 2, "M": 7})
     assert (args.M, args.K, args.epochs, args.out) == (2, 3, 2, Path("results/x"))
     assert parser.description == "First line."
-    assert repr(common.loss_of(args)) == "CIWAE_ELBO(K=6, beta=0.5)"
+    assert repr(loss_of(args)) == "CIWAE_ELBO(K=6, beta=0.5)"
     args = common.parse(parser, ["--loss", "miwae", "--estimator", "dreg"], {"epochs": 2})
-    loss = common.loss_of(args)
+    loss = loss_of(args)
     assert isinstance(loss, MIWAE_ELBO)
     assert loss.estimator == "dreg"
     assert args.epochs == 50

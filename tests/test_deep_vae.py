@@ -19,6 +19,7 @@ import checkpoint
 import deep_training
 import deep_vae
 import numpy as np
+import options
 import pyro
 import pytest
 import torch
@@ -30,7 +31,7 @@ from matplotlib.image import imread
 from pyro_iw import IWAE_ELBO
 
 PICTURES = ("samples.png", "reconstructions.png", "learning_curve.png")
-FILES = {*PICTURES, "checkpoint.pt", "metrics.json"}
+FILES = {*PICTURES, "checkpoint.pt", "heldout.npz", "metrics.json"}
 # 3 steps an epoch, 8 stages of 15 steps in all; the last batch of an epoch is a small one.
 TINY = ["--train-size", "25", "--batch-size", "10", "--test-size", "8", "--nll-particles", "3"]
 TINY += ["--epochs-scale", "0.0011", "-K", "2", "--checkpoint-every", "1"]
@@ -223,10 +224,10 @@ def test_tf32_is_for_the_run_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_compile_is_passed_on_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     keywords = []
-    monkeypatch.setattr(vae, "make_loss", lambda *_, **given: keywords.append(given))
+    monkeypatch.setattr(deep_vae, "make_loss", lambda *_, **given: keywords.append(given))
     for argv in ([], ["--compile"]):
-        deep_vae.make_loss(deep_vae.parse_args(argv), 10)
-    assert keywords == [{}, {"compile": True}]
+        deep_vae.training_loss(deep_vae.parse_args(argv), 10)
+    assert [given.get("compile") for given in keywords] == [None, True]
 
 
 # The schedule
@@ -274,7 +275,7 @@ def test_learning_rates_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # Whole runs
 
 
-@pytest.mark.parametrize("loss", vae.LOSSES)
+@pytest.mark.parametrize("loss", options.LOSSES)
 def test_smoke(loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layers = 2 if loss in ("iwae", "piwae") else 1
     argv = ["--smoke", "--loss", loss, "-M", "2", "-K", "3", "--layers", str(layers), "--out", str(tmp_path)]

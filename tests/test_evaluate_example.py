@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
+import options
 import pyro
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_images_and_parameters_are_those_of_the_run(run: Path, metrics: dict[str
     data, images = evaluate.load_heldout(settings, None)
     assert data.name == "digits"
     pyro.clear_param_store()
-    bound = vae.mean_bound(network, images, vae.make_loss("miwae", 4, 4), seed=settings["seed"])
+    bound = vae.mean_bound(network, images, options.make_loss("miwae", 4, 4), seed=settings["seed"])
     assert bound == metrics["results"]["heldout_bound"]
 
 

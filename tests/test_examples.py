@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import demo
 import numpy as np
+import options
 import pyro
 import pytest
 import torch
@@ -190,7 +191,7 @@ def test_binarize_has_the_right_mean() -> None:
 # The VAE
 
 
-@pytest.mark.parametrize("loss", vae.LOSSES)
+@pytest.mark.parametrize("loss", options.LOSSES)
 def test_vae_smoke(loss: str, tmp_path: Path) -> None:
     argv = ["--loss", loss, "-M", "3", "-K", "4", "--smoke", "--out", str(tmp_path)]
     metrics = vae.main(argv)
@@ -212,17 +213,17 @@ def test_vae_smoke(loss: str, tmp_path: Path) -> None:
     assert not torch.equal(again.decoder[-1].bias, start)
 
 
-@pytest.mark.parametrize("estimator", vae.ESTIMATORS)
+@pytest.mark.parametrize("estimator", options.ESTIMATORS)
 def test_vae_with_every_estimator(estimator: str, tmp_path: Path) -> None:
     metrics = vae.main(["--smoke", "--estimator", estimator, "--out", str(tmp_path)])
     assert metrics["settings"]["estimator"] == estimator
     assert math.isfinite(metrics["results"]["heldout_nll"])
 
 
-@pytest.mark.parametrize("loss", vae.LOSSES)
+@pytest.mark.parametrize("loss", options.LOSSES)
 def test_every_loss_spends_the_same_budget(loss: str) -> None:
     network = vae.VAE(6, latent=2, hidden=3)
-    particles = vae.make_loss(loss, M=3, K=5).particles(network.model, network.guide, torch.ones(4, 6))
+    particles = options.make_loss(loss, M=3, K=5).particles(network.model, network.guide, torch.ones(4, 6))
     assert particles.log_weights.shape == (15, 4)
 
 
@@ -239,7 +240,7 @@ def test_losses_are_what_their_names_say(loss: str, bound: Callable[[torch.Tenso
     torch.manual_seed(0)
     network = vae.VAE(6, latent=2, hidden=3).double()
     images = torch.bernoulli(torch.full((4, 6), 0.5, dtype=torch.float64))
-    elbo = vae.make_loss(loss, M=3, K=5, beta=0.2)
+    elbo = options.make_loss(loss, M=3, K=5, beta=0.2)
     torch.manual_seed(1)
     value = -elbo.loss(network.model, network.guide, images)
     torch.manual_seed(1)
@@ -249,7 +250,7 @@ def test_losses_are_what_their_names_say(loss: str, bound: Callable[[torch.Tenso
 
 
 def test_piwae_gets_m_and_k_the_right_way_round() -> None:
-    bound = vae.make_loss("piwae", M=3, K=5).bound
+    bound = options.make_loss("piwae", M=3, K=5).bound
     assert (bound.M, bound.K) == (3, 5)
 
 
@@ -370,7 +371,7 @@ def test_bad_arguments(
 
 def test_unknown_loss() -> None:
     with pytest.raises(ValueError, match="miwae"):
-        vae.make_loss("vimco")
+        options.make_loss("vimco")
 
 
 # The demo
@@ -378,14 +379,14 @@ def test_unknown_loss() -> None:
 
 def test_demo_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = demo.main(["--smoke", "--out", str(tmp_path)])
-    assert set(metrics) == set(vae.LOSSES)
+    assert set(metrics) == set(demo.LOSSES)
     for name in (*PICTURES, "comparison.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out
     lines = table.splitlines()
-    assert len(lines) == 2 + len(vae.LOSSES)
+    assert len(lines) == 2 + len(demo.LOSSES)
     assert {line.count("|") for line in lines} == {1 + len(demo.HEADER)}
     results = json.loads((tmp_path / "comparison.json").read_text())
     assert all(finite(numbers) for numbers in results.values())
-    assert all(demo.COMMON_BOUND in metrics[loss]["history"][0] for loss in vae.LOSSES)
+    assert all(demo.COMMON_BOUND in metrics[loss]["history"][0] for loss in demo.LOSSES)

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import mk_grid
+import options
 import pytest
 import torch
 import vae
@@ -47,7 +48,7 @@ def test_cells_are_all_ways_to_spend_64() -> None:
     assert [cell.beta for cell in cells if cell.loss == "ciwae"] == [0.05, 0.5]
     assert len({cell.file for cell in cells}) == len({cell.name for cell in cells}) == len(cells)
     for cell in cells:
-        assert vae.make_loss(cell.loss, cell.M, cell.K, cell.beta).num_particles == 64
+        assert options.make_loss(cell.loss, cell.M, cell.K, beta=cell.beta).num_particles == 64
     assert mk_grid.make_cells(1, []) == [Cell("miwae", 1, 1)]
 
 
