@@ -18,7 +18,6 @@ from vae import Encoder, mlp
 __all__ = ["DeepVAE", "KLWarmup", "Layer", "Stage", "layer_widths", "schedule"]
 
 STAGES = 8
-FIRST_LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -115,19 +114,22 @@ class Stage:
     learning_rate: float
 
 
-def schedule(steps_per_epoch: int, scale: float = 1.0, first: int = 0) -> list[Stage]:
-    """Stages i = 0, ..., 7 of 3^i epochs at a learning rate of 1e-3 · 10^(-i/7): 3280 epochs in all.
+def schedule(
+    steps_per_epoch: int, scale: float = 1.0, learning_rate: float = 1e-3, first: int = 0
+) -> list[Stage]:
+    """Stages i = 0, ..., 7 of 3^i epochs, 3280 in all; learning rates fall by 10^(-1/7) a stage, to a tenth.
 
     Arguments:
         steps_per_epoch: Gradient steps an epoch.
         scale: Factor on the length of every stage, of which a step at least remains.
+        learning_rate: Of stage 0.
         first: The stage to begin with.
     """
     stages: list[Stage] = []
     for i in range(first, STAGES):
         start = stages[-1].end if stages else 0
         length = max(1, round(scale * 3**i * steps_per_epoch))
-        stages.append(Stage(start, start + length, FIRST_LEARNING_RATE * 10 ** (-i / (STAGES - 1))))
+        stages.append(Stage(start, start + length, learning_rate * 10 ** (-i / (STAGES - 1))))
     return stages
 
 

@@ -54,7 +54,7 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 # What has to agree for a run to go on: with the model and its data, and with how it is trained.
 MODEL_SETTINGS = ("layers", "data", "train_size", "test_size", "binarisation", "seed", "data_checksum")
 MODEL_SETTINGS += ("device_type",)  # a generator's state is of one kind of device
-TRAINING_SETTINGS = (*LOSS_OPTIONS, "switch_to", "kl_warmup", "epochs_scale", "batch_size")
+TRAINING_SETTINGS = (*LOSS_OPTIONS, "switch_to", "kl_warmup", "epochs_scale", "learning_rate", "batch_size")
 TRAINING_SETTINGS += ("precision",)
 SMOKE = {"train_size": 100, "test_size": 40, "nll_particles": 50, "epochs_scale": 0.002}
 
@@ -196,6 +196,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=1.0,
         help="factor on the schedule's 3280 epochs",
     )
+    add(
+        "--learning-rate",
+        type=positive_float,
+        default=1e-3,
+        help="Adam's in the first stage; a tenth in the last",
+    )
     add("--batch-size", type=positive_int, default=20, help="images a gradient step")
     add(
         "--checkpoint-every",
@@ -206,7 +212,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--device", type=torch_device, default="cpu", help="a torch device, such as cuda")
     add("--precision", choices=PRECISIONS, default="float32", help="of the networks' matrix products")
-    add("--compile", action="store_true", help="run the gradient step as one compiled program")
+    add(
+        "--compile",
+        action="store_true",
+        help="run the gradient step as one compiled program; goes on after --resume to rounding only",
+    )
     add("--seed", type=int, default=0, help="of everything random")
     add("--nll-particles", type=positive_int, default=5000, help="draws an image for the NLL")
     add("--train-size", type=positive_int, help="use that many training images")
@@ -260,7 +270,8 @@ def run(args: argparse.Namespace) -> dict:
         metrics["before_switch"]["step"] = trainer.step
         trainer.restart()
     # After a switch, as in the paper, another 3^7 epochs at the last learning rate.
-    stages = schedule(trainer.steps_per_epoch, args.epochs_scale, first=7 if args.switch_to else 0)
+    first = 7 if args.switch_to else 0
+    stages = schedule(trainer.steps_per_epoch, args.epochs_scale, args.learning_rate, first)
 
     def save() -> None:
         state = {"settings": settings, "before_switch": metrics["before_switch"], "training": trainer.state()}

@@ -9,8 +9,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoint
 import datasets
 import demo
+import evaluate
 import numpy as np
 import options
 import pyro
@@ -234,13 +236,16 @@ def test_every_loss_spends_the_same_budget(loss: str) -> None:
         ("iwae", lambda w: w.exp().mean(0).log()),
         ("miwae", lambda w: w.reshape(3, 5, -1).exp().mean(1).log().mean(0)),
         ("ciwae", lambda w: 0.2 * w.mean(0) + 0.8 * w.exp().mean(0).log()),
+        ("vr", lambda w: (0.3 * w).exp().mean(0).log() / 0.3),
+        # Partitions at β = 0 and 0.025: the mean of w, and that under its 0.025th power.
+        ("tvo", lambda w: 0.025 * w.mean(0) + 0.975 * ((0.025 * w).softmax(0) * w).sum(0)),
     ],
 )
 def test_losses_are_what_their_names_say(loss: str, bound: Callable[[torch.Tensor], torch.Tensor]) -> None:
     torch.manual_seed(0)
     network = vae.VAE(6, latent=2, hidden=3).double()
     images = torch.bernoulli(torch.full((4, 6), 0.5, dtype=torch.float64))
-    elbo = options.make_loss(loss, M=3, K=5, beta=0.2)
+    elbo = options.make_loss(loss, M=3, K=5, beta=0.2, alpha=0.7, partitions=2)
     torch.manual_seed(1)
     value = -elbo.loss(network.model, network.guide, images)
     torch.manual_seed(1)
@@ -252,6 +257,23 @@ def test_losses_are_what_their_names_say(loss: str, bound: Callable[[torch.Tenso
 def test_piwae_gets_m_and_k_the_right_way_round() -> None:
     bound = options.make_loss("piwae", M=3, K=5).bound
     assert (bound.M, bound.K) == (3, 5)
+
+
+def test_two_latent_dimensions_have_a_manifold(tmp_path: Path) -> None:
+    vae.main(["--smoke", "--latent", "2", "--out", str(tmp_path)])
+    assert (tmp_path / "manifold.png").read_bytes().startswith(b"\x89PNG")
+    assert evaluate.load_vae(tmp_path)[0].latent == 2
+
+
+def test_damaged_model(tmp_path: Path) -> None:
+    vae.main(["--smoke", "--out", str(tmp_path)])
+    path = tmp_path / "vae.pt"
+    content = bytearray(path.read_bytes())
+    weights = checkpoint.read_torch(path)["state_dict"]["decoder.0.weight"]
+    content[content.index(weights.numpy().tobytes()) + 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"vae\.pt is no model saved by .*checksum"):
+        evaluate.load_vae(tmp_path)
 
 
 def test_unwritable_output(tmp_path: Path) -> None:
