@@ -392,9 +392,11 @@ def test_resumed_is_uninterrupted_when_compiled(
     resumed = training(tmp_path)
     assert resumed.keys() == expected.keys()
     for name, leaf in resumed.items():
-        if name.startswith(("/network", "/optimiser")):
+        if name.startswith("/history"):
+            continue
+        if isinstance(leaf, list | float):
             torch.testing.assert_close(torch.tensor(leaf), torch.tensor(expected[name]), rtol=1e-4, atol=1e-6)
-        elif not name.startswith("/history"):
+        else:
             assert leaf == expected[name], name
 
 
