@@ -14,7 +14,7 @@ from typing import Any
 import pyro
 import torch
 from matplotlib.figure import Figure
-from options import add_loss_options, positive_float, positive_int
+from options import add_loss_options, at_smoke_size, positive_float, positive_int
 from pyro.infer import SVI
 from torch import Tensor
 from vae import progress_bar
@@ -53,10 +53,7 @@ def parse(
     parser: argparse.ArgumentParser, argv: list[str] | None, smoke: Mapping[str, int]
 ) -> argparse.Namespace:
     """Parse the command line; in a smoke run no size exceeds those of ``smoke``."""
-    args = parser.parse_args(argv)
-    for name, value in smoke.items() if args.smoke else ():
-        setattr(args, name, min(getattr(args, name), value))
-    return args
+    return at_smoke_size(parser.parse_args(argv), smoke)
 
 
 def fit(

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import vae
 from datasets import ImageData
-from options import positive_int
+from options import at_smoke_size, positive_int
 from torch import Tensor, nn
-from vae import VAE, summary
+from vae import VAE
 
 from pyro_iw.nn import FoldBatch
 
@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = vae.make_parser(__doc__)
     parser.add_argument("--channels", type=positive_int, default=16, help="of the finer convolution")
     parser.set_defaults(**DEFAULTS)
-    args = vae.complete(parser.parse_args(argv))
+    args = at_smoke_size(parser.parse_args(argv), vae.SMOKE)
     args.out = args.out or Path("results") / f"conv-vae-{args.data}-{args.loss}"
     return args
 
@@ -100,13 +100,7 @@ def main(argv: list[str] | None = None) -> dict:
     def build(data: ImageData, latent: int) -> ConvVAE:
         return ConvVAE(data.image_shape, args.channels, latent)
 
-    try:
-        metrics = vae.run(args, build=build)
-    except OSError as error:
-        raise SystemExit(f"error: {error}") from None
-    print(f"{args.loss} on {args.data}, {args.epochs} epochs\n{summary(metrics)}")
-    print("\n".join(str(path) for path in sorted(args.out.iterdir())))
-    return metrics
+    return vae.report(args, build)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,13 +180,16 @@ def _from_bytes(name: str, arrays: dict[str, np.ndarray]) -> ImageData:
     """Check the four arrays against each other and scale 0..255 to [0, 1]."""
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        if images.ndim != 3 or images.dtype != np.uint8:
+        if images.ndim != 3 or images.dtype != np.uint8 or images.size == 0:
             raise ValueError(
-                f"{name}: {part}_images should be uint8 of shape [N, H, W], "
+                f"{name}: {part}_images should be uint8 of shape [N, H, W] and not empty, "
                 f"not {images.dtype} of shape {list(images.shape)}"
             )
         if labels.shape != images.shape[:1]:
             raise ValueError(f"{name}: {len(images)} {part} images, but labels of shape {list(labels.shape)}")
+    shapes = {tuple(arrays[f"{part}_images"].shape[1:]) for part in ("train", "test")}
+    if len(shapes) > 1:
+        raise ValueError(f"{name}: images of different sizes in training and test, {sorted(shapes)}")
     return ImageData(
         name,
         torch.from_numpy(arrays["train_images"]).float() / 255,
@@ -196,18 +200,25 @@ def _from_bytes(name: str, arrays: dict[str, np.ndarray]) -> ImageData:
 
 
 def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as archive:
-        absent = [key for key in keys if key not in archive.files]
-        if absent:
-            raise ValueError(f"{path}: no array {', '.join(absent)}; it holds {archive.files}")
-        return {key: archive[key] for key in keys}
+    # The file is opened here: np.load does not close one that it cannot read.
+    with path.open("rb") as file:
+        try:
+            archive = np.load(file, allow_pickle=False)
+            present = list(archive.files)
+            arrays = {key: archive[key] for key in keys if key in present}
+        except Exception as error:  # whatever damaged bytes stop NumPy or zipfile with
+            raise ValueError(f"{path} is no .npz file, or a damaged one ({error})") from error
+    absent = [key for key in keys if key not in present]
+    if absent:
+        raise ValueError(f"{path}: no array {', '.join(absent)}; it holds {present}")
+    return arrays
 
 
 def _unpack(packed: np.ndarray, path: Path, key: str) -> torch.Tensor:
     """Rows of 98 bytes to images of 28 × 28 bits."""
-    if packed.ndim != 2 or packed.shape[1] != 98 or packed.dtype != np.uint8:
+    if packed.ndim != 2 or packed.shape[1] != 98 or packed.dtype != np.uint8 or len(packed) == 0:
         raise ValueError(
-            f"{path}: {key} should be uint8 of shape [N, 98], "
+            f"{path}: {key} should be uint8 of shape [N, 98] and not empty, "
             f"not {packed.dtype} of shape {list(packed.shape)}"
         )
     return torch.from_numpy(np.unpackbits(packed, axis=1).reshape(-1, 28, 28)).float()
@@ -241,11 +252,14 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
         ndim: The rank it must have.
 
     Raises:
-        ValueError: If the magic number or the length is wrong.
+        ValueError: If the compression, the magic number or the length is wrong.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        content = file.read()
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is no gzip file, or a damaged one ({error})") from error
     magic = bytes([0, 0, 0x08, ndim])  # 0x08: unsigned bytes
     if content[:4] != magic:
         raise ValueError(

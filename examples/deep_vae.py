@@ -37,6 +37,8 @@ from options import (
     LOSS_OPTIONS,
     LOSSES,
     add_loss_options,
+    as_settings,
+    at_smoke_size,
     make_loss,
     positive_float,
     positive_int,
@@ -223,13 +225,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test-size", type=positive_int, help="use that many held-out images")
     add("--out", type=Path, help="folder for the results (default: results/deep-<data>-<layers>-<loss>)")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
-    args = parser.parse_args(argv)
+    args = at_smoke_size(parser.parse_args(argv), SMOKE)
     if (args.switch_to is None) != (args.start_from is None):
         parser.error("--switch-to and --start-from go together")
-    if args.smoke:
-        for name, value in SMOKE.items():
-            given = getattr(args, name)
-            setattr(args, name, value if given is None else min(given, value))
     if args.binarisation is None:
         args.binarisation = "static" if args.data == "binarized-mnist" else "fresh"
     if args.out is None:
@@ -241,10 +239,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict:
     """Load, train, evaluate and write the folder ``args.out``; returns what ``metrics.json`` holds."""
     data, images, heldout, binary = load_data(args)
-    settings = {
-        name: value if isinstance(value, int | float | None) else str(value)
-        for name, value in vars(args).items()
-    }
+    settings: dict[str, Any] = dict(as_settings(args))
     settings["data_checksum"] = zlib.crc32(heldout.numpy(), zlib.crc32(images.numpy()))
     settings["device_type"] = args.device.type
     args.out.mkdir(parents=True, exist_ok=True)

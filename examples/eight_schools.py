@@ -27,7 +27,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
-from options import positive_int
+from options import at_smoke_size, positive_int
 from pyro.infer import MCMC, NUTS, SVI
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.ops.stats import effective_sample_size
@@ -175,10 +175,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of everything random")
     add("--out", type=Path, default=Path("results/eight-schools"), help="folder for the results")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
-    args = parser.parse_args(argv)
-    for name, value in SMOKE.items() if args.smoke else ():
-        setattr(args, name, min(getattr(args, name), value))
-    return args
+    return at_smoke_size(parser.parse_args(argv), SMOKE)
 
 
 def main(argv: list[str] | None = None) -> dict:

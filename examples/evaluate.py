@@ -188,11 +188,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--arviz-images", type=options.positive_int, default=20, help="of these, for the posterior's draws")
     add("--data-dir", type=Path, help="where the image files are (default: where the run had them)")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        for name, value in SMOKE.items():
-            given = getattr(args, name)
-            setattr(args, name, value if given is None else min(given, value))
+    args = options.at_smoke_size(parser.parse_args(argv), SMOKE)
     if args.num_particles == 1:
         parser.error("argument --num-particles: must be at least 2, for there to be an error")
     if args.out is None:

@@ -262,11 +262,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test-size", type=options.positive_int, help="use that many held-out images")
     add("--out", type=Path, help="folder for the results (default: results/mk-grid-<data>)")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
-    args = parser.parse_args(argv)
+    args = options.at_smoke_size(parser.parse_args(argv), SMOKE)
     if args.smoke:
-        for name, value in SMOKE.items():
-            given = getattr(args, name)
-            setattr(args, name, value if given is None else min(given, value))
         args.betas = SMOKE_BETAS
     if args.nll_particles < args.budget:
         parser.error(f"argument --nll-particles: must be at least the budget, {args.budget}")

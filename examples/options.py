@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ __all__ = [
     "LOSSES",
     "LOSS_OPTIONS",
     "add_loss_options",
+    "as_settings",
+    "at_smoke_size",
     "finite_float",
     "loss_of",
     "make_loss",
@@ -91,6 +94,22 @@ def add_loss_options(parser: argparse.ArgumentParser, loss: str = "miwae", M: in
     add("--alpha", type=finite_float, default=0.5, help="the order of vr: 0 is iwae, 1 the elbo")
     add("--partitions", type=positive_int, default=5, help="steps from the prior to the posterior in tvo")
     add("--estimator", choices=ESTIMATORS, default="auto", help="of the guide's gradient")
+
+
+def at_smoke_size(args: argparse.Namespace, sizes: Mapping[str, float]) -> argparse.Namespace:
+    """The arguments; in a smoke run, none of those with these names exceeds the size given."""
+    for name, size in sizes.items() if args.smoke else ():
+        given = getattr(args, name)
+        setattr(args, name, size if given is None else min(given, size))
+    return args
+
+
+def as_settings(args: argparse.Namespace) -> dict[str, int | float | str | None]:
+    """The arguments as a JSON file can hold them."""
+    return {
+        name: value if isinstance(value, int | float | None) else str(value)
+        for name, value in vars(args).items()
+    }
 
 
 def make_loss(

@@ -30,7 +30,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 from datasets import ImageData, binarize
-from options import add_loss_options, loss_of, positive_float, positive_int, torch_device
+from options import (
+    add_loss_options,
+    as_settings,
+    at_smoke_size,
+    loss_of,
+    positive_float,
+    positive_int,
+    torch_device,
+)
 from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -298,17 +306,9 @@ def make_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and complete the command line; exits with a message where it makes no sense."""
     parser = make_parser()
-    args = complete(parser.parse_args(argv))
+    args = at_smoke_size(parser.parse_args(argv), SMOKE)
     if args.out is None:
         args.out = Path("results") / f"vae-{args.data}-{args.loss}"
-    return args
-
-
-def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """The sizes of a smoke run, where one is asked for."""
-    for name, value in SMOKE.items() if args.smoke else ():
-        given = getattr(args, name)
-        setattr(args, name, value if given is None else min(given, value))
     return args
 
 
@@ -375,11 +375,7 @@ def run(
     save_pictures(vae, heldout, data, history, args)
     results["wall_seconds"] = time.perf_counter() - start
 
-    settings = {
-        name: value if isinstance(value, int | float | None) else str(value)
-        for name, value in vars(args).items()
-    }
-    settings |= {"train_images": len(images), "heldout_images": len(heldout)}
+    settings = {**as_settings(args), "train_images": len(images), "heldout_images": len(heldout)}
     metrics = {"settings": settings, "history": history, "results": results}
     checkpoint.write_json(args.out / "metrics.json", metrics)
     # From the CPU, so that a machine without this device can load it.
@@ -437,10 +433,14 @@ def summary(metrics: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse_args(argv)
+    return report(parse_args(argv))
+
+
+def report(args: argparse.Namespace, build: Callable[[ImageData, int], VAE] = fully_connected) -> dict:
+    """:func:`run`, with its results printed and what is wrong with its data or files in one line."""
     try:
-        metrics = run(args)
-    except OSError as error:
+        metrics = run(args, build=build)
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{args.loss} on {args.data}, {args.epochs} epochs\n{summary(metrics)}")
     print("\n".join(str(path) for path in sorted(args.out.iterdir())))

@@ -152,9 +152,15 @@ def test_bad_idx_files(tmp_path: Path) -> None:
     np.testing.assert_array_equal(datasets.read_idx(path, ndim=1), labels)
     with pytest.raises(ValueError, match="bad magic number 00000801, expected 00000803"):
         datasets.read_idx(path, ndim=3)
-    path.write_bytes(path.read_bytes()[:-1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="truncated"):
         datasets.read_idx(path, ndim=1)
+    path = tmp_path / "labels.gz"
+    for damaged in (gzip.compress(whole)[:-9], whole, gzip.compress(whole)[:12] + b"\xff" * 8):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"labels\.gz is no gzip file, or a damaged one"):
+            datasets.read_idx(path, ndim=1)
 
 
 def test_bad_npz_files(tmp_path: Path) -> None:
@@ -165,6 +171,14 @@ def test_bad_npz_files(tmp_path: Path) -> None:
         datasets.load("mnist", tmp_path)
     np.savez(path, **{**arrays, "train_images": arrays["train_images"] / 255})
     with pytest.raises(ValueError, match="should be uint8"):
+        datasets.load("mnist", tmp_path)
+    np.savez(path, **{**arrays, "test_images": arrays["test_images"][:, 1:]})
+    with pytest.raises(ValueError, match="different sizes in training and test"):
+        datasets.load("mnist", tmp_path)
+    np.savez(
+        path, **{**arrays, "test_images": arrays["test_images"][:0], "test_labels": arrays["test_labels"][:0]}
+    )
+    with pytest.raises(ValueError, match=r"test_images should be .* not empty"):
         datasets.load("mnist", tmp_path)
     np.savez(path, train_images=arrays["train_images"])
     with pytest.raises(ValueError, match="no array train_labels"):
@@ -280,6 +294,19 @@ def test_unwritable_output(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="file"):
         vae.main(["--smoke", "--out", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "one bit"])
+def test_damaged_data(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "mnist.npz"
+    np.savez(path, **mnist_arrays())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4] ^= 1
+    damaged = {"truncated": content[:-100], "empty": b"", "text": b"no images\n", "one bit": content}
+    path.write_bytes(damaged[kind])
+    with pytest.raises(SystemExit, match=r"error: .*mnist\.npz"):
+        vae.main(["--smoke", "--data", "mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_vae_is_repeatable_and_evaluation_leaves_training_alone(tmp_path: Path) -> None:
