@@ -94,7 +94,8 @@ class AdversarialSVI:
             ``pyro.module("discriminator.<site>", ...)``.
         optim: Pyro optimiser of phase 1; unused so far.
         discriminator_optim: that of phase 2; by default, as for those below, a copy of ``optim``.
-        guide_optim: that of phase 3.
+        guide_optim: that of phase 3. (The attributes of these names are the optimisers at work, for
+            learning-rate schedulers to be stepped.)
         supervised: Pyro function with observed sites, called with ``labelled``.
         supervised_optim: its optimiser.
         condition: function of the arguments of model and guide that returns features ``[*batch, C]``, which
@@ -182,13 +183,13 @@ class AdversarialSVI:
 
         with critics.mode(train=True):
             discriminator = critics.losses(run.real, {name: cells.detach() for name, cells in fake.items()})
-        _check_finite("discriminator", discriminator)
-        _update(self.discriminator_optim, discriminator, critic_params)
+            _check_finite("discriminator", discriminator)
+            _update(self.discriminator_optim, discriminator, critic_params)
 
         with critics.mode(train=False):
             guide = critics.guide_losses(fake)
-        _check_finite("guide", guide)
-        _update(self.guide_optim, guide, guide_params)
+            _check_finite("guide", guide)
+            _update(self.guide_optim, guide, guide_params)
 
         supervised: dict[str, Tensor] | None = None
         if labelled is not None:

@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal, AutoNormalMessenger
 from pyro.nn import PyroModule
 from pyro.optim import Adam, PyroOptim
 from torch import Tensor, nn
@@ -605,7 +605,7 @@ def test_one_hot_guides(fn: Any) -> None:
     assert (encoder.weight - before).abs().min() > 0
 
 
-@pytest.mark.parametrize("kind", [AutoNormal, AutoNormalMessenger])
+@pytest.mark.parametrize("kind", [AutoDelta, AutoDiagonalNormal, AutoNormal, AutoNormalMessenger])
 def test_autoguides(kind: Any) -> None:
     """A guide messenger runs the model, whose parameters it is not to update."""
     x = torch.randn(4)
@@ -623,7 +623,7 @@ def test_autoguides(kind: Any) -> None:
     before = values()
     svi.step()
     changed = {name for name, value in before.items() if not torch.equal(values()[name], value)}
-    assert any("loc" in name for name in changed)
+    assert any("loc" in name or name == "AutoDelta.z" for name in changed)
     assert pyro.param("shift") == before["shift"]
     assert set(svi.get_state()["guide"]) == changed
     assert "shift" in svi.get_state()["reconstruction"]
