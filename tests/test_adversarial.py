@@ -21,7 +21,7 @@ from pyro.optim import Adam, PyroOptim
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyro_iw import AdversarialSVI, FusedOptim
+from pyro_iw import AdversarialSVI, FusedOptim, adversarial
 
 D, PIXELS = 2, 5
 
@@ -757,6 +757,50 @@ def test_a_discriminator_that_wins_leaves_gradients(sign: float) -> None:
         assert losses.guide["z"] == pytest.approx(1e4, rel=1e-2)
         torch.testing.assert_close(step, torch.full((D,), -1.0))
     assert math.isfinite(losses.discriminator["z"])
+
+
+# Waiting for the device.
+
+
+def test_nothing_is_read_off_the_device_before_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device there is nothing to read: any attempt is an error."""
+    where = torch.device("meta")
+    encoder, decoder, label = (
+        nn.Linear(*sizes, device=where) for sizes in [(PIXELS, D), (D, PIXELS), (D, 3)]
+    )
+    critic = nn.Sequential(
+        nn.Linear(D, 4, device=where), nn.BatchNorm1d(4, device=where), nn.Dropout(), nn.ReLU()
+    )
+    critic.append(nn.Linear(4, 1, device=where))
+    reports: list[Any] = []
+    monkeypatch.setattr(adversarial, "_report", lambda *losses: reports.append(losses))
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x), device=where):
+            z = pyro.sample("z", dist.Normal(torch.zeros(D, device=where), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x), device=where):
+            pyro.sample("z", dist.Normal(encoder(x), 0.1).to_event(1))
+
+    def supervised(x: Tensor, y: Tensor) -> None:
+        pyro.module("label", label)
+        pyro.module("encoder", encoder)
+        with pyro.plate("labelled", len(x), device=where):
+            pyro.sample("y", dist.Categorical(logits=label(encoder(x))), obs=y)
+
+    x, y = torch.randn(6, PIXELS, device=where), torch.zeros(6, dtype=torch.long, device=where)
+    with pyro.validation_enabled(False):
+        svi = AdversarialSVI(model, guide, critic, Adam({"lr": 0.1}), supervised=supervised)
+        svi.step(x, labelled=(x, y))
+        svi.evaluate_loss(x, labelled=(x, y))
+        assert len(reports) == 2
+        monkeypatch.undo()
+        with pytest.raises(NotImplementedError, match="no data"):
+            svi.evaluate_loss(x)
 
 
 # Checkpoints.
