@@ -321,6 +321,30 @@ def test_nested_plates_are_flattened_with_their_features() -> None:
     assert torch.equal(one_for_all.real["z"].features, torch.ones(4, 7))
 
 
+def test_a_cell_that_one_of_both_masks_counts_in_neither() -> None:
+    """As with a label that is observed for some: its latent rest is masked in the model alone."""
+    known = torch.tensor([True, False, True, False])
+    labels = torch.eye(2)[[0, 1, 1, 0]]
+
+    def labelled() -> None:
+        with pyro.plate("data", 4):
+            prior = dist.OneHotCategorical(torch.ones(2))
+            y = pyro.sample("y", prior, obs=labels, obs_mask=known)
+            pyro.sample("x", dist.Normal(y.sum(-1), 1.0), obs=X[:, 0])
+
+    def soft() -> None:
+        logits = pyro.param("logits", torch.zeros(4, 2))
+        with pyro.plate("data", 4):
+            pyro.sample("y_unobserved", dist.Delta(logits.softmax(-1), event_dim=1))
+
+    run = run_pair(Pair(labelled, soft), lambda latents: list(latents))
+    assert run.real["y_unobserved"].values.shape == run.fake["y_unobserved"].values.shape == (2, 2)
+    assert run.terms["y_observed"].item() == pytest.approx(2 * math.log(2))
+    masked_guide = poutine.mask(guide(), mask=known)
+    run = run_pair(Pair(model(), masked_guide), lambda latents: list(latents))
+    assert len(run.real["z"].values) == len(run.fake["z"].values) == 2
+
+
 @pytest.mark.parametrize(
     ("features", "message"),
     [
