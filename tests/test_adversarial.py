@@ -15,7 +15,13 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal, AutoNormalMessenger
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoHierarchicalNormalMessenger,
+    AutoNormal,
+    AutoNormalMessenger,
+)
 from pyro.nn import PyroModule
 from pyro.optim import Adam, PyroOptim
 from torch import Tensor, nn
@@ -633,15 +639,18 @@ def test_one_hot_guides(fn: Any) -> None:
     assert (encoder.weight - before).abs().min() > 0
 
 
-@pytest.mark.parametrize("kind", [AutoDelta, AutoDiagonalNormal, AutoNormal, AutoNormalMessenger])
+@pytest.mark.parametrize(
+    "kind",
+    [AutoDelta, AutoDiagonalNormal, AutoNormal, AutoNormalMessenger, AutoHierarchicalNormalMessenger],
+)
 def test_autoguides(kind: Any) -> None:
-    """A guide messenger runs the model, whose parameters it is not to update."""
+    """A guide messenger runs the model, and its codes may depend on parameters that are not its own."""
     x = torch.randn(4)
 
     def model() -> None:
         shift = pyro.param("shift", torch.tensor(0.3))
         with pyro.plate("data", 4):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Normal(shift, 1.0))
             pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
 
     critic = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1))
