@@ -230,6 +230,22 @@ def test_a_density_of_the_wrong_shape() -> None:
         AdversarialSVI(wrong, guide(), nn.Linear(2, 1), sgd()).step()
 
 
+@pytest.mark.parametrize("kind", ["mask", "scale"])
+def test_a_mask_or_scale_over_more_than_the_data(kind: str) -> None:
+    """It would count every density several times."""
+    over = torch.ones(5, 1, dtype=torch.bool if kind == "mask" else torch.float)
+
+    def repeated() -> None:
+        with pyro.plate("data", len(X)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            with poutine.mask(mask=over) if kind == "mask" else poutine.scale(scale=over):
+                pyro.sample("x", dist.Normal(X, 1.0).to_event(1), obs=X)
+
+    svi = AdversarialSVI(repeated, guide(), nn.Linear(2, 1), sgd())
+    with pytest.raises(ValueError, match=rf"The {kind} at site 'x' has shape \(5, 1\)"):
+        svi.step()
+
+
 def test_the_prior_leaves_before_the_decoder() -> None:
     reached = []
 
