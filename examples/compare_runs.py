@@ -174,14 +174,13 @@ def draw(groups: list[list[Run]]) -> Figure:
             label = run.name if run is runs[0] else None
             left.plot([record["epoch"] for record in history], curve, label=label, **style)
             right.plot(np.cumsum([record["seconds"] for record in history]), curve, **style)
-    settled = [
-        record["heldout_nll"]
-        for runs in groups
-        for run in runs
-        for record in run.history[len(run.history) // 3 :]
-    ]
-    margin = 0.1 * (max(settled) - min(settled)) or 1.0
-    left.set_ylim(min(settled) - margin, max(settled) + margin)
+    # The first steps fall from far above: what is to be seen comes after them.
+    history = [record for runs in groups for run in runs for record in run.history]
+    settled = [run.history[len(run.history) // 3 :] for runs in groups for run in runs]
+    shown = [record["heldout_nll"] for records in settled for record in records]
+    margin = 0.1 * (max(shown) - min(shown)) or 1.0
+    left.set_ylim(min(shown) - margin, max(shown) + margin)
+    left.set_xlim(left=0.9 * min(r["epoch"] for r in history if r["heldout_nll"] <= max(shown)))
     left.set_xscale("log")
     left.set_xlabel("epoch")
     right.set_xlabel("seconds of training")
