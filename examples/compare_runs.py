@@ -25,6 +25,7 @@ import numpy as np
 from checkpoint import write_bytes, write_json
 from deep_vae import MODEL_SETTINGS, TRAINING_SETTINGS
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Of one line's runs these may differ: the bits of the images are drawn with the seed.
 FREE = ("seed", "data_checksum")
@@ -182,6 +183,9 @@ def draw(groups: list[list[Run]]) -> Figure:
     left.set_ylim(min(shown) - margin, max(shown) + margin)
     left.set_xlim(left=0.9 * min(r["epoch"] for r in history if r["heldout_nll"] <= max(shown)))
     left.set_xscale("log")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_minor_formatter(NullFormatter())
     left.set_xlabel("epoch")
     right.set_xlabel("seconds of training")
     left.set_ylabel("held-out NLL [nats per datapoint]")
