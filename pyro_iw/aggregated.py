@@ -263,7 +263,7 @@ class TwoSamples:
         if predictions.shape != labels.shape or not bool(((predictions == 0) | (predictions == 1)).all()):
             raise ValueError(
                 f"{type(classifier).__name__}.predict must give 0 or 1 for each of {len(labels)} rows, but "
-                f"gave values of shape {tuple(predictions.shape)}, such as {predictions.flatten()[:3].tolist()}"
+                f"gave values of shape {tuple(predictions.shape)}, {predictions.flatten()[:3].tolist()} ..."
             )
         accuracy = (predictions == labels).double().mean().item()
         return ClassifierAccuracy(accuracy, math.sqrt(0.25 / len(labels)), len(labels))
