@@ -1,8 +1,8 @@
 """Two roads for one VAE: importance-weighted bounds, and a discriminator in place of the KL term.
 
 The pair of ``vae.py`` with few latents is trained with the ELBO, IWAE and MIWAE (as many particles each) and
-with AdversarialSVI. All four stand in one table: how well the aggregated posterior fits the prior (accuracy of
-a two-sample classifier, MMD), reconstruction, samples (Parzen window), and likelihood, by L_K and, for two
+with AdversarialSVI. All four stand in one table: how well the aggregated posterior fits the prior (accuracy
+of a two-sample classifier, MMD), reconstruction, samples (Parzen window), and likelihood, by L_K and, for two
 latents, by a sum over a grid that needs no guide. Try::
 
     python examples/two_roads.py                                   # 8×8 digits, some minutes
@@ -18,6 +18,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import datasets
@@ -52,7 +53,7 @@ COLUMNS = {
     "parzen": ("Parzen", ".1f"),
     "nll": ("NLL, L_{nll_particles}", ".2f"),
     "nll_grid": ("NLL, grid", ".2f"),
-    "active_units": ("active units", "d"),
+    "active_units": ("active units", ".1f"),
 }
 SHOWN_CODES = 1000
 SHOWN_SAMPLES = 100
@@ -67,10 +68,13 @@ SMOKE = {
     "parzen_samples": 50,
     "codes": 80,
     "validation_size": 20,
+    "seeds": 1,
 }
 
 
-def train(road: str, network: VAE, images: Tensor, data: ImageData, args: argparse.Namespace) -> float:
+def train(
+    road: str, network: VAE, images: Tensor, data: ImageData, seed: int, args: argparse.Namespace
+) -> float:
     """Train along one of the roads; minibatches, their bits and the steps are the same for all.
 
     Returns:
@@ -83,11 +87,11 @@ def train(road: str, network: VAE, images: Tensor, data: ImageData, args: argpar
         svi = AdversarialSVI(network.model, network.guide, discriminator, optim)
     else:
         svi = SVI(network.model, network.guide, optim, loss=vae.make_loss(road, args.M, args.K))
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     with vae.progress_bar(args.epochs * math.ceil(len(images) / args.batch_size), ROADS[road]) as bar:
         for epoch in range(args.epochs):
-            bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
+            bar.set_postfix_str(f"seed {seed}, epoch {epoch + 1}/{args.epochs}", refresh=False)
             for rows in torch.randperm(len(images), generator=generator).split(args.batch_size):
                 svi.step(images[rows] if data.binary else binarize(images[rows], generator))
                 bar.update()
@@ -96,7 +100,7 @@ def train(road: str, network: VAE, images: Tensor, data: ImageData, args: argpar
 
 @torch.no_grad()
 def grid_log_marginal(network: VAE, images: Tensor, spacing: float = SPACING) -> Tensor:
-    """log p(x) of bits ``[N, D]`` by a sum over a grid of two latents, ``[N]``: exact, and without a guide."""
+    """log p(x) of bits ``[N, D]`` by a sum over a grid of two latents, ``[N]``: without a guide."""
     axis = torch.arange(-REACH, REACH + spacing / 2, spacing)
     grid = torch.cartesian_prod(axis, axis)
     total = torch.full((len(images),), -math.inf, dtype=torch.float64)
@@ -130,7 +134,7 @@ def judge(
         data: With the intensities of the held-out images.
         args: From the command line.
     """
-    accuracy, mmd = both.classifier_accuracy(seed=args.seed), both.mmd()
+    accuracy, mmd = both.classifier_accuracy(), both.mmd()
     batches = heldout.split(vae.EVALUATION_BATCH)
     sampler = ImportanceSampler(network.model, network.guide, num_particles=100)
     distortion = torch.cat([rate_distortion(sampler, batch).distortion for batch in batches])
@@ -156,30 +160,30 @@ def judge(
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train and judge each, with the same seed."""
-    data = datasets.load(args.data, args.data_dir).subset(args.train_size, args.test_size, seed=args.seed)
+    """Train and judge each, with the same seeds; pictures are of the first."""
+    data = datasets.load(args.data, args.data_dir).subset(args.train_size, args.test_size)
     everything, labels = data.train.flatten(1), data.train_labels
     if args.validation_size >= len(everything):
         raise SystemExit(f"error: --validation-size leaves none of {len(everything)} images to train on")
     validation, images = everything[: args.validation_size], everything[args.validation_size :]
-    heldout = vae.heldout_images(data, args.seed).flatten(1)
+    heldout = vae.heldout_images(data, 0).flatten(1)
     seen = images[: args.codes]
-    bits = seen if data.binary else binarize(seen, torch.Generator().manual_seed(args.seed))
-    roads: dict[str, Any] = {}
-    for road in ROADS:
-        pyro.clear_param_store()
-        pyro.set_rng_seed(args.seed)
-        network = VAE(images.shape[1], args.latent, args.hidden, images.mean(0))
-        seconds = train(road, network, images, data, args)
-        both = aggregated_posterior(network.model, network.guide, bits.split(1000))["z"]
-        with torch.no_grad():
-            samples = network.decoder(torch.randn(SHOWN_SAMPLES, args.latent)).sigmoid()
-        roads[road] = {
-            **judge(network, both, heldout, validation, data, args),
-            "training_seconds": seconds,
-            "codes": plane(both.guide)[:SHOWN_CODES].tolist(),
-            "samples": samples.reshape(-1, *data.image_shape).tolist(),
-        }
+    bits = seen if data.binary else binarize(seen, torch.Generator().manual_seed(0))
+    roads: dict[str, Any] = {road: {"runs": []} for road in ROADS}
+    for seed in range(args.seed, args.seed + args.seeds):
+        for road, found in roads.items():
+            pyro.clear_param_store()
+            pyro.set_rng_seed(seed)
+            network = VAE(images.shape[1], args.latent, args.hidden, images.mean(0))
+            seconds = train(road, network, images, data, seed, args)
+            both = aggregated_posterior(network.model, network.guide, bits.split(1000))["z"]
+            columns = judge(network, both, heldout, validation, data, args)
+            found["runs"].append({**columns, "training_seconds": seconds})
+            if seed == args.seed:
+                with torch.no_grad():
+                    samples = network.decoder(torch.randn(SHOWN_SAMPLES, args.latent)).sigmoid()
+                found["codes"] = plane(both.guide)[:SHOWN_CODES].tolist()
+                found["samples"] = samples.reshape(-1, *data.image_shape).tolist()
     shown = seen[:SHOWN_SAMPLES].reshape(-1, *data.image_shape)
     classes = None if labels is None else labels[args.validation_size :][: args.codes][:SHOWN_CODES].tolist()
     prior = plane(torch.randn(SHOWN_CODES, args.latent))
@@ -198,15 +202,18 @@ def plane(codes: Tensor) -> Tensor:
 
 
 def table(results: dict[str, Any]) -> str:
-    """In markdown, a road a row."""
+    """In markdown, a road a row: means, and where there are several seeds, standard deviations over them."""
     roads = results["roads"]
-    columns = {key: column for key, column in COLUMNS.items() if key in roads["elbo"]}
+    columns = {key: column for key, column in COLUMNS.items() if key in roads["elbo"]["runs"][0]}
     titles = [title.format(**results["settings"]) for title, _ in columns.values()]
     lines = [f"| trained by | {' | '.join(titles)} |", "|:--|" + "--:|" * len(titles)]
     for road, found in roads.items():
-        entries = [f"{found[key]:{form}}" for key, (_, form) in columns.items()]
+        entries = []
+        for key, (_, form) in columns.items():
+            values = [one[key] for one in found["runs"]]
+            entries.append(f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if values[1:] else ""))
         lines.append(f"| {ROADS[road]} | {' | '.join(entries)} |")
-    error = roads["elbo"]["accuracy_error"]
+    error = roads["elbo"]["runs"][0]["accuracy_error"]
     lines.append(f"Two-sample accuracy: 0.5 ± {error:.3f} where codes and prior draws do not differ.")
     return "\n".join(lines)
 
@@ -219,7 +226,7 @@ def draw(results: dict[str, Any]) -> Figure:
     draw_codes(above[0], results["prior"], None, "prior")
     draw_samples(below[0], results["images"], "training images")
     for codes, samples, (road, found) in zip(above[1:], below[1:], roads.items(), strict=True):
-        title = f"{ROADS[road]}: accuracy {found['accuracy']:.2f}"
+        title = f"{ROADS[road]}: accuracy {found['runs'][0]['accuracy']:.2f}"
         draw_codes(codes, found["codes"], results["classes"], title)
         draw_samples(samples, found["samples"], "samples")
     return figure
@@ -257,7 +264,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add("--nll-particles", type=positive_int, default=1000, help="draws an image for L_K")
     add("--train-size", type=positive_int, default=60_000, help="training images, at most")
     add("--test-size", type=positive_int, default=10_000, help="held-out images, at most")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seeds", type=positive_int, default=3, help="runs of each")
+    add("--seed", type=int, default=0, help="the first of them")
     add("--out", type=Path, default=Path("results/two-roads"), help="folder for the results")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     return finish(parse(parser, argv, SMOKE), "two_roads", run, draw, table)
