@@ -419,10 +419,13 @@ def _cells(name: str, guide: Any, model: Any) -> tuple[Tensor, Tensor]:
     if not batch:
         raise ValueError(f"Site {name!r} lies in no plate, so it has no aggregated posterior over the data.")
     kept = torch.ones(batch, dtype=torch.bool)
-    for role, site in (("guide", guide), ("model", model)):
-        mask = site["mask"]
-        if mask is None:
-            continue
+    masks = [
+        (role, mask)
+        for role, site in (("guide", guide), ("model", model))
+        for mask in (site["mask"], getattr(site["fn"], "_mask", None))  # poutine.mask and .mask()
+        if mask is not None
+    ]
+    for role, mask in masks:
         mask = torch.as_tensor(mask, device="cpu")
         try:
             kept = kept & mask.expand(batch)

@@ -431,6 +431,8 @@ class TestAggregatedPosterior:
         both = aggregated_posterior(*pair, [x])["z"]
         for values in (both.guide, both.prior):
             torch.testing.assert_close(values[:, 0], torch.tensor([1.0, 3.0, 4.0]), rtol=0, atol=1e-2)
+        inside = pair_of(lambda x: dist.Normal(x, 1.0).mask(in_model), lambda x: dist.Delta(x).mask(in_guide))
+        torch.testing.assert_close(aggregated_posterior(*inside, [x])["z"].guide, x[[1, 3, 4]].unsqueeze(1))
         with pytest.raises(ValueError, match="Every cell of site 'z' is masked"):
             aggregated_posterior(poutine.mask(model, mask=False), guide, [x])
         with pytest.raises(ValueError, match=r"mask at site 'z' \(guide\) has shape \(4,\)"):
