@@ -92,7 +92,7 @@ class AdversarialSVI:
             one such site. It takes values ``[cells, *event_shape]`` and returns logits, ``[cells]`` or
             ``[cells, 1]``, positive for "from the prior". Its parameters are in the param store as under
             ``pyro.module("discriminator.<site>", ...)``.
-        optim: Pyro optimiser of phase 1; unused so far.
+        optim: Pyro optimiser of phase 1; unused so far, if copies of it are to be made.
         discriminator_optim: that of phase 2; by default, as for those below, a copy of ``optim``.
         guide_optim: that of phase 3. (The attributes of these names are the optimisers at work, for
             learning-rate schedulers to be stepped.)
@@ -141,7 +141,9 @@ class AdversarialSVI:
             "guide_optim": guide_optim,
             "supervised_optim": supervised_optim,
         }
-        _check_optims(optims)
+        copied = discriminator_optim is None or guide_optim is None
+        copied = copied or (supervised is not None and supervised_optim is None)
+        _check_optims(optims, copied)
         self.optim = optim
         self.discriminator_optim: PyroOptim = discriminator_optim or copy.deepcopy(optim)
         self.guide_optim: PyroOptim = guide_optim or copy.deepcopy(optim)
@@ -202,7 +204,9 @@ class AdversarialSVI:
     def evaluate_loss(
         self, *args: Any, labelled: Sequence[Any] | None = None, **kwargs: Any
     ) -> AdversarialLosses:
-        """The losses with all modules in eval mode; nothing is updated.
+        """The losses with all modules in eval mode; no parameter or running statistic changes.
+
+        Parameters that do not exist yet are made, and the random state advances.
 
         Arguments:
             args: as in :meth:`step`.
@@ -385,7 +389,8 @@ def _eval_mode(fns: Collection[Any]) -> Iterator[None]:
             module.training = True
 
 
-def _check_optims(optims: Mapping[str, Any]) -> None:
+def _check_optims(optims: Mapping[str, Any], copied: bool) -> None:
+    """Refuse optimisers that cannot be, also as what copies are made of."""
     names: dict[int, str] = {}
     for name, optim in optims.items():
         if optim is None:
@@ -399,12 +404,9 @@ def _check_optims(optims: Mapping[str, Any]) -> None:
                 "moments of its own: give each an optimiser, or leave it out to have a copy made."
             )
     optim = optims["optim"]
-    if (
-        optim.optim_objs
-        or getattr(optim, "optimizer", None) is not None
-        or optim._state_waiting_to_be_consumed
-    ):
+    used = optim.optim_objs or getattr(optim, "optimizer", None) or optim._state_waiting_to_be_consumed
+    if copied and used:
         raise ValueError(
-            "optim has a state already, which is none of the other phases'. Give an unused one; set_state of "
-            "AdversarialSVI takes up a saved state."
+            "optim has a state already, which is none of the other phases', so it cannot be copied for them. "
+            "Give an unused one, or one for each phase; a saved state goes into AdversarialSVI.set_state."
         )

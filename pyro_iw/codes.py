@@ -174,6 +174,7 @@ def run_pair(
     fake = _read_cells(prior, latents, features)
     with _Replay({name: site["value"] for name, site in latents.items()}):
         trace = poutine.trace(pair.model).get_trace(*pair.args, **pair.kwargs)
+    _check_regularised(prior.names, latents, _latents(trace))  # now also of what comes after the prior
     terms = observed_terms(trace, "model")
     if not terms:
         raise ValueError(
@@ -336,7 +337,13 @@ def _check_sites(prior: Prior, latents: Mapping[str, Any]) -> None:
         if name in names:
             _check_enumerated(name, sites[name], "model")
             _check_shapes(name, guided, sites[name])
-        elif name in sites or not guided["infer"].get("is_auxiliary"):
+    _check_regularised(names, latents, sites)
+
+
+def _check_regularised(names: Collection[str], latents: Mapping[str, Any], sites: Collection[str]) -> None:
+    """Refuse latents of the guide that have no discriminator, unless they are noise that only it has."""
+    for name, guided in latents.items():
+        if name not in names and (name in sites or not guided["infer"].get("is_auxiliary")):
             raise ValueError(
                 f"Latent site {name!r} of the guide has no discriminator, so nothing keeps it near its "
                 f"prior. Give it one: discriminators={{{name!r}: ...}}; a site of mere noise, that the "

@@ -21,7 +21,7 @@ from pyro.optim import Adam, PyroOptim
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyro_iw import AdversarialSVI, FusedOptim
+from pyro_iw import AdversarialSVI, FusedOptim, adversarial
 
 D, PIXELS = 2, 5
 
@@ -759,6 +759,50 @@ def test_a_discriminator_that_wins_leaves_gradients(sign: float) -> None:
     assert math.isfinite(losses.discriminator["z"])
 
 
+# Waiting for the device.
+
+
+def test_nothing_is_read_off_the_device_before_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device there is nothing to read: any attempt is an error."""
+    where = torch.device("meta")
+    encoder, decoder, label = (
+        nn.Linear(*sizes, device=where) for sizes in [(PIXELS, D), (D, PIXELS), (D, 3)]
+    )
+    critic = nn.Sequential(
+        nn.Linear(D, 4, device=where), nn.BatchNorm1d(4, device=where), nn.Dropout(), nn.ReLU()
+    )
+    critic.append(nn.Linear(4, 1, device=where))
+    reports: list[Any] = []
+    monkeypatch.setattr(adversarial, "_report", lambda *losses: reports.append(losses))
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x), device=where):
+            z = pyro.sample("z", dist.Normal(torch.zeros(D, device=where), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x), device=where):
+            pyro.sample("z", dist.Normal(encoder(x), 0.1).to_event(1))
+
+    def supervised(x: Tensor, y: Tensor) -> None:
+        pyro.module("label", label)
+        pyro.module("encoder", encoder)
+        with pyro.plate("labelled", len(x), device=where):
+            pyro.sample("y", dist.Categorical(logits=label(encoder(x))), obs=y)
+
+    x, y = torch.randn(6, PIXELS, device=where), torch.zeros(6, dtype=torch.long, device=where)
+    with pyro.validation_enabled(False):
+        svi = AdversarialSVI(model, guide, critic, Adam({"lr": 0.1}), supervised=supervised)
+        svi.step(x, labelled=(x, y))
+        svi.evaluate_loss(x, labelled=(x, y))
+        assert len(reports) == 2
+        monkeypatch.undo()
+        with pytest.raises(NotImplementedError, match="no data"):
+            svi.evaluate_loss(x)
+
+
 # Checkpoints.
 
 
@@ -799,3 +843,79 @@ def test_resume(kind: Any) -> None:
         torch.testing.assert_close(values(), expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="phases"):
         AdversarialSVI(p.model, p.guide, p.critics, Adam({"lr": 0.1})).set_state(state)
+
+
+# What it is for.
+
+
+@pytest.mark.slow
+def test_the_aggregated_posterior_becomes_the_prior() -> None:
+    """Data of one lump, a prior of five: classifiers cannot tell the codes of unseen data from prior draws.
+
+    Accuracies are of 4000 test values, with a standard error of 0.008 about chance, 0.5.
+    """
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.neighbors import KNeighborsClassifier
+
+    generator = torch.Generator().manual_seed(1)
+    mixing, size, steps = torch.randn(2, 10, generator=generator), 4000, 2000
+    angles = 2 * math.pi * torch.arange(5) / 5
+    centres = 2 * torch.stack([angles.cos(), angles.sin()], -1)
+
+    def data() -> Tensor:
+        lump = torch.randn(size, 2, generator=generator)
+        return torch.tanh(0.7 * lump @ mixing) + 0.05 * torch.randn(size, 10, generator=generator)
+
+    def network(inputs: int, outputs: int) -> nn.Module:
+        hidden = 64
+        return nn.Sequential(
+            nn.Linear(inputs, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, outputs),
+        )
+
+    train, test = data(), data()
+    encoder, decoder = network(10, 2), network(2, 10)
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            which = pyro.sample("component", dist.Categorical(torch.ones(5)), infer={"is_auxiliary": True})
+            z = pyro.sample("z", dist.Normal(centres[which], 0.4).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 0.3).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 0.2).to_event(1))
+
+    def accuracies() -> list[float]:
+        with torch.no_grad():
+            codes, draws = (poutine.trace(fn).get_trace(test).nodes["z"]["value"] for fn in (guide, model))
+        values, labels = torch.cat([codes, draws]).numpy(), np.repeat([0, 1], size)
+        order = np.random.default_rng(0).permutation(2 * size)
+        fit, score = order[:size], order[size:]
+        return [
+            classifier.fit(values[fit], labels[fit]).score(values[score], labels[score])
+            for classifier in (KNeighborsClassifier(30), HistGradientBoostingClassifier(max_iter=50))
+        ]
+
+    assert min(accuracies()) > 0.8
+    adam = {"lr": 1e-3, "betas": (0.5, 0.9)}
+    svi = AdversarialSVI(model, guide, network(2, 1), FusedOptim(torch.optim.Adam, adam))
+    optims = [svi.optim, svi.discriminator_optim, svi.guide_optim]
+    svi.step(train)
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(optim.optimizer, lambda step: min(1.0, 2 - 2 * step / steps))
+        for optim in optims
+    ]
+    for _ in range(steps):
+        svi.step(train[torch.randint(size, (256,))])
+        for scheduler in schedulers:
+            scheduler.step()
+    assert max(accuracies()) <= 0.55
+    with torch.no_grad():
+        error = (decoder(encoder(test)) - test).square().mean()
+    assert error < 0.1 * test.var(0).mean()

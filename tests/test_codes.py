@@ -111,6 +111,13 @@ REFUSED: dict[str, tuple[Callable, Callable, list[str], type, str]] = {
         ValueError,
         "'w' of the guide has no discriminator",
     ),
+    "marked as noise, but in the decoder": (
+        both(model(), global_site("w", dist.Normal(0.0, 1.0))),
+        both(global_site("w", infer=NOISE), guide()),
+        ["z"],
+        ValueError,
+        "'w' of the guide has no discriminator",
+    ),
     "enumerated in the model": (
         model(lambda: dist.OneHotCategorical(torch.ones(2)), infer=ENUMERATE),
         guide(),
