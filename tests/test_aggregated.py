@@ -462,6 +462,18 @@ class TestAggregatedPosterior:
         assert not encoder.training
         assert all(parameter.grad is None for parameter in encoder.parameters())
 
+    def test_nothing_is_recorded_for_gradients(self):
+        codes = torch.randn(6, requires_grad=True)
+        recorded = []
+
+        def posterior(x):
+            recorded.append(torch.is_grad_enabled())
+            return dist.Delta(codes)
+
+        both = aggregated_posterior(*pair_of(lambda x: dist.Normal(x, 1.0), posterior), [torch.zeros(6)])["z"]
+        assert recorded == [False]
+        assert not both.guide.requires_grad
+
     def test_what_makes_no_sense_is_refused(self):
         x = torch.randn(5)
         model, guide = pair_of(lambda x: dist.Normal(torch.zeros(len(x)), 1.0), lambda x: dist.Delta(x))
