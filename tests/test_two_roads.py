@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,10 @@ def test_the_grid_against_quadrature() -> None:
 def test_columns_of_a_model_whose_pixels_depend_on_nothing() -> None:
     torch.manual_seed(0)
     data, args = images_of(300), small()
-    network = vae.VAE(pixels=6, latent=2, hidden=5, mean_image=torch.linspace(0.2, 0.8, 6))
+    p = torch.linspace(0.2, 0.8, 6)
+    # Validation images lie near the samples, held-out ones do not: each would choose another bandwidth.
+    data = replace(data, train=p.reshape(2, 3) + 0.05 * torch.randn(300, 2, 3))
+    network = vae.VAE(pixels=6, latent=2, hidden=5, mean_image=p)
     with torch.no_grad():
         network.decoder[-1].weight.zero_()
         for head in (network.encoder.loc, network.encoder.log_scale):
@@ -75,12 +79,12 @@ def test_columns_of_a_model_whose_pixels_depend_on_nothing() -> None:
     heldout = vae.heldout_images(data, 0).flatten(1)
     both = aggregated_posterior(network.model, network.guide, [heldout])["z"]
     found = two_roads.judge(network, both, heldout, data.train.flatten(1), data, args)
-    p = torch.linspace(0.2, 0.8, 6)
     nll = -(heldout * p.log() + (1 - heldout) * (1 - p).log()).sum(1).mean().item()
     for column in ("nll", "nll_grid", "reconstruction"):
         assert found[column] == pytest.approx(nll, abs=1e-4)
     assert found["active_units"] == 0
     assert abs(found["accuracy"] - 0.5) < 4 * found["accuracy_error"]
+    assert found["mmd"] == pytest.approx(1000 * both.mmd().squared)
     assert abs(found["mmd"]) < 4 * found["mmd_error"]
     assert found["mmd_p_value"] > 0.001
     # All samples are one and the same: the window is a normal around it.
@@ -92,6 +96,7 @@ def test_columns_of_a_model_whose_pixels_depend_on_nothing() -> None:
             means[name, sigma] = log_p.mean().item()
     best = max(parzen.BANDWIDTHS, key=lambda sigma: means["validation", sigma])
     assert found["parzen_bandwidth"] == best
+    assert best != max(parzen.BANDWIDTHS, key=lambda sigma: means["heldout", sigma])
     assert found["parzen"] == pytest.approx(means["heldout", best], abs=1e-4)
 
 
