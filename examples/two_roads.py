@@ -2,8 +2,9 @@
 
 The pair of ``vae.py`` with few latents is trained with the ELBO, IWAE and MIWAE (as many particles each) and
 with AdversarialSVI. All four stand in one table: how well the aggregated posterior fits the prior (accuracy
-of a two-sample classifier, MMD), reconstruction, samples (Parzen window), and likelihood, by L_K and, for two
-latents, by a sum over a grid that needs no guide. Try::
+of a two-sample classifier, MMD), reconstruction, samples (Parzen window), and likelihood, by L_K (with the
+share of images whose weights have too heavy a tail, and the guide's median scale) and, for two latents, by a
+sum over a grid that needs no guide. Try::
 
     python examples/two_roads.py                                   # 8×8 digits, some minutes
     python examples/two_roads.py --latent 8
@@ -44,6 +45,7 @@ from pyro_iw import (
     aggregated_posterior,
     rate_distortion,
 )
+from pyro_iw.psis import pareto_smoothed
 
 ROADS = {"elbo": "ELBO", "iwae": "IWAE", "miwae": "MIWAE", "adversarial": "adversarial"}
 COLUMNS = {
@@ -53,8 +55,11 @@ COLUMNS = {
     "parzen": ("Parzen", ".1f"),
     "nll": ("NLL, L_{nll_particles}", ".2f"),
     "nll_grid": ("NLL, grid", ".2f"),
+    "khat": ("k̂ > 0.7", ".0%"),
+    "scale": ("guide's scale", ".4f"),
     "active_units": ("active units", ".1f"),
 }
+KHAT_IMAGES = 100
 SHOWN_CODES = 1000
 SHOWN_SAMPLES = 100
 # Half the width and the spacing of the grid over two latents, in standard deviations of the prior. The sum is
@@ -154,6 +159,11 @@ def judge(
         "nll": -vae.log_marginal(network, heldout, args.nll_particles, seed=args.seed).mean().item(),
         "active_units": active_units(network.guide, heldout.split(1000))["z"].num_active,
     }
+    few = heldout[:KHAT_IMAGES]
+    sampler = ImportanceSampler(network.model, network.guide, args.nll_particles)
+    khat = pareto_smoothed(torch.cat([particles.log_weights for particles in sampler.particles(few)]))[1]
+    results["khat"] = (khat > 0.7).double().mean().item()
+    results["scale"] = network.encoder(heldout)[1].median().item()
     if args.latent == 2:
         results["nll_grid"] = -grid_log_marginal(network, heldout).mean().item()
     return results

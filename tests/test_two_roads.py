@@ -83,6 +83,7 @@ def test_columns_of_a_model_whose_pixels_depend_on_nothing() -> None:
     for column in ("nll", "nll_grid", "reconstruction"):
         assert found[column] == pytest.approx(nll, abs=1e-4)
     assert found["active_units"] == 0
+    assert found["scale"] == 1.0
     assert abs(found["accuracy"] - 0.5) < 4 * found["accuracy_error"]
     assert found["mmd"] == pytest.approx(1000 * both.mmd().squared)
     assert abs(found["mmd"]) < 4 * found["mmd_error"]
@@ -98,6 +99,27 @@ def test_columns_of_a_model_whose_pixels_depend_on_nothing() -> None:
     assert found["parzen_bandwidth"] == best
     assert best != max(parzen.BANDWIDTHS, key=lambda sigma: means["heldout", sigma])
     assert found["parzen"] == pytest.approx(means["heldout", best], abs=1e-4)
+
+
+def test_the_tail_of_a_guide_that_is_too_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_roads, "grid_log_marginal", lambda *_: torch.zeros(1))
+    data, args = images_of(60), small()
+    args.nll_particles = 1000
+    network = vae.VAE(pixels=6, latent=2, hidden=5)
+    heldout = vae.heldout_images(data, 0).flatten(1)
+    shares = {}
+    for scale in (0.01, 1.5):
+        with torch.no_grad():
+            network.decoder[-1].weight.zero_()  # the posterior is the prior
+            network.encoder.loc[-1].weight.zero_()
+            network.encoder.log_scale[-1].weight.zero_()
+            network.encoder.log_scale[-1].bias.fill_(math.log(scale))
+        both = aggregated_posterior(network.model, network.guide, [heldout])["z"]
+        found = two_roads.judge(network, both, heldout, data.train.flatten(1), data, args)
+        assert found["scale"] == pytest.approx(scale)
+        shares[scale] = found["khat"]
+    assert shares[0.01] > 0.8  # w = exp(e²/2) for a standard normal e: k is 1
+    assert shares[1.5] < 0.1  # bounded weights
 
 
 def test_the_plane_is_that_of_the_largest_variance() -> None:
