@@ -70,10 +70,11 @@ class AdversarialSVI:
     4. *Supervised*, if given: minimises :math:`-\log` of the observed sites of a further Pyro function and
        updates the parameters it uses.
 
-    Cells are the entries of a latent site's batch shape; masked ones take no part. The terms of phases 2 and
-    3 are means over cells, whatever ``poutine.scale`` and subsampling say; those of phases 1 and 4 are sums,
-    with scales and masks, as in ``SVI``. Gradients are taken for the phase's own parameters alone, and none
-    stay in ``.grad``. Parameters of the prior alone are in none of the phases.
+    Cells are the entries of a latent site's batch shape; those that model or guide masks count neither among
+    the draws nor among the codes. The terms of phases 2 and 3 are means over cells, whatever
+    ``poutine.scale`` and subsampling say; those of phases 1 and 4 are sums, with scales and masks, as in
+    ``SVI``. Gradients are taken for the phase's own parameters alone, and none stay in ``.grad``. Parameters
+    of the prior alone are in none of the phases.
 
     In phase 2 the discriminators are in train mode, in phase 3 in eval mode. Guide and model stay in the mode
     they are in; running statistics of their batch normalisation follow from phase 1 (and 4) alone.

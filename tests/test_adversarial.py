@@ -15,7 +15,13 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal, AutoNormalMessenger
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoHierarchicalNormalMessenger,
+    AutoNormal,
+    AutoNormalMessenger,
+)
 from pyro.nn import PyroModule
 from pyro.optim import Adam, PyroOptim
 from torch import Tensor, nn
@@ -445,6 +451,34 @@ def test_subsampling_scales_the_reconstruction_alone() -> None:
     assert any(set(indices) != first for indices in seen)
 
 
+def test_the_supervised_phase_draws_its_own_minibatch() -> None:
+    """A plate of its own may bear the name of the pair's."""
+    p, x = pair(noise=None), images(12)
+    seen: dict[str, list[Any]] = {"pair": [], "supervised": []}
+
+    def minibatch(fn: Callable, name: str) -> Callable:
+        def run(*args: Tensor) -> None:
+            with pyro.plate("all", 12, subsample_size=3, dim=-2) as index:
+                seen[name].append(index.tolist())
+            fn(*args)
+
+        return run
+
+    supervised, labelled = with_labels(p)
+    svi = AdversarialSVI(
+        minibatch(p.model, "pair"),
+        minibatch(p.guide, "pair"),
+        p.critics,
+        sgd(0.1),
+        supervised=minibatch(supervised, "supervised"),
+    )
+    for _ in range(3):
+        svi.step(x, labelled=labelled)
+    svi.evaluate_loss(x, labelled=labelled)
+    assert len(seen["supervised"]) == 5  # with the trial, which takes the pair's noise and gives it back
+    assert not any(index in seen["pair"] for index in seen["supervised"][1:])
+
+
 def test_nested_plates_and_user_scale() -> None:
     critic = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1))
     x = torch.randn(3, 4)
@@ -605,15 +639,18 @@ def test_one_hot_guides(fn: Any) -> None:
     assert (encoder.weight - before).abs().min() > 0
 
 
-@pytest.mark.parametrize("kind", [AutoDelta, AutoDiagonalNormal, AutoNormal, AutoNormalMessenger])
+@pytest.mark.parametrize(
+    "kind",
+    [AutoDelta, AutoDiagonalNormal, AutoNormal, AutoNormalMessenger, AutoHierarchicalNormalMessenger],
+)
 def test_autoguides(kind: Any) -> None:
-    """A guide messenger runs the model, whose parameters it is not to update."""
+    """A guide messenger runs the model, and its codes may depend on parameters that are not its own."""
     x = torch.randn(4)
 
     def model() -> None:
         shift = pyro.param("shift", torch.tensor(0.3))
         with pyro.plate("data", 4):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Normal(shift, 1.0))
             pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
 
     critic = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1))
@@ -697,6 +734,30 @@ def test_a_mixture_prior_that_knows_labels() -> None:
     known = labels != 2
     torch.testing.assert_close(both[:6][known], 10.0 * labels[known, None].double().expand(-1, D))
     assert set(both[:6].round().flatten().tolist()) <= {0.0, 10.0}
+
+
+def test_the_priors_own_parameters_stay() -> None:
+    p, x = pair(noise=None), images()
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", p.decoder)
+        loc = pyro.param("prior", torch.ones(D, dtype=torch.float64))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+            assert p.decoder.weight.requires_grad
+            graphs.append(z.requires_grad)
+            pyro.sample("x", dist.Normal(p.decoder(z), 1.0).to_event(1), obs=x)
+
+    graphs: list[bool] = []
+    seen: list[bool] = []
+    p.critic.register_forward_pre_hook(lambda _, values: seen.append(values[0].requires_grad))
+    svi = AdversarialSVI(model, p.guide, p.critics, Adam({"lr": 0.1}))
+    for _ in range(2):
+        seen.clear()
+        svi.step(x)
+    assert seen == [False, True]  # prior draws carry no graph to the discriminator
+    assert graphs == [True, True]  # and the decoder runs once a step
+    assert pyro.param("prior").tolist() == [1.0, 1.0]
 
 
 def test_latents_that_only_the_model_has() -> None:
