@@ -1,6 +1,7 @@
 """Importance-weighted variational bounds for any Pyro model/guide pair."""
 
 from .adversarial import AdversarialLosses, AdversarialSVI
+from .aggregated import TwoSamples, aggregated_posterior
 from .bounds import Bound
 from .diagnostics import GradientSNR, gradient_snr
 from .elbo import ImportanceWeightedELBO
@@ -29,7 +30,9 @@ __all__ = [
     "LogMarginal",
     "Particles",
     "RateDistortion",
+    "TwoSamples",
     "active_units",
+    "aggregated_posterior",
     "bound_curve",
     "gradient_snr",
     "rate_distortion",
