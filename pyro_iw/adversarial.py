@@ -179,6 +179,7 @@ class AdversarialSVI:
             run = self._run(pair)
             critics.try_on(run.fake)
             critic_params = critics.parameters()
+            _check_separate(critic_params, run)
             _check_finite("reconstruction", run.terms)
             _update(self.optim, run.terms, {**run.guide_params, **run.model_params})
             with watch_batch_norm(restore=True):
@@ -192,7 +193,7 @@ class AdversarialSVI:
         with critics.mode(train=False):
             guide = critics.guide_losses(fake)
             _check_finite("guide", guide)
-            _update(self.guide_optim, guide, guide_params)
+            _update(self.guide_optim, guide, _without(guide_params, critic_params))
 
         supervised: dict[str, Tensor] | None = None
         if labelled is not None:
@@ -224,6 +225,7 @@ class AdversarialSVI:
         with torch.no_grad(), _eval_mode(fns):
             with OneMinibatch():
                 run = self._run(pair)
+            critics.try_on(run.fake)
             with critics.mode(train=False):
                 discriminator, guide = critics.losses(run.real, run.fake), critics.guide_losses(run.fake)
             supervised = None if labelled is None else self._run_supervised(labelled)[0]
@@ -324,6 +326,32 @@ def _update(optim: PyroOptim, losses: Mapping[str, Tensor], params: Mapping[str,
     finally:
         for leaf in moved:
             leaf.grad = None
+    # Else the next phase would run on copies of what the parameters were, if a user's autocast is around.
+    torch.clear_autocast_cache()
+
+
+def _without(params: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters that are not among others, under whatever name: a module of all parts registers all."""
+    ids = {id(param) for param in others.values()}
+    return {name: param for name, param in params.items() if id(param) not in ids}
+
+
+def _check_separate(critic_params: Mapping[str, Tensor], run: Run) -> None:
+    """Refuse codes that depend on a discriminator's parameters, which no phase could call its own."""
+    own = _without(run.guide_params, critic_params)
+    shared = {
+        name: param for name, param in run.guide_params.items() if name not in own and param.requires_grad
+    }
+    codes = [cells.values.sum() for cells in run.fake.values() if cells.values.requires_grad]
+    if not shared or not codes:
+        return
+    grads = torch.autograd.grad(codes, list(shared.values()), retain_graph=True, allow_unused=True)
+    used = [name for name, grad in zip(shared, grads, strict=True) if grad is not None]
+    if used:
+        raise ValueError(
+            f"The guide's codes depend on parameters of a discriminator: {used}. The phases pull them in "
+            "opposite directions, so give the discriminator layers of its own."
+        )
 
 
 def _check_finite(phase: str, losses: Mapping[str, Tensor]) -> None:
@@ -372,9 +400,11 @@ def _eval_mode(fns: Collection[Any]) -> Iterator[None]:
     switched = []
 
     def switch(module: nn.Module, _: Any = None) -> None:
-        if module.training:
-            switched.append(module)
-            module.training = False
+        # With its parts: not all are called as modules, and hooks do not reach into a compiled one.
+        for part in module.modules() if module.training else ():
+            if part.training:
+                switched.append(part)
+                part.training = False
 
     for fn in fns:
         fn = poutine.unwrap(fn)

@@ -112,8 +112,8 @@ class Prior(Messenger):
             raise _AllDrawn
 
 
-class _AllDrawn(Exception):
-    """Leaves the model."""
+class _AllDrawn(BaseException):
+    """Leaves the model, past any ``except Exception`` of its own."""
 
 
 class Run(NamedTuple):

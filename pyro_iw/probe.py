@@ -84,15 +84,22 @@ def watch_batch_norm(enabled: bool = True, restore: bool = False) -> Iterator[di
     buffers: dict[_BatchNorm, dict[str, Tensor | None]] = {}
     lazy: list[_BatchNorm] = []
 
+    def keep(module: torch.nn.Module) -> None:
+        if isinstance(module, _BatchNorm) and module.training and module not in buffers:
+            # A copy takes the updates: a graph may hold on to the buffers themselves.
+            buffers[module] = dict(module._buffers)
+            for name, buffer in buffers[module].items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+
     def look(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if restore and "_orig_mod" in module._modules:  # as torch.compile wraps it: no hook is called inside
+            for part in module.modules():
+                keep(part)
         if isinstance(module, _BatchNorm) and module.training and inputs:
             if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
                 lazy.append(module)  # its statistics are made by this very call
-            elif module not in buffers and module not in lazy and restore:
-                # A copy takes the updates: a graph may hold on to the buffers themselves.
-                buffers[module] = dict(module._buffers)
-                for name, buffer in buffers[module].items():
-                    module._buffers[name] = None if buffer is None else buffer.clone()
+            elif module not in lazy and restore:
+                keep(module)
             seen[module] = max(seen.get(module, 0), inputs[0].numel())
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
