@@ -17,7 +17,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .codes import Run, observed_terms, parameters, run_pair
 from .discriminators import Discriminators
+from .optim import FusedOptim
 from .probe import watch_batch_norm
 from .random_state import RandomState
 from .traces import OneMinibatch, Pair
@@ -94,6 +95,7 @@ class AdversarialSVI:
             ``[cells, 1]``, positive for "from the prior". Its parameters are in the param store as under
             ``pyro.module("discriminator.<site>", ...)``.
         optim: Pyro optimiser of phase 1; unused so far, if copies of it are to be made.
+            :class:`~pyro_iw.FusedOptim` is the fastest.
         discriminator_optim: that of phase 2; by default, as for those below, a copy of ``optim``.
         guide_optim: that of phase 3. (The attributes of these names are the optimisers at work, for
             learning-rate schedulers to be stepped.)
@@ -101,7 +103,7 @@ class AdversarialSVI:
         supervised_optim: its optimiser.
         condition: function of the arguments of model and guide that returns features ``[*batch, C]``, which
             the discriminators get as a second argument ``[cells, C]``; say one-hot labels, with one class
-            more for "unlabelled", where the model's prior knows the labels.
+            more for "unlabelled", where the model's prior knows the labels. It runs without gradients.
 
     Raises:
         ValueError: if there is no discriminator or an argument is not of the kind described.
@@ -172,6 +174,11 @@ class AdversarialSVI:
             NotImplementedError: if a latent site is marked to be enumerated.
         """
         self._check_labelled(labelled)
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "step is called where gradients are off (torch.no_grad or inference_mode), so it would "
+                "update nothing. Call it outside; for the losses alone there is evaluate_loss."
+            )
         pair, critics = Pair(self.model, self.guide, args, kwargs), self._discriminators
         if labelled is not None and not self._tried_supervised:
             self._try_supervised(labelled)
@@ -206,9 +213,10 @@ class AdversarialSVI:
     def evaluate_loss(
         self, *args: Any, labelled: Sequence[Any] | None = None, **kwargs: Any
     ) -> AdversarialLosses:
-        """The losses with all modules in eval mode; no parameter or running statistic changes.
+        """The losses with modules in eval mode; no parameter or running statistic changes.
 
-        Parameters that do not exist yet are made, and the random state advances.
+        Modules are found where they are called, where model and guide are one or methods of one, and in their
+        closures. Parameters that do not exist yet are made, and the random state advances.
 
         Arguments:
             args: as in :meth:`step`.
@@ -256,10 +264,12 @@ class AdversarialSVI:
         if state.keys() != optims.keys():
             raise ValueError(f"The state is for the phases {sorted(state)}, this has {sorted(optims)}.")
         for phase, optim in optims.items():
-            # Pyro's reads a state for parameters that it has not met yet, and leaves the others as they are.
-            state_now = {**optim._state_waiting_to_be_consumed, **optim.get_state(), **state[phase]}
+            # set_state alone leaves the moments of parameters that the state does not have.
             optim.optim_objs.clear()
-            optim.set_state(state_now)
+            optim._state_waiting_to_be_consumed = {}
+            if isinstance(optim, FusedOptim):
+                optim.optimizer = None
+            optim.set_state(dict(state[phase]))
 
     def _optims(self) -> dict[str, PyroOptim]:
         optims = {
@@ -407,9 +417,7 @@ def _eval_mode(fns: Collection[Any]) -> Iterator[None]:
                 part.training = False
 
     for fn in fns:
-        fn = poutine.unwrap(fn)
-        owner = getattr(fn, "__self__", fn)
-        for module in owner.modules() if isinstance(owner, nn.Module) else ():
+        for module in _modules_of(fn):
             switch(module)
     hook = nn.modules.module.register_module_forward_pre_hook(switch)
     try:
@@ -418,6 +426,21 @@ def _eval_mode(fns: Collection[Any]) -> Iterator[None]:
         hook.remove()
         for module in switched:
             module.training = True
+
+
+def _modules_of(fn: Any) -> Iterator[nn.Module]:
+    """What a function is, belongs to, or holds in its closure or as a partial's arguments."""
+    fn = poutine.unwrap(fn)
+    held = [fn]
+    if isinstance(fn, functools.partial):
+        held += [fn.func, *fn.args, *fn.keywords.values()]
+    for cell in getattr(fn, "__closure__", None) or ():
+        with suppress(ValueError):  # of a cell that is empty so far
+            held.append(cell.cell_contents)
+    for one in held:
+        owner = getattr(one, "__self__", one)
+        if isinstance(owner, nn.Module):
+            yield owner
 
 
 def _check_optims(optims: Mapping[str, Any], copied: bool) -> None:

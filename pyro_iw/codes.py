@@ -51,6 +51,8 @@ class Cells(NamedTuple):
         values = value.reshape(math.prod(batch), *value.shape[len(batch) :])
         if features is not None:
             features = _flat_features(name, features, batch)
+            if not features.is_floating_point() and value.is_floating_point():
+                features = features.to(value.dtype)  # as of one_hot
         kept = None
         for site in (drawn, guided):
             for mask in (site["mask"], getattr(site["fn"], "_mask", None)):
@@ -168,7 +170,7 @@ def run_pair(
     prior = Prior(choose(latents))
     with torch.no_grad(), watch_batch_norm(restore=True):
         prior.run(pair)
-        features = None if condition is None else condition(*pair.args, **pair.kwargs)
+        features = None if condition is None else _check_features(condition(*pair.args, **pair.kwargs))
     _check_sites(prior, latents)
     if torch.is_grad_enabled():
         _check_gradients(prior, latents)
@@ -177,6 +179,7 @@ def run_pair(
     with _Replay({name: site["value"] for name, site in latents.items()}):
         trace = poutine.trace(pair.model).get_trace(*pair.args, **pair.kwargs)
     _check_regularised(prior.names, latents, _latents(trace))  # now also of what comes after the prior
+    _check_decoders_own(trace, latents, prior.sites)
     terms = observed_terms(trace, "model")
     if not terms:
         raise ValueError(
@@ -281,14 +284,21 @@ def _read_cells(
     return cells
 
 
-def _flat_features(name: str, features: Any, batch: torch.Size) -> Tensor:
-    """Features ``[cells, C]``."""
+def _check_features(features: Any) -> Tensor:
+    """What condition has returned, as features."""
     if not isinstance(features, Tensor) or not features.dim():
+        kind = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"condition has to return a tensor [*batch, C], got {kind}.")
+    if not features.is_floating_point() and features.dim() == 1:
         raise ValueError(
-            f"condition has to return a tensor [*batch, C], got {tuple(features.shape)}."
-            if isinstance(features, Tensor)
-            else f"condition has to return a tensor [*batch, C], got {type(features).__name__}."
+            f"condition has to return features [*batch, C], but {features.dtype} of shape "
+            f"{tuple(features.shape)} seems to be ids of classes: return torch.nn.functional.one_hot of them."
         )
+    return features
+
+
+def _flat_features(name: str, features: Tensor, batch: torch.Size) -> Tensor:
+    """Features ``[cells, C]``."""
     size = features.shape[-1]
     _check_broadcasts("result of condition, but for its last dim,", name, features.shape[:-1], batch)
     return features.expand(*batch, size).reshape(math.prod(batch), size)
@@ -393,6 +403,20 @@ def _check_gradients(prior: Prior, latents: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{where}they depend on no parameter that requires one. Was a network frozen, detached or "
                 "run under no_grad?"
+            )
+
+
+def _check_decoders_own(trace: Any, latents: Collection[str], before: Collection[str]) -> None:
+    """Refuse draws of the decoder's own that hold up the gradient of what they are drawn from."""
+    for name, site in _latents(trace).items():
+        fn = site["fn"]
+        own = name not in latents and name not in before
+        if own and not getattr(fn, "has_rsample", False) and _is_learnt(fn):
+            raise ValueError(
+                f"No gradient flows through site {name!r} of the model, which it draws itself: "
+                f"{_base_name(fn)} is not reparameterised, so what it depends on would not learn. Give the "
+                "site to the guide, with a discriminator, or sum it out in the likelihood "
+                "(MixtureSameFamily)."
             )
 
 

@@ -71,7 +71,8 @@ class Discriminators:
                 raise ValueError(
                     f"One discriminator is given, but the guide has {len(names)} latent sites {names}. Give "
                     "a dict with a discriminator for each (sites of mere noise are to be marked "
-                    "infer={'is_auxiliary': True})."
+                    "infer={'is_auxiliary': True}; a code is drawn by pyro.sample, if need be from "
+                    "Delta(..., event_dim=...), and not by pyro.deterministic)."
                 )
             assert self._alone is not None
             self.modules = {names[0]: self._alone}
@@ -109,7 +110,8 @@ class Discriminators:
                 if params[full] is not param:
                     raise ValueError(
                         f"The param store has another parameter {full!r} than the discriminator of site "
-                        f"{site!r}. If it is of an earlier run, call pyro.clear_param_store() first; if it "
+                        f"{site!r}. If it is of an earlier run, call pyro.clear_param_store() first; if of "
+                        "another AdversarialSVI at work, run each in a pyro.get_param_store().scope(); if it "
                         f"was loaded, pyro.module('discriminator.{site}', module, update_module_params=True) "
                         "puts it into the module."
                     )
@@ -132,7 +134,8 @@ class Discriminators:
                 continue
             state = RandomState.now()
             with torch.enable_grad(), self.mode(train=False):
-                logits = self._logits(name, Cells(values.detach().requires_grad_(), features))
+                # A clone, since a leaf would not take a first operation in place.
+                logits = self._logits(name, Cells(values.detach().requires_grad_().clone(), features))
             state.restore()
             if _is_sigmoid(logits):
                 raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .enumeration import is_enumerated
@@ -81,11 +81,11 @@ def watch_batch_norm(enabled: bool = True, restore: bool = False) -> Iterator[di
     if not enabled:
         yield seen
         return
-    buffers: dict[_BatchNorm, dict[str, Tensor | None]] = {}
-    lazy: list[_BatchNorm] = []
+    buffers: dict[_NormBase, dict[str, Tensor | None]] = {}
+    lazy: list[_NormBase] = []
 
     def keep(module: torch.nn.Module) -> None:
-        if isinstance(module, _BatchNorm) and module.training and module not in buffers:
+        if isinstance(module, _NormBase) and module.training and module not in buffers:
             # A copy takes the updates: a graph may hold on to the buffers themselves.
             buffers[module] = dict(module._buffers)
             for name, buffer in buffers[module].items():
@@ -95,12 +95,13 @@ def watch_batch_norm(enabled: bool = True, restore: bool = False) -> Iterator[di
         if restore and "_orig_mod" in module._modules:  # as torch.compile wraps it: no hook is called inside
             for part in module.modules():
                 keep(part)
-        if isinstance(module, _BatchNorm) and module.training and inputs:
+        if isinstance(module, _NormBase) and module.training and inputs:
             if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
                 lazy.append(module)  # its statistics are made by this very call
             elif module not in lazy and restore:
                 keep(module)
-            seen[module] = max(seen.get(module, 0), inputs[0].numel())
+            if isinstance(module, _BatchNorm):
+                seen[module] = max(seen.get(module, 0), inputs[0].numel())
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
     try:

@@ -1108,3 +1108,68 @@ def test_a_model_that_handles_exceptions() -> None:
             raise RuntimeError("in the model") from error
 
     AdversarialSVI(model, parts.guide, parts.critics, sgd(0.1)).step(images())
+
+
+def test_nothing_is_updated_silently_without_gradients() -> None:
+    p = pair()
+    svi = AdversarialSVI(p.model, p.guide, p.critics, sgd(0.1))
+    for off in (torch.no_grad, torch.inference_mode):
+        with off(), pytest.raises(ValueError, match=r"gradients are off .* evaluate_loss"):
+            svi.step(images())
+
+
+def test_a_state_is_taken_up_whole() -> None:
+    """Moments of later steps do not stay behind those of an earlier state."""
+    x = images()
+    for kind in (PyroOptim, FusedOptim):
+        pyro.clear_param_store()
+        p = pair(noise=None)
+        svi = AdversarialSVI(p.model, p.guide, p.critics, kind(torch.optim.Adam, {"lr": 0.1}))
+        start = copy.deepcopy(svi.get_state())
+        assert all(not states for states in start.values())
+        svi.step(x)
+        svi.set_state(start)
+        assert svi.get_state() == start
+
+
+def test_evaluation_of_a_closures_module_that_is_not_called() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(PIXELS, D).double()
+
+        def encode(self, x: Tensor) -> Tensor:
+            assert not self.training
+            return self.linear(x)
+
+    p, net = pair(), Net()
+    encode = Net().encode  # a method, likewise
+
+    def guide(x: Tensor) -> None:
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(net.encode(x) + encode(x), event_dim=1))
+
+    AdversarialSVI(p.model, guide, p.critics, sgd(0.1)).evaluate_loss(images())
+    assert net.training
+
+
+def test_statistics_of_instance_normalisation_follow_once() -> None:
+    def statistics(run: Callable) -> Tensor:
+        pyro.clear_param_store()
+        p = pair(noise=None)
+        torch.manual_seed(1)
+        norm = nn.InstanceNorm1d(1, track_running_stats=True).double()
+
+        def guide(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Delta(p.encoder(norm(x.unsqueeze(1)).squeeze(1)), event_dim=1))
+
+        pyro.module("encoder", p.encoder)
+        run(p, lambda x: (pyro.module("encoder", p.encoder), guide(x))[1])
+        return norm.running_mean
+
+    once = statistics(lambda p, guide: guide(images()))
+    stepped = statistics(lambda p, guide: AdversarialSVI(p.model, guide, p.critics, sgd(0.0)).step(images()))
+    assert once.abs().item() > 0
+    torch.testing.assert_close(stepped, once)

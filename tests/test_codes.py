@@ -410,3 +410,49 @@ def test_infinite_data_are_named_before_anything_moves() -> None:
     ):
         svi.step()
     assert not pyro.param("loc").any()
+
+
+def test_a_decoders_own_draw_that_stops_its_gradient() -> None:
+    logits = torch.zeros(2, requires_grad=True)
+
+    def decoder(learnt: bool) -> Callable:
+        def run() -> None:
+            with pyro.plate("data", len(X)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                k = pyro.sample("k", dist.Categorical(logits=z + logits if learnt else z), infer=NOISE)
+                loc = z.sum(-1, True).expand(-1, 3) + k.unsqueeze(-1)
+                pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=X)
+
+        return run
+
+    def fixed() -> None:
+        with pyro.plate("data", len(X)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer=NOISE)
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0 + k.unsqueeze(-1)).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, True).expand(-1, 3), 1.0).to_event(1), obs=X)
+
+    with pytest.raises(ValueError, match=r"'k' of the model, which it draws itself: Categorical is not rep"):
+        AdversarialSVI(decoder(True), guide(), nn.Linear(2, 1), sgd()).step()
+    with pytest.raises(ValueError, match="'k' of the model"):  # of the code, whose gradient it holds up, too
+        AdversarialSVI(decoder(False), guide(), nn.Linear(2, 1), sgd()).step()
+    pyro.clear_param_store()
+    AdversarialSVI(fixed, guide(), nn.Linear(2, 1), sgd()).step()  # part of the prior
+
+
+def test_what_condition_may_return() -> None:
+    labels = torch.tensor([0, 2, 1, 0])
+
+    class Critic(nn.Linear):
+        def forward(self, z: Tensor, c: Tensor) -> Tensor:
+            seen.append(c)
+            return super().forward(torch.cat([z, c], -1))
+
+    seen: list[Tensor] = []
+    one_hot = nn.functional.one_hot(labels)  # of integers
+    AdversarialSVI(model(), guide(), Critic(5, 1), sgd(), condition=lambda: one_hot).step()
+    assert torch.equal(seen[-1], one_hot.float())
+    pyro.clear_param_store()
+    for returned, message in ((labels, "ids of classes: .*one_hot"), (None, "tensor .* got NoneType")):
+        svi = AdversarialSVI(model(), guide(), Critic(5, 1), sgd(), condition=lambda value=returned: value)
+        with pytest.raises(ValueError, match=message):
+            svi.step()
