@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from options import make_loss, positive_float, positive_int
 from pictures import tile
 from pyro.infer import SVI
-from pyro.optim import Adam
-from torch import Tensor, nn
+from pyro.optim import ClippedAdam
+from torch import Tensor
 from vae import VAE
 
 from pyro_iw import (
@@ -66,9 +66,6 @@ SHOWN_SAMPLES = 100
 # Half the width and the spacing of the grid over two latents, in standard deviations of the prior. The sum is
 # exact to many digits where posteriors are at least as wide as the spacing.
 REACH, SPACING = 6.0, 0.02
-# Of Adam in the two phases that play against one another, as is usual since Radford et al. (1511.06434): with
-# more momentum each answers to where the other was.
-PLAYERS_BETAS = (0.5, 0.999)
 SMOKE = {
     "epochs": 1,
     "train_size": 100,
@@ -81,18 +78,6 @@ SMOKE = {
 }
 
 
-def make_discriminator(latent: int, hidden: int) -> nn.Sequential:
-    """Logits of codes ``[cells, latent]``: two hidden layers of rectified units, as in the paper."""
-    layers = (
-        nn.Linear(latent, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, 1),
-    )
-    return nn.Sequential(*layers, nn.Linear(hidden, 1))
-
-
 def train(
     road: str, network: VAE, images: Tensor, data: ImageData, seed: int, args: argparse.Namespace
 ) -> float:
@@ -101,22 +86,18 @@ def train(
     Returns:
         The seconds it took.
     """
-    optim = Adam({"lr": args.learning_rate, "eps": 1e-4})
+    steps = args.epochs * math.ceil(len(images) / args.batch_size)
+    # The rate falls to a tenth: at a constant one the two players of the adversarial road circle one another.
+    optim = ClippedAdam({"lr": args.learning_rate, "eps": 1e-4, "lrd": 0.1 ** (1 / steps)})
     svi: SVI | AdversarialSVI
     if road == "adversarial":
-        svi = AdversarialSVI(
-            network.model,
-            network.guide,
-            make_discriminator(args.latent, args.hidden),
-            optim,
-            discriminator_optim=Adam({"lr": args.learning_rate, "betas": PLAYERS_BETAS}),
-            guide_optim=Adam({"lr": args.learning_rate, "betas": PLAYERS_BETAS}),
-        )
+        discriminator = vae.mlp(args.latent, args.hidden, args.hidden, 1)
+        svi = AdversarialSVI(network.model, network.guide, discriminator, optim)
     else:
         svi = SVI(network.model, network.guide, optim, loss=make_loss(road, args.M, args.K))
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    with vae.progress_bar(args.epochs * math.ceil(len(images) / args.batch_size), ROADS[road]) as bar:
+    with vae.progress_bar(steps, ROADS[road]) as bar:
         for epoch in range(args.epochs):
             bar.set_postfix_str(f"seed {seed}, epoch {epoch + 1}/{args.epochs}", refresh=False)
             for rows in torch.randperm(len(images), generator=generator).split(args.batch_size):
@@ -289,7 +270,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add("--hidden", type=positive_int, default=200, help="width of the hidden layers")
     add("--epochs", type=positive_int, default=60, help="passes over the training images")
     add("--batch-size", type=positive_int, default=50, help="images a gradient step")
-    add("--learning-rate", type=positive_float, default=1e-3, help="Adam's, in every phase")
+    add("--learning-rate", type=positive_float, default=2e-3, help="Adam's at first, in every phase")
     add("--codes", type=positive_int, default=5000, help="training images to compare with the prior, at most")
     add("--validation-size", type=positive_int, default=150, help="images to choose Parzen's bandwidth by")
     add("--parzen-samples", type=positive_int, default=10_000, help="samples under the Parzen window")
