@@ -1,5 +1,6 @@
 """Importance-weighted variational bounds for any Pyro model/guide pair."""
 
+from .adversarial import AdversarialLosses, AdversarialSVI
 from .aggregated import TwoSamples, aggregated_posterior
 from .bounds import Bound
 from .diagnostics import GradientSNR, gradient_snr
@@ -18,6 +19,8 @@ __all__ = [
     "PIWAE_ELBO",
     "TVO_ELBO",
     "VR_ELBO",
+    "AdversarialLosses",
+    "AdversarialSVI",
     "Bound",
     "FusedOptim",
     "GradientSNR",
