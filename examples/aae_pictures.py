@@ -68,7 +68,7 @@ def save_style_grid(images: Tensor, path: Path) -> None:
     grid = tile(images.flatten(0, 1).cpu(), classes)
     figure = Figure(figsize=(5.5, 5.5 * styles / classes + 0.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     width = images.shape[-1] + 1
     axes.set_xticks([(c + 0.5) * width for c in range(classes)], [str(c) for c in range(classes)])
     axes.set_yticks([])
@@ -99,7 +99,7 @@ def save_clusters(
     grid = tile(rows.flatten(0, 1), columns + 2)
     figure = Figure(figsize=(6, 6 * number / (columns + 2) + 0.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ticks = [(i + 0.5) * (height + 1) for i in range(number)]
     axes.set_yticks(ticks, [str(c) for c in labels.tolist()], fontsize=7)
     axes.set_xticks([])
