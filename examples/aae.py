@@ -1,8 +1,8 @@
 """Adversarial autoencoders: the five uses of Makhzani et al. (1511.05644), as modes.
 
 ``unsupervised`` matches the codes of images to a prior: a Gaussian, a mixture, a swiss roll. ``steered``
-gives each class a part of the prior, from a few labels. ``semi-supervised`` splits images into class and style,
-``clustering`` does so without any label, and ``reduction`` puts the clusters into a plane. Try::
+gives each class a part of the prior, from a few labels. ``semi-supervised`` splits images into class and
+style, ``clustering`` does so without any label, and ``reduction`` puts the clusters into a plane. Try::
 
     python examples/aae.py --mode clustering                       # on 8×8 digits, under a minute
     python examples/aae.py --mode semi-supervised --seeds 5        # beside a classifier of the same labels
