@@ -39,9 +39,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "unsupervised": {"prior": "gaussian", "noise": 0.0},
     "steered": {"prior": "mixture", "noise": 0.1, "labels": 300},
     "semi-supervised": {"latent": 10, "noise": 0.3, "labels": 100},
-    "clustering": {"latent": 3, "noise": 0.1, "clusters": 16},
+    "clustering": {"latent": 5, "noise": 0.1, "clusters": 16},
     "reduction": {"latent": 2, "noise": 0.1, "clusters": 20},
 }
+# In more dims than this the style of 8×8 images holds their class too.
+DIGITS_LATENT = 3
 SMOKE = {"train_size": 120, "test_size": 40, "epochs": 2, "hidden": 16, "parzen_samples": 100, "labels": 30}
 # Of the training images, for the bandwidth of the Parzen windows alone.
 VALIDATION_SHARE = 0.1
@@ -188,6 +190,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Fill in the defaults of the mode, and refuse what the mode does not have."""
     defaults = DEFAULTS[args.mode]
+    given_latent = args.latent is not None
     allowed = {*defaults, "latent"} | ({"labels"} if args.mode == "reduction" else set())
     for name in ("prior", "labels", "clusters", "latent", "noise"):
         given = getattr(args, name)
@@ -198,8 +201,16 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         args.clusters = None
     if args.latent is None:
         args.latent = 8 if args.prior == "gaussian" else 2
+    elif not given_latent and args.data == "digits":
+        args.latent = min(args.latent, DIGITS_LATENT)
     if args.prior in ("mixture", "swiss-roll") and args.latent != 2:
         parser.error(f"--prior {args.prior} is in the plane: --latent is 2, not {args.latent}")
+    if args.noise < 0:
+        parser.error(f"--noise is a standard deviation, at least 0, not {args.noise}")
+    if args.batch_size == 1:
+        parser.error("--batch-size: batch normalisation needs two images at least")
+    if args.clusters == 1:
+        parser.error("--clusters: there is nothing to tell apart in one")
     if args.mode == "steered" and args.prior == "gaussian":
         parser.error("--mode steered needs a prior with parts: --prior mixture or swiss-roll")
     for name, value in SMOKE.items() if args.smoke else ():

@@ -113,7 +113,7 @@ def cluster_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         labels: Class ids, shape ``[N]``.
 
     Returns:
-        By majority of the images whose largest logit is the head's (0 for a head without any); and by the
+        By majority of the images whose largest logit is the head's (−1 for a head without any); and by the
         one image of highest probability for the head, as in the paper. Each of shape ``[heads]``.
     """
     heads = logits.shape[1]
@@ -121,7 +121,8 @@ def cluster_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     counts.index_put_((logits.argmax(-1), labels), torch.ones_like(labels), accumulate=True)
     # In double precision, and with logarithms: in single precision many probabilities are exactly 1.
     confident = logits.double().log_softmax(-1).argmax(0)
-    return counts.argmax(-1), labels[confident]
+    majority = torch.where(counts.any(-1), counts.argmax(-1), -1)
+    return majority, labels[confident]
 
 
 def cluster_results(

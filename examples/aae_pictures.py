@@ -56,6 +56,8 @@ def save_codes(codes: Tensor, labels: Tensor, prior: Tensor, parts: Tensor | Non
     scatter(left, codes[:, :2], labels)
     legend(left, int(labels.max()) + 1)
     scatter(right, prior[:, :2], parts)
+    limit = 1.05 * max(both[:, :2].abs().max().item() for both in (codes, prior))
+    left.set(xlim=(-limit, limit), ylim=(-limit, limit))
     more = f" (2 of {codes.shape[1]} dims)" if codes.shape[1] > 2 else ""
     left.set_title(f"Codes of the held-out images{more}", fontsize=10)
     right.set_title("Draws from the prior", fontsize=10)
@@ -77,7 +79,7 @@ def save_style_grid(images: Tensor, path: Path) -> None:
 
 
 def save_clusters(
-    heads: Tensor, images: Tensor, chosen: Tensor, labels: Tensor, path: Path, columns: int = 14
+    heads: Tensor, images: Tensor, chosen: Tensor, names: list[str], path: Path, columns: int = 14
 ) -> None:
     """A row a cluster: its head, then images that belong to it.
 
@@ -85,7 +87,7 @@ def save_clusters(
         heads: What the decoder makes of each head alone, shape ``[heads, H, W]``.
         images: Shape ``[N, H, W]``.
         chosen: The head of each, shape ``[N]``.
-        labels: The class that each head is given, shape ``[heads]``.
+        names: What each head is called.
         path: The file.
         columns: Images shown of each cluster, at most.
     """
@@ -101,7 +103,7 @@ def save_clusters(
     axes = figure.add_subplot()
     axes.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ticks = [(i + 0.5) * (height + 1) for i in range(number)]
-    axes.set_yticks(ticks, [str(c) for c in labels.tolist()], fontsize=7)
+    axes.set_yticks(ticks, names, fontsize=7)
     axes.set_xticks([])
     axes.set(ylabel="the class that the cluster is given")
     axes.set_title("Cluster heads, and held-out images in each cluster", fontsize=10)
@@ -193,17 +195,17 @@ def save_heads(
     """Styles by class where heads are classes, else clusters; and the plane, if they are in one."""
     heads = torch.eye(pair.heads, device=codes.device)
     centres = pair.decoder.code(heads, heads.new_zeros(pair.heads, pair.latent))
-    labels = torch.arange(pair.heads)
+    names = [str(label) for label in range(pair.heads)]
     if data.few is None:
         labels, _ = evaluation.cluster_labels(evaluation.head_logits(pair, data.images), data.labels)
+        names = [str(label) if label >= 0 else "none" for label in labels.tolist()]
         chosen = evaluation.head_logits(pair, data.heldout).argmax(-1)
         images = data.heldout.reshape(-1, *data.shape)
-        save_clusters(decoded(centres), images, chosen, labels, folder / "clusters.png")
+        save_clusters(decoded(centres), images, chosen, names, folder / "clusters.png")
     else:
         styles = torch.randn(STYLES, 1, pair.latent, device=codes.device)
         both = (tensor.expand(STYLES, pair.heads, -1) for tensor in (heads, styles))
         grid = decoded(pair.decoder.code(*both)).reshape(STYLES, pair.heads, *data.shape)
         save_style_grid(grid, folder / "styles.png")
     if plane:
-        names = [str(label) for label in labels.tolist()]
         save_embedding(codes, data.heldout_labels, centres, names, folder / "plane.png")

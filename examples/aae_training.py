@@ -74,7 +74,7 @@ class Trainer:
         images: Training images, shape ``[N, D]``.
         few: Labelled images and their classes, or ``None``; a batch of them comes with every step.
         hidden: The width of the discriminators.
-        batch_size: Images a step.
+        batch_size: Images a step, at least two.
         epochs: Passes over the images.
         learning_rate: Of all phases, at first; see :func:`decay`.
         seed: Of the order of the images, and of which labelled ones are seen when.
@@ -123,7 +123,8 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.images) / self.batch_size)
+        size = len(self.images)
+        return math.ceil(size / self.batch_size) - (size % self.batch_size == 1)
 
     def state(self) -> dict[str, Any]:
         """Everything that the steps to come depend on, for :func:`checkpoint.save`."""
@@ -159,7 +160,9 @@ class Trainer:
             self.order = torch.randperm(len(self.images), generator=self.generator, device=device)
             self.position = 0
             self.set_learning_rate(self.learning_rate * decay(self.step / self.steps_per_epoch / self.epochs))
-        rows = self.order[self.position : self.position + self.batch_size]
+        # One image alone has no variance for batch normalisation: the last one then joins those before.
+        lonely = len(self.order) - self.position == self.batch_size + 1
+        rows = self.order[self.position : self.position + self.batch_size + lonely]
         self.position += len(rows)
         if self.few is None:
             return self.images[rows], None
