@@ -16,6 +16,7 @@ A run can be killed at any time; ``--resume`` goes on to the bit. Losses are in 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import zlib
 from pathlib import Path
@@ -36,14 +37,16 @@ KIND = "examples/aae.py"
 DATA = ("digits", "mnist", "fashion-mnist")
 # What a mode does where the command line does not say.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "unsupervised": {"prior": "gaussian", "noise": 0.0},
-    "steered": {"prior": "mixture", "noise": 0.1, "labels": 300},
+    "unsupervised": {"prior": "gaussian", "noise": 0.0, "epochs": 200},
+    "steered": {"prior": "mixture", "noise": 0.1, "labels": 300, "epochs": 200},
     "semi-supervised": {"latent": 10, "noise": 0.3, "labels": 100},
     "clustering": {"latent": 5, "noise": 0.1, "clusters": 16},
     "reduction": {"latent": 2, "noise": 0.1, "clusters": 20},
 }
 # In more dims than this the style of 8×8 images holds their class too.
 DIGITS_LATENT = 3
+# The paper's, for its Parzen windows.
+GAUSSIAN_LATENT = 8
 SMOKE = {"train_size": 120, "test_size": 40, "epochs": 2, "hidden": 16, "parzen_samples": 100, "labels": 30}
 # Of the training images, for the bandwidth of the Parzen windows alone.
 VALIDATION_SHARE = 0.1
@@ -169,7 +172,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", choices=DATA, default="digits", help="the images")
     add("--data-dir", type=Path, default=Path("data"), help="where their files are; not for digits")
     add("--hidden", type=vae.positive_int, default=256, help="width of both hidden layers; 1000 in the paper")
-    add("--epochs", type=vae.positive_int, default=100, help="passes over the training images")
+    add("--epochs", type=vae.positive_int, help="passes over the training images: 200 for one code, else 100")
     add("--batch-size", type=vae.positive_int, default=100, help="images a step, and labelled ones beside")
     add("--learning-rate", type=vae.positive_float, default=1e-3, help="of all phases, at first")
     add("--parzen-samples", type=vae.positive_int, default=10_000, help="draws for the Parzen windows")
@@ -189,30 +192,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Fill in the defaults of the mode, and refuse what the mode does not have."""
-    defaults = DEFAULTS[args.mode]
-    given_latent = args.latent is not None
-    allowed = {*defaults, "latent"} | ({"labels"} if args.mode == "reduction" else set())
-    for name in ("prior", "labels", "clusters", "latent", "noise"):
-        given = getattr(args, name)
-        if given is not None and name not in allowed:
-            parser.error(f"--{name} is not for --mode {args.mode}")
-        setattr(args, name, defaults.get(name) if given is None else given)
+    defaults = {"epochs": 100, "latent": 2, **DEFAULTS[args.mode]}
     if args.mode == "reduction" and args.labels:
-        args.clusters = None
-    if args.latent is None:
-        args.latent = 8 if args.prior == "gaussian" else 2
-    elif not given_latent and args.data == "digits":
-        args.latent = min(args.latent, DIGITS_LATENT)
+        del defaults["clusters"]  # the heads are the classes
+    elif args.data == "digits":
+        defaults["latent"] = min(defaults["latent"], DIGITS_LATENT)
+    if (args.prior or defaults.get("prior")) == "gaussian":
+        defaults["latent"] = GAUSSIAN_LATENT
+    for name in ("prior", "labels", "clusters", "latent", "noise", "epochs"):
+        given = getattr(args, name)
+        if given is None:
+            setattr(args, name, defaults.get(name))
+        elif name not in defaults and (args.mode, name) != ("reduction", "labels"):
+            few = " with --labels" if args.mode == "reduction" and args.labels else ""
+            parser.error(f"--{name} is not for --mode {args.mode}{few}")
     if args.prior in ("mixture", "swiss-roll") and args.latent != 2:
         parser.error(f"--prior {args.prior} is in the plane: --latent is 2, not {args.latent}")
-    if args.noise < 0:
-        parser.error(f"--noise is a standard deviation, at least 0, not {args.noise}")
-    if args.batch_size == 1:
-        parser.error("--batch-size: batch normalisation needs two images at least")
-    if args.clusters == 1:
-        parser.error("--clusters: there is nothing to tell apart in one")
     if args.mode == "steered" and args.prior == "gaussian":
         parser.error("--mode steered needs a prior with parts: --prior mixture or swiss-roll")
+    if not 0 <= args.noise < math.inf:
+        parser.error(f"--noise is a standard deviation, at least 0, not {args.noise}")
+    if args.clusters == 1:
+        parser.error("--clusters: there is nothing to tell apart in one")
+    if args.batch_size == 1:
+        parser.error("--batch-size: batch normalisation needs two images at least")
     for name, value in SMOKE.items() if args.smoke else ():
         given = getattr(args, name)
         if name != "labels" or given is not None:

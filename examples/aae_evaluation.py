@@ -166,7 +166,9 @@ def evaluate(pair: Pair, data: Data, mode: str, *, parzen_samples: int, seed: in
     pair.eval()
     heldout, truth = data.heldout, data.heldout_labels
     with vae.seeded(seed, heldout.device):
-        results = reconstruction(pair, heldout) | fit_of_codes(pair, data.images)
+        results = reconstruction(pair, heldout) | fit_of_codes(pair, heldout)
+        training = fit_of_codes(pair, data.images)
+        results |= {f"{name}_training": value for name, value in training.items()}
         codes = encode(pair, heldout)
         if mode == "unsupervised":
             results |= parzen_results(pair, parzen_samples, data.validation, heldout)

@@ -293,11 +293,12 @@ def test_learning_rate_falls_in_the_second_half() -> None:
     assert [decay(p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)] == pytest.approx([1, 1, 1, 0.55, 0.1])
 
 
-def tiny_trainer(few: bool = True, **options: Any) -> Trainer:
-    pair = HeadsAAE(7, heads=10, latent=2, hidden=3)
-    labelled = (torch.rand(4, 7), torch.arange(4)) if few else None
+def tiny_trainer(few: bool = True, images: int = 8, **options: Any) -> Trainer:
+    """Three steps an epoch, the last of them a small one."""
+    pair = HeadsAAE(images, heads=10, latent=2, hidden=3)
+    labelled = (torch.rand(4, images), torch.arange(4)) if few else None
     options = {"hidden": 3, "batch_size": 3, "epochs": 4, "learning_rate": 1e-2, "seed": 0, **options}
-    return Trainer(pair, torch.eye(7), labelled, **options)
+    return Trainer(pair, torch.eye(images), labelled, **options)
 
 
 def test_every_epoch_shows_every_image_once_in_another_order() -> None:
@@ -307,8 +308,17 @@ def test_every_epoch_shows_every_image_once_in_another_order() -> None:
         batches = [trainer.next_batch() for _ in range(3)]
         assert all(few is None for _, few in batches)
         epochs.append(torch.cat([x for x, _ in batches]))
-    assert all(torch.equal(epoch.sum(0), torch.ones(7)) for epoch in epochs)
+    assert all(torch.equal(epoch.sum(0), torch.ones(8)) for epoch in epochs)
     assert not torch.equal(*epochs)
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(6, [3, 3]), (7, [3, 4]), (8, [3, 3, 2]), (2, [2])])
+def test_no_batch_is_of_one_image(images: int, sizes: list[int]) -> None:
+    trainer = tiny_trainer(few=False, images=images)
+    assert trainer.steps_per_epoch == len(sizes)
+    for _ in range(2):
+        assert [len(trainer.next_batch()[0]) for _ in sizes] == sizes
+    trainer.run(save=lambda: None, save_every=100, description="")
 
 
 def test_labelled_batches_keep_images_and_classes_together() -> None:
@@ -469,7 +479,11 @@ def test_summary() -> None:
 # Whole runs
 
 SMOKES: dict[str, tuple[list[str], set[str], set[str]]] = {
-    "unsupervised": (["--latent", "2"], {"codes", "samples", "manifold"}, {"parzen", "two_sample_accuracy"}),
+    "unsupervised": (
+        ["--latent", "2"],
+        {"codes", "samples", "manifold"},
+        {"parzen", "two_sample_accuracy_training"},
+    ),
     "unsupervised, 8 dims": ([], {"codes", "samples"}, {"parzen"}),
     "unsupervised, swiss roll": (["--prior", "swiss-roll"], {"codes", "samples", "manifold"}, {"parzen"}),
     "steered": ([], {"codes", "samples", "manifold"}, {"error"}),
@@ -680,12 +694,33 @@ def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
         (["--clusters", "0"], "at least 1"),
         (["--mode", "clustering", "--noise", "-1"], "--noise"),
         (["--mode", "clustering", "--clusters", "1"], "--clusters"),
+        (
+            ["--mode", "reduction", "--labels", "30", "--clusters", "12"],
+            "not for --mode reduction with --labels",
+        ),
+        (["--batch-size", "1"], "--batch-size"),
     ],
 )
 def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         aae.parse_args(argv)
     assert message in capsys.readouterr().err
+
+
+def test_defaults() -> None:
+    def of(*argv: str) -> tuple[Any, ...]:
+        args = aae.parse_args(list(argv))
+        return args.prior, args.latent, args.labels, args.clusters, args.epochs
+
+    assert of() == ("gaussian", 8, None, None, 200)
+    assert of("--prior", "swiss-roll") == ("swiss-roll", 2, None, None, 200)
+    assert of("--mode", "steered") == ("mixture", 2, 300, None, 200)
+    assert of("--mode", "semi-supervised") == (None, 3, 100, None, 100)
+    assert of("--mode", "semi-supervised", "--data", "mnist") == (None, 10, 100, None, 100)
+    assert of("--mode", "semi-supervised", "--latent", "7") == (None, 7, 100, None, 100)
+    assert of("--mode", "clustering", "--clusters", "30") == (None, 3, None, 30, 100)
+    assert of("--mode", "reduction") == (None, 2, None, 20, 100)
+    assert of("--mode", "reduction", "--labels", "100") == (None, 2, 100, None, 100)
 
 
 def test_too_few_images_for_the_labels(tmp_path: Path) -> None:
