@@ -35,10 +35,10 @@ def scatter(axes: Axes, points: Tensor, labels: Tensor | None) -> None:
     axes.set_aspect("equal")
 
 
-def legend(axes: Axes, classes: int) -> None:
-    """A dot a class."""
+def legend(figure: Figure, axes: Axes, classes: int) -> None:
+    """A dot a class, beside the axes."""
     dots = [axes.scatter([], [], s=20, color=COLOURS(c % 10), label=str(c)) for c in range(classes)]
-    axes.legend(handles=dots, fontsize=7, ncols=2, loc="upper right", title="class", title_fontsize=7)
+    figure.legend(handles=dots, fontsize=8, loc="outside right upper", title="class", title_fontsize=8)
 
 
 def save_codes(codes: Tensor, labels: Tensor, prior: Tensor, parts: Tensor | None, path: Path) -> None:
@@ -51,10 +51,10 @@ def save_codes(codes: Tensor, labels: Tensor, prior: Tensor, parts: Tensor | Non
         parts: Classes that these stand for, shape ``[N']``, or ``None``.
         path: The file.
     """
-    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.9), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     scatter(left, codes[:, :2], labels)
-    legend(left, int(labels.max()) + 1)
+    legend(figure, left, int(labels.max()) + 1)
     scatter(right, prior[:, :2], parts)
     limit = 1.05 * max(both[:, :2].abs().max().item() for both in (codes, prior))
     left.set(xlim=(-limit, limit), ylim=(-limit, limit))
@@ -120,7 +120,7 @@ def save_embedding(codes: Tensor, labels: Tensor, centres: Tensor, names: list[s
     for centre, name in zip(centres.cpu().tolist(), names, strict=True):
         box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": "black", "alpha": 0.8}
         axes.annotate(name, centre, ha="center", va="center", fontsize=8, bbox=box)
-    legend(axes, int(labels.max()) + 1)
+    legend(figure, axes, int(labels.max()) + 1)
     axes.set_title(
         "Held-out images in the plane; circles: heads, with the classes they are given", fontsize=10
     )
