@@ -363,6 +363,21 @@ def test_history_is_the_mean_of_an_epochs_steps() -> None:
             assert record[name] == pytest.approx(np.mean([t[name] for t in taken[3 * i : 3 * i + 3]]))
 
 
+def test_losses_are_per_image() -> None:
+    """Whatever the batch: twice the same images and labels have the losses of one copy."""
+    found = []
+    for copies in (1, 2):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        trainer = tiny_trainer()
+        few = (torch.rand(4, 8).repeat(copies, 1), torch.arange(4).repeat(copies))
+        x = torch.eye(8).repeat(copies, 1)
+        trainer.next_batch = lambda x=x, few=few: (x, few)  # type: ignore[method-assign]
+        found.append(trainer.take_step())
+    for name in ("reconstruction", "supervised"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-3)
+
+
 def test_classifier_learns_what_is_labelled() -> None:
     x = torch.eye(4).repeat(5, 1)
     labels = torch.tensor([2, 0, 1, 1]).repeat(5)
@@ -390,8 +405,8 @@ def test_cluster_labels_against_loops() -> None:
 
 def test_most_confident_where_single_precision_is_certain() -> None:
     logits = torch.tensor([[40.0, 0.0], [60.0, 0.0], [-30.0, 0.0], [-20.0, 0.0]])
-    assert (logits.softmax(-1)[:2, 0] == 1).all()
-    _, confident = aae_evaluation.cluster_labels(logits[[1, 0, 2, 3]] / 2, torch.tensor([1, 0, 2, 3]))
+    assert ((logits / 2).softmax(-1)[:2, 0] == 1).all()
+    _, confident = aae_evaluation.cluster_labels(logits / 2, torch.arange(4))
     assert confident.tolist() == [1, 2]
 
 
@@ -465,6 +480,41 @@ def test_codes_that_fit_and_codes_that_do_not() -> None:
     assert fits["two_sample_error"] == pytest.approx(0.5 / math.sqrt(2000))
     assert fits["two_sample_accuracy"] == pytest.approx(0.5, abs=4 * fits["two_sample_error"])
     assert misses["two_sample_accuracy"] == pytest.approx(0.760, abs=4 * misses["two_sample_error"])
+
+
+@pytest.mark.parametrize("mode", [["steered"], ["semi-supervised"], ["clustering"], ["reduction"]])
+def test_evaluation_is_of_held_out_images_in_eval_mode(mode: list[str]) -> None:
+    argv = ["--mode", *mode, "--hidden", "32", "--train-size", "300", "--test-size", "100"]
+    args = aae.parse_args(argv)
+    args.labels = args.labels and 50
+    data = aae.load_data(args, 0)
+    pair = aae.make_pair(args, 64).train()
+    before = torch.random.get_rng_state()
+    found = aae_evaluation.evaluate(pair, data, args.mode, parzen_samples=10, seed=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    x, truth = data.heldout, data.heldout_labels
+    # By the modules themselves: the noise of a pair in train mode would be seen here.
+    pair.eval()
+    with torch.no_grad():
+        z, h = pair.encoder.code(pair.encoder.trunk(x)), pair.encoder.trunk(x)
+        if mode == ["steered"]:
+            centres = [[math.cos(math.pi * c / 5), math.sin(math.pi * c / 5)] for c in range(10)]
+            # Untrained, all codes are near the centre, where the direction decides.
+            chosen = (z @ torch.tensor(centres).T).argmax(-1)
+            assert found["error"] == pytest.approx((chosen != truth).double().mean().item(), abs=0.1)
+            code = z
+        else:
+            logits = pair.encoder.heads(h)
+            code = pair.decoder.code(logits.softmax(-1), z)
+        if mode == ["semi-supervised"]:
+            assert found["error"] == pytest.approx((logits.argmax(-1) != truth).double().mean().item())
+        if "error_majority" in found:
+            known = pair.encoder.heads(pair.encoder.trunk(data.images))
+            expected = aae_evaluation.cluster_results(known, data.labels, logits, truth)
+            assert {key: found[key] for key in expected} == expected
+        log_p = dist.Normal(pair.images(code), 0.2).log_prob(x).sum(-1).mean()
+    assert found["reconstruction"] == pytest.approx(-log_p.item(), rel=1e-4)
+    assert ("neighbour_error" in found) == (mode == ["reduction"])
 
 
 def test_summary() -> None:
