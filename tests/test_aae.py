@@ -471,13 +471,13 @@ def test_parzen_results_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_codes_that_fit_and_codes_that_do_not() -> None:
     pair = LatentAAE(2, Gaussian(2), hidden=4).eval()
-    x = torch.randn(2000, 2)
+    x = torch.randn(1000, 2)
     with torch.no_grad():
         pair.encoder.forward = lambda x: x  # type: ignore[method-assign]
         fits = aae_evaluation.fit_of_codes(pair, x)
         misses = aae_evaluation.fit_of_codes(pair, x + 1.0)
-    # 2000 held-out draws; the best classifier of two normals √2 apart is right with probability Φ(√2 / 2).
-    assert fits["two_sample_error"] == pytest.approx(0.5 / math.sqrt(2000))
+    # 1000 held-out draws; the best classifier of two normals √2 apart is right with probability Φ(√2 / 2).
+    assert fits["two_sample_error"] == pytest.approx(0.5 / math.sqrt(1000))
     assert fits["two_sample_accuracy"] == pytest.approx(0.5, abs=4 * fits["two_sample_error"])
     assert misses["two_sample_accuracy"] == pytest.approx(0.760, abs=4 * misses["two_sample_error"])
 
