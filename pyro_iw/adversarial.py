@@ -70,10 +70,11 @@ class AdversarialSVI:
     4. *Supervised*, if given: minimises :math:`-\log` of the observed sites of a further Pyro function and
        updates the parameters it uses.
 
-    Cells are the entries of a latent site's batch shape; masked ones take no part. The terms of phases 2 and
-    3 are means over cells, whatever ``poutine.scale`` and subsampling say; those of phases 1 and 4 are sums,
-    with scales and masks, as in ``SVI``. Gradients are taken for the phase's own parameters alone, and none
-    stay in ``.grad``. Parameters of the prior alone are in none of the phases.
+    Cells are the entries of a latent site's batch shape; those that model or guide masks count neither among
+    the draws nor among the codes. The terms of phases 2 and 3 are means over cells, whatever
+    ``poutine.scale`` and subsampling say; those of phases 1 and 4 are sums, with scales and masks, as in
+    ``SVI``. Gradients are taken for the phase's own parameters alone, and none stay in ``.grad``. Parameters
+    of the prior alone are in none of the phases.
 
     In phase 2 the discriminators are in train mode, in phase 3 in eval mode. Guide and model stay in the mode
     they are in; running statistics of their batch normalisation follow from phase 1 (and 4) alone.
@@ -92,7 +93,7 @@ class AdversarialSVI:
             one such site. It takes values ``[cells, *event_shape]`` and returns logits, ``[cells]`` or
             ``[cells, 1]``, positive for "from the prior". Its parameters are in the param store as under
             ``pyro.module("discriminator.<site>", ...)``.
-        optim: Pyro optimiser of phase 1; unused so far.
+        optim: Pyro optimiser of phase 1; unused so far, if copies of it are to be made.
         discriminator_optim: that of phase 2; by default, as for those below, a copy of ``optim``.
         guide_optim: that of phase 3. (The attributes of these names are the optimisers at work, for
             learning-rate schedulers to be stepped.)
@@ -141,7 +142,9 @@ class AdversarialSVI:
             "guide_optim": guide_optim,
             "supervised_optim": supervised_optim,
         }
-        _check_optims(optims)
+        copied = discriminator_optim is None or guide_optim is None
+        copied = copied or (supervised is not None and supervised_optim is None)
+        _check_optims(optims, copied)
         self.optim = optim
         self.discriminator_optim: PyroOptim = discriminator_optim or copy.deepcopy(optim)
         self.guide_optim: PyroOptim = guide_optim or copy.deepcopy(optim)
@@ -202,7 +205,9 @@ class AdversarialSVI:
     def evaluate_loss(
         self, *args: Any, labelled: Sequence[Any] | None = None, **kwargs: Any
     ) -> AdversarialLosses:
-        """The losses with all modules in eval mode; nothing is updated.
+        """The losses with all modules in eval mode; no parameter or running statistic changes.
+
+        Parameters that do not exist yet are made, and the random state advances.
 
         Arguments:
             args: as in :meth:`step`.
@@ -385,7 +390,8 @@ def _eval_mode(fns: Collection[Any]) -> Iterator[None]:
             module.training = True
 
 
-def _check_optims(optims: Mapping[str, Any]) -> None:
+def _check_optims(optims: Mapping[str, Any], copied: bool) -> None:
+    """Refuse optimisers that cannot be, also as what copies are made of."""
     names: dict[int, str] = {}
     for name, optim in optims.items():
         if optim is None:
@@ -399,12 +405,9 @@ def _check_optims(optims: Mapping[str, Any]) -> None:
                 "moments of its own: give each an optimiser, or leave it out to have a copy made."
             )
     optim = optims["optim"]
-    if (
-        optim.optim_objs
-        or getattr(optim, "optimizer", None) is not None
-        or optim._state_waiting_to_be_consumed
-    ):
+    used = optim.optim_objs or getattr(optim, "optimizer", None) or optim._state_waiting_to_be_consumed
+    if copied and used:
         raise ValueError(
-            "optim has a state already, which is none of the other phases'. Give an unused one; set_state of "
-            "AdversarialSVI takes up a saved state."
+            "optim has a state already, which is none of the other phases', so it cannot be copied for them. "
+            "Give an unused one, or one for each phase; a saved state goes into AdversarialSVI.set_state."
         )

@@ -34,31 +34,32 @@ class Cells(NamedTuple):
     features: Tensor | None
 
     @classmethod
-    def read(cls, name: str, site: Any, event_dim: int, features: Tensor | None) -> Cells:
-        """The cells of a site.
+    def read(cls, name: str, value: Tensor, drawn: Any, guided: Any, features: Tensor | None) -> Cells:
+        """The cells of a site that neither model nor guide masks.
 
         Arguments:
             name: the site's name.
-            site: its message.
-            event_dim: number of its event dims.
+            value: its values.
+            drawn: its message in the model.
+            guided: its message in the guide.
             features: features ``[*batch, C]`` or what broadcasts to it.
 
         Raises:
-            ValueError: if features or mask do not broadcast to the batch shape.
+            ValueError: if features or a mask do not broadcast to the batch shape.
         """
-        value = site["value"]
-        batch = value.shape[: value.dim() - event_dim]
+        batch = value.shape[: value.dim() - drawn["fn"].event_dim]
         values = value.reshape(math.prod(batch), *value.shape[len(batch) :])
         if features is not None:
             features = _flat_features(name, features, batch)
         kept = None
-        for mask in (site["mask"], getattr(site["fn"], "_mask", None)):
-            if mask is None or mask is True:
-                continue
-            mask = torch.as_tensor(mask, dtype=torch.bool, device=value.device)
-            _check_broadcasts("mask", name, mask.shape, batch)
-            mask = mask.expand(batch).reshape(len(values))
-            kept = mask if kept is None else kept & mask
+        for site in (drawn, guided):
+            for mask in (site["mask"], getattr(site["fn"], "_mask", None)):
+                if mask is None or mask is True:
+                    continue
+                mask = torch.as_tensor(mask, dtype=torch.bool, device=value.device)
+                _check_broadcasts("mask", name, mask.shape, batch)
+                mask = mask.expand(batch).reshape(len(values))
+                kept = mask if kept is None else kept & mask
         if kept is not None:
             # Selected, though that waits for the device: what is masked is to be in no batch statistics.
             values = values[kept]
@@ -142,7 +143,8 @@ class Run(NamedTuple):
         """Cells of another run of the guide, and its parameters."""
         latents, params = run_guide(pair)
         _check_sites(self.prior, latents)
-        return _read_cells(self.prior, latents, self.features), _guides_own(pair, params, self.model_params)
+        cells = _read_cells(self.prior, latents, self.features)
+        return cells, _guides_own(pair, params, self.model_params)
 
 
 def run_pair(
@@ -170,10 +172,11 @@ def run_pair(
     _check_sites(prior, latents)
     if torch.is_grad_enabled():
         _check_gradients(prior, latents)
-    real = _read_cells(prior, prior.sites, features)
+    real = _read_cells(prior, latents, features, of_prior=True)
     fake = _read_cells(prior, latents, features)
     with _Replay({name: site["value"] for name, site in latents.items()}):
         trace = poutine.trace(pair.model).get_trace(*pair.args, **pair.kwargs)
+    _check_regularised(prior.names, latents, _latents(trace))  # now also of what comes after the prior
     terms = observed_terms(trace, "model")
     if not terms:
         raise ValueError(
@@ -266,11 +269,16 @@ def _latents(trace: Any) -> dict[str, Any]:
     }
 
 
-def _read_cells(prior: Prior, sites: Mapping[str, Any], features: Tensor | None) -> dict[str, Cells]:
-    return {
-        name: Cells.read(name, sites[name], prior.sites[name]["fn"].event_dim, features)
-        for name in prior.names
-    }
+def _read_cells(
+    prior: Prior, latents: Mapping[str, Any], features: Tensor | None, of_prior: bool = False
+) -> dict[str, Cells]:
+    """The guide's cells or the prior's, by site."""
+    cells = {}
+    for name in prior.names:
+        drawn, guided = prior.sites[name], latents[name]
+        value = (drawn if of_prior else guided)["value"]
+        cells[name] = Cells.read(name, value, drawn, guided, features)
+    return cells
 
 
 def _flat_features(name: str, features: Any, batch: torch.Size) -> Tensor:
@@ -336,7 +344,13 @@ def _check_sites(prior: Prior, latents: Mapping[str, Any]) -> None:
         if name in names:
             _check_enumerated(name, sites[name], "model")
             _check_shapes(name, guided, sites[name])
-        elif name in sites or not guided["infer"].get("is_auxiliary"):
+    _check_regularised(names, latents, sites)
+
+
+def _check_regularised(names: Collection[str], latents: Mapping[str, Any], sites: Collection[str]) -> None:
+    """Refuse latents of the guide that have no discriminator, unless they are noise that only it has."""
+    for name, guided in latents.items():
+        if name not in names and (name in sites or not guided["infer"].get("is_auxiliary")):
             raise ValueError(
                 f"Latent site {name!r} of the guide has no discriminator, so nothing keeps it near its "
                 f"prior. Give it one: discriminators={{{name!r}: ...}}; a site of mere noise, that the "

@@ -111,6 +111,13 @@ REFUSED: dict[str, tuple[Callable, Callable, list[str], type, str]] = {
         ValueError,
         "'w' of the guide has no discriminator",
     ),
+    "marked as noise, but in the decoder": (
+        both(model(), global_site("w", dist.Normal(0.0, 1.0))),
+        both(global_site("w", infer=NOISE), guide()),
+        ["z"],
+        ValueError,
+        "'w' of the guide has no discriminator",
+    ),
     "enumerated in the model": (
         model(lambda: dist.OneHotCategorical(torch.ones(2)), infer=ENUMERATE),
         guide(),
@@ -223,6 +230,22 @@ def test_a_density_of_the_wrong_shape() -> None:
         AdversarialSVI(wrong, guide(), nn.Linear(2, 1), sgd()).step()
 
 
+@pytest.mark.parametrize("kind", ["mask", "scale"])
+def test_a_mask_or_scale_over_more_than_the_data(kind: str) -> None:
+    """It would count every density several times."""
+    over = torch.ones(5, 1, dtype=torch.bool if kind == "mask" else torch.float)
+
+    def repeated() -> None:
+        with pyro.plate("data", len(X)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            with poutine.mask(mask=over) if kind == "mask" else poutine.scale(scale=over):
+                pyro.sample("x", dist.Normal(X, 1.0).to_event(1), obs=X)
+
+    svi = AdversarialSVI(repeated, guide(), nn.Linear(2, 1), sgd())
+    with pytest.raises(ValueError, match=rf"The {kind} at site 'x' has shape \(5, 1\)"):
+        svi.step()
+
+
 def test_the_prior_leaves_before_the_decoder() -> None:
     reached = []
 
@@ -312,6 +335,30 @@ def test_nested_plates_are_flattened_with_their_features() -> None:
         assert torch.equal(cells.features, kept[:, None])
     one_for_all = run_pair(pair, lambda latents: list(latents), lambda: torch.ones(7))
     assert torch.equal(one_for_all.real["z"].features, torch.ones(4, 7))
+
+
+def test_a_cell_that_one_of_both_masks_counts_in_neither() -> None:
+    """As with a label that is observed for some: its latent rest is masked in the model alone."""
+    known = torch.tensor([True, False, True, False])
+    labels = torch.eye(2)[[0, 1, 1, 0]]
+
+    def labelled() -> None:
+        with pyro.plate("data", 4):
+            prior = dist.OneHotCategorical(torch.ones(2))
+            y = pyro.sample("y", prior, obs=labels, obs_mask=known)
+            pyro.sample("x", dist.Normal(y.sum(-1), 1.0), obs=X[:, 0])
+
+    def soft() -> None:
+        logits = pyro.param("logits", torch.zeros(4, 2))
+        with pyro.plate("data", 4):
+            pyro.sample("y_unobserved", dist.Delta(logits.softmax(-1), event_dim=1))
+
+    run = run_pair(Pair(labelled, soft), lambda latents: list(latents))
+    assert run.real["y_unobserved"].values.shape == run.fake["y_unobserved"].values.shape == (2, 2)
+    assert run.terms["y_observed"].item() == pytest.approx(2 * math.log(2))
+    masked_guide = poutine.mask(guide(), mask=known)
+    run = run_pair(Pair(model(), masked_guide), lambda latents: list(latents))
+    assert len(run.real["z"].values) == len(run.fake["z"].values) == 2
 
 
 @pytest.mark.parametrize(

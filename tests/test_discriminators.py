@@ -224,6 +224,8 @@ def test_optimisers_that_cannot_be() -> None:
         AdversarialSVI(model, guide, critic, used).step()
         with pytest.raises(ValueError, match="optim has a state already"):
             AdversarialSVI(model, guide, critic, used)
+        others = {"discriminator_optim": Adam({"lr": 0.1}), "guide_optim": Adam({"lr": 0.1})}
+        AdversarialSVI(model, guide, critic, used, **others).step()
 
 
 def test_labels_that_cannot_be() -> None:
