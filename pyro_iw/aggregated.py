@@ -20,6 +20,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
@@ -186,6 +187,7 @@ class TwoSamples:
             bandwidth = _median_distance(prior[:_MEDIAN_DRAWS])
         elif not 0 < bandwidth < math.inf:
             raise ValueError(f"bandwidth must be positive, got {bandwidth!r}")
+        k = partial(_kernel, kernel, bandwidth)
         generator = torch.Generator().manual_seed(seed)
         signs = torch.randint(0, 2, (size, num_permutations), generator=generator) * 2.0 - 1.0
         signs = signs.to(guide)
@@ -194,12 +196,8 @@ class TwoSamples:
         squares = guide.new_zeros(())
         for start in progress_bar(range(0, size, chunk_size), show=progress, desc="MMD"):
             some = slice(start, start + chunk_size)
-            h = _kernel(kernel, guide[some], guide, bandwidth) + _kernel(
-                kernel, prior[some], prior, bandwidth
-            )
-            h -= _kernel(kernel, guide[some], prior, bandwidth) + _kernel(
-                kernel, prior[some], guide, bandwidth
-            )
+            h = k(guide[some], guide) + k(prior[some], prior)
+            h -= k(guide[some], prior) + k(prior[some], guide)
             h.diagonal(start).zero_()
             rows.append(h.sum(1))
             squares += h.square().sum()
@@ -263,7 +261,7 @@ class TwoSamples:
         if predictions.shape != labels.shape or not bool(((predictions == 0) | (predictions == 1)).all()):
             raise ValueError(
                 f"{type(classifier).__name__}.predict must give 0 or 1 for each of {len(labels)} rows, but "
-                f"gave values of shape {tuple(predictions.shape)}, such as {predictions.flatten()[:3].tolist()}"
+                f"gave values of shape {tuple(predictions.shape)}, {predictions.flatten()[:3].tolist()} ..."
             )
         accuracy = (predictions == labels).double().mean().item()
         return ClassifierAccuracy(accuracy, math.sqrt(0.25 / len(labels)), len(labels))
@@ -421,10 +419,13 @@ def _cells(name: str, guide: Any, model: Any) -> tuple[Tensor, Tensor]:
     if not batch:
         raise ValueError(f"Site {name!r} lies in no plate, so it has no aggregated posterior over the data.")
     kept = torch.ones(batch, dtype=torch.bool)
-    for role, site in (("guide", guide), ("model", model)):
-        mask = site["mask"]
-        if mask is None:
-            continue
+    masks = [
+        (role, mask)
+        for role, site in (("guide", guide), ("model", model))
+        for mask in (site["mask"], getattr(site["fn"], "_mask", None))  # poutine.mask and .mask()
+        if mask is not None
+    ]
+    for role, mask in masks:
         mask = torch.as_tensor(mask, device="cpu")
         try:
             kept = kept & mask.expand(batch)
@@ -441,7 +442,7 @@ def _cells(name: str, guide: Any, model: Any) -> tuple[Tensor, Tensor]:
     return values[0], values[1]
 
 
-def _kernel(kernel: str, a: Tensor, b: Tensor, bandwidth: float) -> Tensor:
+def _kernel(kernel: str, bandwidth: float, a: Tensor, b: Tensor) -> Tensor:
     """The kernel of every row of a with every row of b."""
     ratio = _squared_distances(a, b).div_(bandwidth**2)
     if kernel == "imq":

@@ -22,9 +22,12 @@ def test_against_scikit_learn(sigma: float, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_far_from_the_origin_and_from_all_samples() -> None:
-    value = parzen.log_likelihood(torch.tensor([[1e4]]), torch.tensor([[1e4 + 3.0]]), 0.1)
-    expected = -0.5 * 900 - math.log(0.1) - 0.5 * math.log(2 * math.pi)
-    assert value.item() == pytest.approx(expected, rel=1e-6)
+    sample = torch.full((1, 1), 1e7 / 3, dtype=torch.float64)
+    distances = torch.linspace(1, 5, 30, dtype=torch.float64)
+    values = parzen.log_likelihood(sample, sample + distances.unsqueeze(1), 0.1)
+    for value, distance in zip(values.tolist(), distances.tolist(), strict=True):
+        expected = -0.5 * (distance / 0.1) ** 2 - math.log(0.1) - 0.5 * math.log(2 * math.pi)
+        assert value == pytest.approx(expected, rel=1e-6)
 
 
 def test_many_samples_of_a_normal_give_its_convolution() -> None:
