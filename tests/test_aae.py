@@ -13,9 +13,11 @@ from typing import Any
 
 import aae
 import aae_evaluation
+import aae_pictures
 import checkpoint
 import datasets
 import numpy as np
+import pictures
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
@@ -498,10 +500,8 @@ def test_evaluation_is_of_held_out_images_in_eval_mode(mode: list[str]) -> None:
     with torch.no_grad():
         z, h = pair.encoder.code(pair.encoder.trunk(x)), pair.encoder.trunk(x)
         if mode == ["steered"]:
-            centres = [[math.cos(math.pi * c / 5), math.sin(math.pi * c / 5)] for c in range(10)]
-            # Untrained, all codes are near the centre, where the direction decides.
-            chosen = (z @ torch.tensor(centres).T).argmax(-1)
-            assert found["error"] == pytest.approx((chosen != truth).double().mean().item(), abs=0.1)
+            chosen = pair.prior.nearest(z)
+            assert found["error"] == pytest.approx((chosen != truth).double().mean().item())
             code = z
         else:
             logits = pair.encoder.heads(h)
@@ -524,6 +524,85 @@ def test_summary() -> None:
     assert summary["a"]["standard_error"] == pytest.approx(np.std([1, 4, 1], ddof=1) / math.sqrt(3))
     assert summary["b"] == {"mean": 2, "standard_error": 0}
     assert aae_evaluation.summarise(runs[:1]) == {"a": {"mean": 1}, "b": {"mean": 2}}
+
+
+# Pictures
+
+
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, int]]:
+    """The images of every grid drawn from now on, and the columns they are laid out in."""
+    grids: list[tuple[torch.Tensor, int]] = []
+    original = pictures.tile
+
+    def noted(images: torch.Tensor, columns: int) -> torch.Tensor:
+        grids.append((images.clone(), columns))
+        return original(images, columns)
+
+    for module in (pictures, aae_pictures):
+        monkeypatch.setattr(module, "tile", noted)
+    return grids
+
+
+def test_clusters_in_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = captured(monkeypatch)
+    heads, images = torch.rand(3, 2, 2), torch.rand(6, 2, 2)
+    chosen = torch.tensor([2, 0, 2, 2, 0, 2])
+    aae_pictures.save_clusters(heads, images, chosen, ["7", "none", "1"], tmp_path / "a.png", columns=3)
+    rows = grids[0][0].reshape(3, grids[0][1], 2, 2)
+    assert torch.equal(rows[:, 0], heads)
+    assert rows[:, 1].isnan().all()
+    assert torch.equal(rows[0, 2:4], images[[1, 4]])
+    assert torch.equal(rows[2, 2:], images[[0, 2, 3]])  # the fourth has no place
+    assert rows[1, 2:].isnan().all()
+
+
+def test_a_style_a_row_and_a_class_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = captured(monkeypatch)
+    args = aae.parse_args(["--mode", "semi-supervised", "--hidden", "8", "--test-size", "24"])
+    data = aae.load_data(args, 0)
+    pair = aae.make_pair(args, 64)
+    seen = []
+    code = pair.decoder.code
+    pair.decoder.code = lambda y, z: seen.append((y, z)) or code(y, z)  # type: ignore[method-assign]
+    history = [{"epoch": 1.0, "seconds": 1.0, "reconstruction": 2.0, "guide_z": 3.0}]
+    aae_pictures.save_all(pair, data, history, plane=False, seed=0, folder=tmp_path)
+    grid, columns = grids[-1]
+    assert columns == 10
+    y, z = seen[-1]
+    assert torch.equal(y, torch.eye(10).expand(10, 10, 10))
+    assert torch.equal(z, z[:, :1].expand(10, 10, 3))
+    with torch.no_grad():
+        torch.testing.assert_close(grid.reshape(10, 10, 64)[2, 7], pair.images(code(y[2, 7], z[2, 7])))
+
+
+def test_images_of_draws_and_of_the_manifold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = captured(monkeypatch)
+    args = aae.parse_args(
+        ["--prior", "swiss-roll", "--hidden", "8", "--train-size", "100", "--test-size", "24"]
+    )
+    data = aae.load_data(args, 0)
+    pair = aae.make_pair(args, 64)
+    shown = []
+    save_codes = aae_pictures.save_codes
+    monkeypatch.setattr(aae_pictures, "save_codes", lambda *a: shown.append(a) or save_codes(*a))
+    history = [{"epoch": 1.0, "seconds": 1.0, "reconstruction": 2.0, "guide_z": 3.0}]
+    aae_pictures.save_all(pair, data, history, plane=False, seed=0, folder=tmp_path)
+    codes, labels, draws, parts, _ = shown[0]
+    assert parts is None
+    assert torch.equal(labels, data.heldout_labels)
+    with torch.no_grad():
+        pair.eval()
+        assert torch.equal(codes, pair.encoder(data.heldout))
+        for (images, columns), latents, width in zip(
+            grids[1:], (draws[:100], pair.prior.manifold(16)), (10, 16), strict=True
+        ):
+            assert columns == width
+            torch.testing.assert_close(images.flatten(1), pair.images(latents))
+    # Originals above their reconstructions, twelve a row.
+    images = grids[0][0].flatten(1)
+    assert torch.equal(images[:12], data.heldout[:12])
+    with torch.no_grad():
+        torch.testing.assert_close(images[12:24], pair.images(codes[:12]))
 
 
 # Whole runs
