@@ -50,6 +50,8 @@ GAUSSIAN_LATENT = 8
 SMOKE = {"train_size": 120, "test_size": 40, "epochs": 2, "hidden": 16, "parzen_samples": 100, "labels": 30}
 # Of the training images, for the bandwidth of the Parzen windows alone.
 VALIDATION_SHARE = 0.1
+# Images that a two-sample test takes at least.
+FEWEST = 20
 # How far apart the heads of a reduction are to be, in standard deviations of the style.
 DISTANCE = 5.0
 # What may differ when a run goes on.
@@ -106,6 +108,7 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any
         if name not in FREE_SETTINGS
     }
     settings |= {"seed": seed, "data_checksum": zlib.crc32(data.images.cpu().numpy())}
+    settings["device_type"] = args.device.type  # a generator's state is of one kind of device
     path = folder / "checkpoint.pt"
     if path.exists() and not args.resume:
         raise FileExistsError(f"{path} is there already: go on with --resume, or name another --out")
@@ -216,6 +219,8 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--clusters: there is nothing to tell apart in one")
     if args.batch_size == 1:
         parser.error("--batch-size: batch normalisation needs two images at least")
+    if min(args.train_size or FEWEST, args.test_size or FEWEST) < FEWEST:
+        parser.error(f"--train-size and --test-size: at least {FEWEST}, to compare codes with the prior")
     for name, value in SMOKE.items() if args.smoke else ():
         given = getattr(args, name)
         if name != "labels" or given is not None:

@@ -827,6 +827,7 @@ def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
             ["--mode", "reduction", "--labels", "30", "--clusters", "12"],
             "not for --mode reduction with --labels",
         ),
+        (["--test-size", "19"], "at least 20"),
         (["--batch-size", "1"], "--batch-size"),
     ],
 )
