@@ -198,7 +198,7 @@ def save_heads(
     names = [str(label) for label in range(pair.heads)]
     if data.few is None:
         labels, _ = evaluation.cluster_labels(evaluation.head_logits(pair, data.images), data.labels)
-        names = [str(label) if label >= 0 else "none" for label in labels.tolist()]
+        names = [str(label) if label >= 0 else "–" for label in labels.tolist()]
         chosen = evaluation.head_logits(pair, data.heldout).argmax(-1)
         images = data.heldout.reshape(-1, *data.shape)
         save_clusters(decoded(centres), images, chosen, names, folder / "clusters.png")
