@@ -35,7 +35,7 @@ from options import make_loss, positive_float, positive_int
 from pictures import tile
 from pyro.infer import SVI
 from pyro.optim import ClippedAdam
-from torch import Tensor
+from torch import Tensor, nn
 from vae import VAE
 
 from pyro_iw import (
@@ -66,6 +66,9 @@ SHOWN_SAMPLES = 100
 # Half the width and the spacing of the grid over two latents, in standard deviations of the prior. The sum is
 # exact to many digits where posteriors are at least as wide as the spacing.
 REACH, SPACING = 6.0, 0.02
+# Of Adam in the two phases that play against one another, as is usual since Radford et al. (1511.06434): with
+# more momentum each answers to where the other was.
+PLAYERS_BETAS = (0.5, 0.999)
 SMOKE = {
     "epochs": 1,
     "train_size": 100,
@@ -78,6 +81,12 @@ SMOKE = {
 }
 
 
+def make_discriminator(latent: int, hidden: int) -> nn.Sequential:
+    """Logits of codes ``[cells, latent]``: two hidden layers of rectified units, as in the paper."""
+    layers = [nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, 1))
+
+
 def train(
     road: str, network: VAE, images: Tensor, data: ImageData, seed: int, args: argparse.Namespace
 ) -> float:
@@ -88,11 +97,18 @@ def train(
     """
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
     # The rate falls to a tenth: at a constant one the two players of the adversarial road circle one another.
-    optim = ClippedAdam({"lr": args.learning_rate, "eps": 1e-4, "lrd": 0.1 ** (1 / steps)})
+    falling = {"lr": args.learning_rate, "lrd": 0.1 ** (1 / steps)}
+    optim = ClippedAdam({**falling, "eps": 1e-4})
     svi: SVI | AdversarialSVI
     if road == "adversarial":
-        discriminator = vae.mlp(args.latent, args.hidden, args.hidden, 1)
-        svi = AdversarialSVI(network.model, network.guide, discriminator, optim)
+        svi = AdversarialSVI(
+            network.model,
+            network.guide,
+            make_discriminator(args.latent, args.hidden),
+            optim,
+            discriminator_optim=ClippedAdam({**falling, "betas": PLAYERS_BETAS}),
+            guide_optim=ClippedAdam({**falling, "betas": PLAYERS_BETAS}),
+        )
     else:
         svi = SVI(network.model, network.guide, optim, loss=make_loss(road, args.M, args.K))
     generator = torch.Generator().manual_seed(seed)

@@ -138,7 +138,7 @@ def test_all_roads_see_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {}
 
     class Stepper:
-        def __init__(self, model: Any, guide: Any, *_: Any, loss: Any = None) -> None:
+        def __init__(self, model: Any, guide: Any, *_: Any, loss: Any = None, **__: Any) -> None:
             self.road = "adversarial" if loss is None else repr(loss)
             losses[self.road] = loss
 
@@ -165,8 +165,8 @@ def test_the_other_road_trains_the_same_pair(monkeypatch: pytest.MonkeyPatch) ->
     made = []
 
     class Noted(AdversarialSVI):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
             made.append(self)
 
     monkeypatch.setattr(two_roads, "AdversarialSVI", Noted)
