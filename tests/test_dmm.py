@@ -120,7 +120,7 @@ def test_it_learns_more_than_frequencies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [(["--latent", "0"], "--latent: must be at least 1"), (["--loss", "tvo"], "invalid choice")],
+    [(["--latent", "0"], "--latent: must be at least 1"), (["--loss", "vimco"], "invalid choice")],
 )
 def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -100,7 +100,7 @@ def test_distances() -> None:
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [(["--batch-size", "5"], "unrecognized arguments"), (["--loss", "tvo"], "invalid choice")],
+    [(["--batch-size", "5"], "unrecognized arguments"), (["--loss", "vimco"], "invalid choice")],
 )
 def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
