@@ -10,8 +10,6 @@ becomes Var[w] / (2 K p(x)²) to leading order. Try::
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import pyro.distributions as dist
 import torch
 from checkpoint import write_json
 from matplotlib.figure import Figure
-from options import positive_int
+from options import new_parser, positive_int
 from torch import Tensor
 
 from pyro_iw import ImportanceSampler
@@ -73,6 +71,7 @@ def save_figure(log_w: Tensor, curves: dict[str, list[float]], sizes: list[int],
     left.axvline(LOG_P, color="0.3", linestyle="--", linewidth=1, label="log p(x)")
     left.set_title("log of the mean of K weights")
     left.set_xlabel("log p̂(x) [nats]")
+    left.set_ylabel("density")
     left.legend(loc="upper left")
     for name, bias in curves.items():
         style = {"ls": "--", "color": "0.3"} if "leading" in name else {"marker": "o", "markersize": 3}
@@ -87,9 +86,18 @@ def save_figure(log_w: Tensor, curves: dict[str, list[float]], sizes: list[int],
     figure.savefig(path, dpi=100)
 
 
+def format_table(sizes: list[int], curves: dict[str, list[float]]) -> str:
+    """A line a curve, a column a number of weights."""
+    lines = [f"{'bias in nats, weights used':<42}" + "".join(f"{size:>9}" for size in sizes)]
+    for name, bias in curves.items():
+        values = ("" if value is None else f"{value:.4f}" for value in bias)
+        lines.append(f"{name:<42}" + "".join(f"{value:>9}" for value in values))
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--draws", type=positive_int, default=2**22, help="weights in all (default: 2²²)")
+    parser = new_parser(__doc__)
+    parser.add_argument("--draws", type=positive_int, default=2**22, help="weights in all")
     parser.add_argument("--out", type=Path, default=Path("results/bias"), help="folder for the figure")
     args = parser.parse_args(argv)
     sizes = [2**i for i in range(9)]
@@ -112,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict:
         save_figure(log_w, curves, sizes, args.out / "bias.png")
     except OSError as error:
         raise SystemExit(f"error: {error}") from None
-    print(f"{json.dumps(curves, indent=1, ensure_ascii=False)}\n{args.out / 'bias.png'}")
+    print(format_table(sizes, curves), args.out / "bias.png", sep="\n")
     return results
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pyro
 import torch
 from matplotlib.figure import Figure
-from options import add_loss_options, at_smoke_size, positive_float, positive_int
+from options import add_loss_options, at_smoke_size, new_parser, positive_float, positive_int
 from pyro.infer import SVI
 from torch import Tensor
 from vae import progress_bar
@@ -33,9 +33,7 @@ def training_parser(doc: str, out: str, minibatches: bool = True, **defaults: An
         minibatches: Whether a step may see less than all data, which under global latents it may not.
         defaults: Other defaults, by option.
     """
-    parser = argparse.ArgumentParser(
-        description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(doc)
     add = parser.add_argument
     add_loss_options(parser)
     add("--epochs", type=positive_int, default=20, help="passes over the training data")
@@ -126,6 +124,8 @@ def finish(
         draw(results).savefig(args.out / f"{name}.png", dpi=100)
     except OSError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: nothing is saved before the end") from None
     print(table(results), f"Took {results['seconds']:.0f} s.", sep="\n")
     print(args.out / f"{name}.json", args.out / f"{name}.png", sep="\n")
     return results

@@ -12,7 +12,6 @@ nothing but the seed make one line. Try::
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -26,6 +25,7 @@ from checkpoint import write_bytes, write_json
 from deep_vae import MODEL_SETTINGS, TRAINING_SETTINGS
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from options import new_parser
 
 # Of one line's runs these may differ: the bits of the images are drawn with the seed.
 FREE = ("seed", "data_checksum")
@@ -140,7 +140,7 @@ def compare(groups: list[list[Run]]) -> list[dict[str, Any]]:
     return lines
 
 
-def format_table(lines: list[dict[str, Any]], iwae_particles: int) -> str:
+def format_table(lines: list[dict[str, Any]], iwae_particles: int, nll_particles: int) -> str:
     """The lines in Markdown."""
     head = [
         "",
@@ -148,7 +148,7 @@ def format_table(lines: list[dict[str, Any]], iwae_particles: int) -> str:
         "less the first's",
         f"IWAE-{iwae_particles}",
         "−KL",
-        "ESS",
+        f"ESS of {nll_particles}",
         "active units",
         "epochs",
         "seeds",
@@ -196,16 +196,15 @@ def draw(groups: list[list[Run]]) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that deep_vae.py wrote")
     parser.add_argument("--out", type=Path, default=Path("results/comparison"), help="folder for the results")
     args = parser.parse_args(argv)
     try:
         groups = group([Run.read(path) for path in args.runs])
         lines = compare(groups)
-        table = format_table(lines, groups[0][0].results["iwae_particles"])
+        first = groups[0][0]
+        table = format_table(lines, first.results["iwae_particles"], first.settings["nll_particles"])
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "comparison.json", lines)
         write_bytes(args.out / "comparison.md", f"{table}\n".encode())

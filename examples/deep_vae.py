@@ -40,6 +40,7 @@ from options import (
     as_settings,
     at_smoke_size,
     make_loss,
+    new_parser,
     positive_float,
     positive_int,
     torch_device,
@@ -172,9 +173,7 @@ def matmul_precision(name: str) -> Iterator[None]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and complete the command line; exits with a message where it makes no sense."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--layers", type=positive_int, default=1, help="stochastic layers")
     add_loss_options(parser, "iwae", M=1, K=50)
@@ -232,7 +231,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.binarisation = "static" if args.data == "binarized-mnist" else "fresh"
     if args.out is None:
         name = f"{args.loss}-to-{args.switch_to}" if args.switch_to else args.loss
-        args.out = Path("results") / f"deep-{args.data}-{args.layers}-{name}"
+        # Apart from the others, which would take a smoke run's checkpoint for one of theirs.
+        folder = Path("results/smoke") if args.smoke else Path("results")
+        args.out = folder / f"deep-{args.data}-{args.layers}-{name}"
     return args
 
 

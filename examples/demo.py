@@ -6,7 +6,6 @@ and writes pictures, a table and a figure that compares the bounds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -95,9 +94,7 @@ def save_comparison(metrics: dict[str, dict], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = options.new_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder for results")
     parser.add_argument("--epochs", type=options.positive_int, default=30, help="of every bound")
     parser.add_argument("--seed", type=int, default=0, help="of every bound")

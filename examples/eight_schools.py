@@ -27,7 +27,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
-from options import at_smoke_size, positive_int
+from options import at_smoke_size, new_parser, positive_int
 from pyro.infer import MCMC, NUTS, SVI
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.ops.stats import effective_sample_size
@@ -164,9 +164,7 @@ def save_figure(results: dict, path: Path) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--steps", type=positive_int, default=2000, help="of the fit")
     add("--K", type=positive_int, default=16, help="particles of the IWAE bound; 1 is the ELBO")

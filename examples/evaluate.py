@@ -172,9 +172,7 @@ def summary(results: dict) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and complete the command line; exits with a message where it makes no sense."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = options.new_parser(__doc__)
     add = parser.add_argument
     add("run", type=Path, help="folder that vae.py wrote, or its vae.pt")
     add("--out", type=Path, help="folder for the results (default: evaluation, in the run's folder)")

@@ -242,9 +242,7 @@ def save_learning_curves(results: dict[str, Any], path: Path) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and complete the command line; exits with a message where it makes no sense."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = options.new_parser(__doc__)
     add = parser.add_argument
     betas = [0.05, 0.25, 0.5, 0.75, 0.95]
     add("--budget", type=options.positive_int, default=64, help="M·K, particles a datapoint")

@@ -29,6 +29,7 @@ __all__ = [
     "finite_float",
     "loss_of",
     "make_loss",
+    "new_parser",
     "positive_float",
     "positive_int",
     "torch_device",
@@ -39,6 +40,20 @@ LOSSES = ("elbo", "iwae", "miwae", "ciwae", "piwae", "vr", "tvo")
 ESTIMATORS = ("auto", "reparam", "stl", "dreg", "rws")
 # The options of add_loss_options, under which a command line keeps them: keywords of make_loss.
 LOSS_OPTIONS = ("loss", "M", "K", "beta", "alpha", "partitions", "estimator")
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Says an option's default, unless there is none or the help itself says it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "(default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def new_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A command line that is described by the first paragraph of a module's docstring."""
+    return argparse.ArgumentParser(description=(doc or "").split("\n\n")[0], formatter_class=_Defaults)
 
 
 def positive_int(text: str) -> int:

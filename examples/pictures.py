@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyro_iw import plots
@@ -97,6 +98,7 @@ def save_learning_curve(history: list[dict[str, float]], loss: str, path: Path) 
         axes.plot(epochs, [record[key] for record in history], marker=marker, label=label)
     axes.set_title(f"{loss}: the bound during training")
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("bound [nats per datapoint]")
     axes.legend()
     axes.grid(alpha=0.3)

@@ -28,7 +28,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
-from options import positive_int, torch_device
+from options import new_parser, positive_int, torch_device
 from torch import Tensor
 from vae import progress_bar
 
@@ -272,9 +272,7 @@ def save_figure(results: dict, path: Path) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and complete the command line; exits with a message where it makes no sense."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--bounds", nargs="+", choices=BOUNDS, default=["elbo", "iwae", "miwae", "piwae"], help="the bounds")
     add("--estimators", nargs="+", choices=ESTIMATORS, default=["reparam", "dreg"], help="of each bound")

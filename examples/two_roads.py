@@ -31,7 +31,7 @@ from common import finish, parse
 from datasets import ImageData, binarize
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from options import make_loss, positive_float, positive_int
+from options import make_loss, new_parser, positive_float, positive_int
 from pictures import tile
 from pyro.infer import SVI
 from pyro.optim import ClippedAdam
@@ -252,19 +252,23 @@ def draw(results: dict[str, Any]) -> Figure:
     roads = results["roads"]
     figure = Figure(figsize=(3 * (1 + len(roads)), 6.4), layout="constrained")
     above, below = figure.subplots(2, 1 + len(roads))
+    dims = results["settings"]["latent"]
+    plane_of = "" if dims <= 2 else f", the plane in which they vary most, of {dims} dims"
+    figure.suptitle(f"Codes of training images by class{plane_of}: seed {results['settings']['seed']}")
     draw_codes(above[0], results["prior"], None, "prior")
     draw_samples(below[0], results["images"], "training images")
     for codes, samples, (road, found) in zip(above[1:], below[1:], roads.items(), strict=True):
         title = f"{ROADS[road]}: accuracy {found['runs'][0]['accuracy']:.2f}"
         draw_codes(codes, found["codes"], results["classes"], title)
-        draw_samples(samples, found["samples"], "samples")
+        draw_samples(samples, found["samples"], "decoder means of prior draws")
     return figure
 
 
 def draw_codes(axes: Axes, codes: list[list[float]], classes: list[int] | None, title: str) -> None:
     colours = {"color": "grey"} if classes is None else {"c": classes, "cmap": "tab10"}
     axes.scatter(*zip(*codes, strict=True), s=4, **colours)
-    axes.set(title=title, xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), aspect="equal")
+    # All with the same limits; further out than that are a few in 100 000 of the prior's draws.
+    axes.set(title=title, xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), aspect="equal", xlabel="z1", ylabel="z2")
 
 
 def draw_samples(axes: Axes, images: list, title: str) -> None:
@@ -274,9 +278,7 @@ def draw_samples(axes: Axes, images: list, title: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", choices=datasets.NAMES, default="digits", help="the images")
     add("--data-dir", default="data", help="where their files are; not for digits")

@@ -35,6 +35,7 @@ from options import (
     as_settings,
     at_smoke_size,
     loss_of,
+    new_parser,
     positive_float,
     positive_int,
     torch_device,
@@ -281,10 +282,7 @@ def evaluate(
 
 
 def make_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(description or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = new_parser(description)
     add = parser.add_argument
     add_loss_options(parser)
     add("--latent", type=positive_int, default=50, help="dimension of z; of two, the manifold is drawn")
@@ -442,6 +440,8 @@ def report(args: argparse.Namespace, build: Callable[[ImageData, int], VAE] = fu
         metrics = run(args, build=build)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: nothing is saved before the end") from None
     print(f"{args.loss} on {args.data}, {args.epochs} epochs\n{summary(metrics)}")
     print("\n".join(str(path) for path in sorted(args.out.iterdir())))
     return metrics

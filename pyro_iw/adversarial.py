@@ -135,6 +135,9 @@ class AdversarialSVI:
         self.guide = guide
         self.supervised = supervised
         self.condition = condition
+        for name, function in (("condition", condition), ("supervised", supervised)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{name} has to be a function, got {type(function).__name__}.")
         if supervised is None and supervised_optim is not None:
             raise ValueError("supervised_optim is given without supervised, so it has nothing to update.")
         self._discriminators = Discriminators(discriminators)
@@ -450,7 +453,11 @@ def _check_optims(optims: Mapping[str, Any], copied: bool) -> None:
         if optim is None:
             continue
         if not isinstance(optim, PyroOptim):
-            raise ValueError(f"{name} has to be an optimiser of pyro.optim, got {type(optim).__name__}.")
+            given = optim.__name__ if isinstance(optim, type) else type(optim).__name__
+            raise ValueError(
+                f"{name} has to be an optimiser of pyro.optim, such as pyro.optim.Adam({{'lr': 1e-3}}), got "
+                f"{given}."
+            )
         other = names.setdefault(id(optim), name)
         if other != name:
             raise ValueError(

@@ -306,7 +306,8 @@ def aggregated_posterior(
     Arguments:
         model: the model.
         guide: the guide, of which samples are all that is needed.
-        batches: as in :meth:`ImportanceSampler.log_marginal_dataset`.
+        batches: a ``DataLoader`` or another iterable of what model and guide take: a tensor, or a tuple that
+            is unpacked into several arguments, as in :meth:`ImportanceSampler.log_marginal_dataset`.
         sites: the latent sites to look at; by default all of the guide's that are not auxiliary.
         to_args: as there.
         progress: whether to show a progress bar, if it takes more than two seconds.
@@ -331,7 +332,9 @@ def aggregated_posterior(
         raise ValueError(f"sites must be a sequence of names, such as [{sites!r}]")
     check_loader(batches)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    num_batches = 0
     for batch in progress_bar(batches, show=progress, desc="aggregated posterior"):
+        num_batches += 1
         args, kwargs = read_batch(batch, to_args)
         with torch.no_grad(), OneMinibatch():
             nodes = {
@@ -342,7 +345,8 @@ def aggregated_posterior(
             _check_site(name, nodes)
             found.setdefault(name, []).append(_cells(name, nodes["guide"][name], nodes["model"][name]))
     if not found:
-        raise ValueError("No batch was given, or the guide has no latent site.")
+        what = "The guide has no latent site" if num_batches else "No batch was given"
+        raise ValueError(f"{what}, so there is nothing to compare.")
     result = {}
     for name, parts in found.items():
         codes, draws = (list(values) for values in zip(*parts, strict=True))

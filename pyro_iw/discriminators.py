@@ -179,6 +179,7 @@ class Discriminators:
             if type(error) not in _MISFIT or "allocate memory" in str(error):
                 raise
             hint = "" if values.dim() > 1 else " (a scalar site: begin with nn.Unflatten(0, (-1, 1)))"
+            hint += "" if features is None else " (called with features too, since condition= is given)"
             raise ValueError(
                 f"The discriminator of site {name!r} failed on values of shape {shapes}{hint} with "
                 f"{type(error).__name__}: {error}"

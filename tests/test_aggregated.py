@@ -487,7 +487,7 @@ class TestAggregatedPosterior:
         refused(r"sites must be a sequence of names, such as \['z'\]", sites="z")
         refused("gives single datapoints", batches=x)
         refused("No batch was given", batches=())
-        refused("No batch was given, or the guide has no latent", guide=lambda x: None)
+        refused("The guide has no latent site", guide=lambda x: None)
 
         def with_extra(x):
             guide(x)

@@ -215,7 +215,7 @@ def test_optimisers_that_cannot_be() -> None:
     other = Adam({"lr": 0.1})
     with pytest.raises(ValueError, match="discriminator_optim and guide_optim are the same"):
         AdversarialSVI(model, guide, critic, adam, discriminator_optim=other, guide_optim=other)
-    with pytest.raises(ValueError, match=r"guide_optim has to be an optimiser of pyro\.optim, got Adam"):
+    with pytest.raises(ValueError, match=r"guide_optim has to be an optimiser of pyro\.optim, .* got Adam"):
         AdversarialSVI(model, guide, critic, adam, guide_optim=torch.optim.Adam(critic.parameters()))
     with pytest.raises(ValueError, match="supervised_optim is given without supervised"):
         AdversarialSVI(model, guide, critic, adam, supervised_optim=other)
