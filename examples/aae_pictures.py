@@ -200,7 +200,7 @@ def save_embedding(
     axes.update_datalim(centres.cpu().numpy())
     axes.margins(0.06)
     axes.autoscale_view()
-    axes.set_title(f"Held-out images in the plane; circles: heads, with {given}{empty(names)}", fontsize=9)
+    axes.set_title(f"Held-out images in the plane\ncircles: heads, with {given}{empty(names)}", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
@@ -223,15 +223,14 @@ def save_losses(history: list[dict[str, float]], path: Path) -> None:
         marker = "o" if len(history) == 1 else None
         axes.plot(epochs, [record[name] for record in history], marker=marker, label=label)
     # A discriminator that knows nothing says 1/2 of everything.
-    for player, loss, value in (
-        ("discriminator", "2 log 2", 2 * math.log(2)),
-        ("guide", "log 2", math.log(2)),
+    for where, value, style in (
+        ("discriminator at 2 log 2", 2 * math.log(2), (0, (8, 3))),
+        ("guide at log 2", math.log(2), "--"),
     ):
-        if any(name.startswith(player) for name in last):
-            label = f"cannot be told apart:\n{player} at {loss}"
-            style = "--" if player == "guide" else (0, (8, 3))
-            right.axhline(value, color="0.3", linestyle=style, linewidth=1, label=label)
+        label = f"cannot be told apart:\n{where}"
+        right.axhline(value, color="0.3", linestyle=style, linewidth=1, label=label)
     if "penalty" in last:
+        left.set_ylabel("[nats per image]")
         left.legend(fontsize=8)
     figure.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     for axes in (left, right):
@@ -304,5 +303,5 @@ def save_heads(
         grid = decoded(pair.decoder.code(*both)).reshape(STYLES, pair.heads, *data.shape)
         save_style_grid(grid, folder / "styles.png")
     if plane:
-        given = "their classes" if data.few is not None else "the majority's class of training images"
+        given = "their classes" if data.few is not None else "the class by majority of the training images"
         save_embedding(codes, data.heldout_labels, centres, names, given, folder / "plane.png")

@@ -615,7 +615,11 @@ def test_losses_are_named_and_have_units(tmp_path: Path, figures: list[Figure]) 
     left, right = figures[1].axes
     assert right.get_title() == "Discriminators, guide and labels"
     assert right.get_ylabel() == "loss [nats per code; labels: nats per image]"
-    assert [line.get_ydata()[0] for line in left.lines] == [5.0, 0.3]
+    assert left.get_ylabel() == "[nats per image]"
+    assert {line.get_label(): line.get_ydata()[0] for line in left.lines} == {
+        "−log p(x | code)": 5.0,
+        "beside it: penalty on heads too close": 0.3,
+    }
 
 
 def test_plane_shows_all_heads(tmp_path: Path, figures: list[Figure]) -> None:
