@@ -567,7 +567,9 @@ def test_table_of_several_runs_has_their_errors() -> None:
         "parzen_samples": 100,
     }
     other = {"two_sample_accuracy": 0.6, "two_sample_error": 0.2, "clusters_used": 15, "parzen_samples": 100}
+    results["error_difference"], other["error_difference"] = -0.05, -0.03
     assert aae_evaluation.table(aae_evaluation.summarise([results, other])).splitlines() == [
+        "difference of the two                      −4.0 ± 1.0 percentage points",
         "clusters used                              15.5 ± 0.5",
         "draws for the windows                      100",
         "two-sample accuracy                        0.500 ± 0.100",
