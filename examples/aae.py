@@ -44,6 +44,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "clustering": {"latent": 5, "noise": 0.1, "clusters": 16},
     "reduction": {"latent": 2, "noise": 0.1, "clusters": 20},
 }
+# Where a mode has none of its own.
+EPOCHS, LATENT = 100, 2
 # In more dims than this the style of 8×8 images holds their class too.
 DIGITS_LATENT = 3
 # The paper's, for its Parzen windows.
@@ -142,6 +144,9 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Every seed in a folder of its own; returns what ``metrics.json`` above them holds."""
+    for folder in (args.out, *args.out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"--out {args.out}: {folder} is a file, name a folder")
     seeds = range(args.seed, args.seed + args.seeds)
     runs = [run_seed(args, seed, args.out / f"seed-{seed}") for seed in seeds]
     metrics = {
@@ -153,26 +158,42 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return metrics
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names a default where there is one value of it; the others are told in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def by_mode(name: str) -> str:
+    """The defaults of an option in the modes that have one of their own."""
+    return ", ".join(f"{values[name]} in {mode}" for mode, values in DEFAULTS.items() if name in values)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and complete the command line; exits with a message where it makes no sense."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
     add = parser.add_argument
     add("--mode", choices=DEFAULTS, default="unsupervised", help="which of the paper's uses")
-    add("--prior", choices=PRIORS, help="of the code: unsupervised (gaussian) or steered (mixture)")
-    add(
-        "--labels",
-        type=positive_int,
-        help="images whose class is known: steered, semi-supervised, reduction",
+    add("--prior", choices=PRIORS, help=f"of the code (default: {by_mode('prior')})")
+    labels = (
+        f"images whose class is known (default: {by_mode('labels')}; optional in reduction, without default)"
     )
-    add("--clusters", type=positive_int, help="heads where there are no labels: clustering, reduction")
-    add("--latent", type=positive_int, help="dimension of the code, or of the style")
-    add("--noise", type=float, help="standard deviation of what is added to the encoder's images")
+    add("--labels", type=positive_int, help=labels)
+    clusters = f"heads where there are no labels (default: {by_mode('clusters')})"
+    add("--clusters", type=positive_int, help=clusters)
+    latent = (
+        f"dimension of the code, or of the style (default: {GAUSSIAN_LATENT} in unsupervised with a gaussian "
+        f"prior, else {LATENT}; {by_mode('latent')}; of these, at most {DIGITS_LATENT} on digits)"
+    )
+    add("--latent", type=positive_int, help=latent)
+    noise = f"standard deviation of what is added to the encoder's images (default: {by_mode('noise')})"
+    add("--noise", type=float, help=noise)
     add("--data", choices=DATA, default="digits", help="the images")
     add("--data-dir", type=Path, default=Path("data"), help="where their files are; not for digits")
     add("--hidden", type=positive_int, default=256, help="width of both hidden layers; 1000 in the paper")
-    add("--epochs", type=positive_int, help="passes over the training images: 200 for one code, else 100")
+    epochs = f"passes over the training images (default: {by_mode('epochs')}; else {EPOCHS})"
+    add("--epochs", type=positive_int, help=epochs)
     add("--batch-size", type=positive_int, default=100, help="images a step, and labelled ones beside")
     add("--learning-rate", type=positive_float, default=1e-3, help="of all phases, at first")
     add("--parzen-samples", type=positive_int, default=10_000, help="draws for the Parzen windows")
@@ -183,7 +204,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", type=torch_device, default="cpu", help="a torch device, such as cuda")
     add("--seed", type=int, default=0, help="of everything random; of the first run, if there are more")
     add("--seeds", type=positive_int, default=1, help="runs")
-    add("--out", type=Path, help="folder for the results (default: results/aae-<mode>-<data>)")
+    add(
+        "--out",
+        type=Path,
+        help="folder for the results (default: results/aae-<mode>-<data>, of a smoke run in results/smoke; "
+        "a prior other than the mode's, or the labels of a reduction, are named after the mode)",
+    )
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     args = parser.parse_args(argv)
     complete(args, parser)
@@ -192,7 +218,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Fill in the defaults of the mode, and refuse what the mode does not have."""
-    defaults = {"epochs": 100, "latent": 2, **DEFAULTS[args.mode]}
+    defaults = {"epochs": EPOCHS, "latent": LATENT, **DEFAULTS[args.mode]}
     if args.mode == "reduction" and args.labels:
         del defaults["clusters"]  # the heads are the classes
     elif args.data == "digits":
@@ -221,7 +247,17 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     # Where a mode takes no labels, it takes none in a smoke run.
     at_smoke_size(args, {name: size for name, size in SMOKE.items() if name != "labels" or args.labels})
     if args.out is None:
-        args.out = Path("results") / f"aae-{args.mode}-{args.data}"
+        args.out = default_folder(args)
+
+
+def default_folder(args: argparse.Namespace) -> Path:
+    """One for each kind of run, so that none finds the checkpoint of another."""
+    parts = ["aae", args.mode]
+    if args.prior != DEFAULTS[args.mode].get("prior"):
+        parts.append(args.prior)
+    if args.mode == "reduction" and args.labels:
+        parts.append("labels")
+    return Path("results", *(["smoke"] if args.smoke else []), "-".join([*parts, args.data]))
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -229,15 +265,28 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     try:
         metrics = run(args)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+        # The system's own errors come with a number that tells nobody anything.
+        plain = isinstance(error, OSError) and error.strerror and error.filename
+        raise SystemExit(
+            f"error: {error.filename}: {error.strerror}" if plain else f"error: {error}"
+        ) from None
     except KeyboardInterrupt:
         print(f"interrupted: --resume goes on from the checkpoint in {args.out}", file=sys.stderr)
         raise SystemExit(130) from None
-    for name, found in metrics["summary"].items():
-        error = f" ± {found['standard_error']:.4g}" if "standard_error" in found else ""
-        print(f"{name:<24}{found['mean']:10.4g}{error}")
-    print(f"{args.mode} on {args.data}, {args.epochs} epochs, {args.seeds} run(s), in {args.out}")
+    print(f"{args.mode} on {args.data}, {count(args.epochs, 'epoch')}, {count(args.seeds, 'run')}")
+    print(aae_evaluation.table(metrics["summary"]))
+    over = "the runs" if args.seeds > 1 else "the held-out images"
+    print(
+        f"± is a standard error over {over}; a two-sample accuracy of 0.5 is a perfect match with the prior"
+    )
+    for run_metrics in metrics["runs"]:
+        print(*sorted((args.out / f"seed-{run_metrics['settings']['seed']}").iterdir()), sep="\n")
+    print(args.out / "metrics.json")
     return metrics
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 if __name__ == "__main__":

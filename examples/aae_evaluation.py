@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import parzen
 import pyro
@@ -30,11 +30,45 @@ __all__ = [
     "prior_draws",
     "reconstruction",
     "summarise",
+    "table",
 ]
 
 BATCH = 1000
 # Enough for an accuracy to 0.01.
 TWO_SAMPLE_IMAGES = 5000
+
+
+class Row(NamedTuple):
+    """How a number is printed: in words, with decimals and a unit, and which number is its own error."""
+
+    words: str
+    decimals: int
+    unit: str = ""
+    factor: float = 1.0
+    error: str | None = None
+
+
+PERCENT = (1, "%", 100.0)
+# By the names of metrics.json, in the order of the table.
+ROWS = {
+    "error": Row("classification error", *PERCENT),
+    "error_labels_alone": Row("the same, trained on the labels alone", *PERCENT),
+    "error_difference": Row("difference of the two", 1, "percentage points", 100.0),
+    "error_majority": Row("clustering error, by majority", *PERCENT),
+    "error_most_confident": Row("clustering error, by most confident image", *PERCENT),
+    "clusters_used": Row("clusters used", 0),
+    "neighbour_error": Row("error of the 5 nearest codes", *PERCENT),
+    "parzen": Row("log-likelihood by Parzen windows", 1, "nats per image", error="parzen_error"),
+    "parzen_bandwidth": Row("bandwidth of the windows", 2),
+    "parzen_samples": Row("draws for the windows", 0),
+    "reconstruction": Row("reconstruction, −log p(x | code)", 1, "nats per image"),
+    "pixel_error": Row("root mean squared error of a pixel", 3),
+    "two_sample_accuracy": Row("two-sample accuracy", 3, error="two_sample_error"),
+    "two_sample_accuracy_training": Row(
+        "two-sample accuracy, training images", 3, error="two_sample_error_training"
+    ),
+    "training_seconds": Row("training time", 1, "s"),
+}
 
 
 def encode(pair: Pair, images: Tensor) -> Tensor:
@@ -201,3 +235,26 @@ def summarise(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
         if len(values) > 1:
             summary[name]["standard_error"] = statistics.stdev(values) / math.sqrt(len(values))
     return summary
+
+
+def table(summary: dict[str, dict[str, float]]) -> str:
+    """What :func:`summarise` gave, in words and units, each number with its standard error.
+
+    That is over the runs if there are several. Of one run it is the number's own, over the held-out images,
+    where it has one.
+    """
+    lines = []
+    width = max(len(row.words) for row in ROWS.values())
+    for name, row in ROWS.items():
+        if name not in summary:
+            continue
+        found = summary[name]
+        own = summary[row.error]["mean"] if row.error else None
+        spread = found.get("standard_error", own)
+        # The mean of different counts is no count.
+        decimals = max(row.decimals, 1 if spread else 0)
+        value = f"{row.factor * found['mean']:.{decimals}f}".replace("-", "−")
+        if spread is not None and decimals:
+            value += f" ± {row.factor * spread:.{decimals}f}"
+        lines.append(f"{row.words:<{width}}  {value} {row.unit}".rstrip())
+    return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,15 +15,32 @@ from aae_training import Data
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from pictures import tile
 from torch import Tensor
 
-__all__ = ["save_all", "save_clusters", "save_codes", "save_embedding", "save_losses", "save_style_grid"]
+__all__ = [
+    "save_all",
+    "save_clusters",
+    "save_codes",
+    "save_embedding",
+    "save_losses",
+    "save_manifold",
+    "save_style_grid",
+]
 
 COLOURS = colormaps["tab10"]
 # More points than this hide one another.
 MAX_POINTS = 3000
-MANIFOLD_COLUMNS, STYLES = 16, 10
+MANIFOLD_COLUMNS, STYLES, BINS = 16, 10, 40
+# What a head without training images is called.
+EMPTY = "–"
+# In words; the others are named by player and site.
+LOSSES = {
+    "reconstruction": "−log p(x | code)",
+    "penalty": "beside it: penalty on heads too close",
+    "supervised": "labels",
+}
 # Codes to images [N, H, W].
 Decoded = Callable[[Tensor], Tensor]
 
@@ -35,6 +53,19 @@ def scatter(axes: Axes, points: Tensor, labels: Tensor | None) -> None:
     axes.set_aspect("equal")
 
 
+def histogram(axes: Axes, points: Tensor, labels: Tensor | None, limit: float) -> None:
+    """The density of points ``[N, 1]`` on [−limit, limit], stacked by class."""
+    values = points[:, 0].cpu()
+    if labels is None:
+        groups, colours = [values], ["0.45"]
+    else:
+        classes = range(int(labels.max()) + 1)
+        groups = [values[labels.cpu() == c] for c in classes]
+        colours = [COLOURS(c % 10) for c in classes]
+    arrays = [group.numpy() for group in groups]
+    axes.hist(arrays, BINS, range=(-limit, limit), density=True, stacked=True, color=colours)
+
+
 def legend(figure: Figure, axes: Axes, classes: int) -> None:
     """A dot a class, beside the axes."""
     dots = [axes.scatter([], [], s=20, color=COLOURS(c % 10), label=str(c)) for c in range(classes)]
@@ -42,7 +73,7 @@ def legend(figure: Figure, axes: Axes, classes: int) -> None:
 
 
 def save_codes(codes: Tensor, labels: Tensor, prior: Tensor, parts: Tensor | None, path: Path) -> None:
-    """The aggregated posterior beside the prior: the first two dims of codes.
+    """The aggregated posterior beside the prior: the first two dims of codes, or a histogram of one.
 
     Arguments:
         codes: Of images, shape ``[N, latent]``.
@@ -53,27 +84,59 @@ def save_codes(codes: Tensor, labels: Tensor, prior: Tensor, parts: Tensor | Non
     """
     figure = Figure(figsize=(10, 4.9), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    scatter(left, codes[:, :2], labels)
-    legend(figure, left, int(labels.max()) + 1)
-    scatter(right, prior[:, :2], parts)
     limit = 1.05 * max(both[:, :2].abs().max().item() for both in (codes, prior))
-    left.set(xlim=(-limit, limit), ylim=(-limit, limit))
-    more = f" (2 of {codes.shape[1]} dims)" if codes.shape[1] > 2 else ""
-    left.set_title(f"Codes of the held-out images{more}", fontsize=10)
-    right.set_title("Draws from the prior", fontsize=10)
+    for axes, points, classes in ((left, codes, labels), (right, prior, parts)):
+        if codes.shape[1] == 1:
+            histogram(axes, points, classes, limit)
+            axes.set(xlim=(-limit, limit), xlabel="code")
+        else:
+            scatter(axes, points[:, :2], classes)
+            axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
+    if codes.shape[1] == 1:
+        left.set_ylabel("density")
+    legend(figure, left, int(labels.max()) + 1)
+    shown = f" (dims 1 and 2 of {codes.shape[1]})" if codes.shape[1] > 2 else ""
+    left.set_title(f"Codes of the held-out images{shown}", fontsize=10)
+    right.set_title(f"Draws from the prior{shown}", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def show_grid(images: Tensor, columns: int, width: float, texts: float) -> tuple[Figure, Axes]:
+    """Images ``[N, H, W]`` as one grid, ``width`` inches wide, with ``texts`` inches for the texts."""
+    grid = tile(images.cpu(), columns)
+    size = (width, width * grid.shape[0] / grid.shape[1] + texts)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    return figure, axes
+
+
+def save_manifold(images: Tensor, rows: list[str], row: str, column: str, path: Path) -> None:
+    """Images ``[rows * columns, H, W]`` of codes laid out over the prior.
+
+    Arguments:
+        images: Of which :data:`MANIFOLD_COLUMNS` make a row.
+        rows: The rows' names, if they have any.
+        row: What a row is.
+        column: What a column is.
+        path: The file.
+    """
+    figure, axes = show_grid(images, MANIFOLD_COLUMNS, 6, 0.7)
+    height = images.shape[-2] + 1
+    axes.set_yticks([(i + 0.5) * height for i in range(len(rows))], rows, fontsize=8)
+    axes.set_xlabel(f"{column} →", fontsize=8)
+    axes.set_ylabel(row, fontsize=8)
+    axes.set_title("Decoder means of codes laid out over the prior", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
 def save_style_grid(images: Tensor, path: Path) -> None:
     """Images ``[styles, classes, H, W]``: a row a style, a column a class."""
-    styles, classes = images.shape[:2]
-    grid = tile(images.flatten(0, 1).cpu(), classes)
-    figure = Figure(figsize=(5.5, 5.5 * styles / classes + 0.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    classes = images.shape[1]
+    figure, axes = show_grid(images.flatten(0, 1), classes, 5.5, 0.6)
     width = images.shape[-1] + 1
     axes.set_xticks([(c + 0.5) * width for c in range(classes)], [str(c) for c in range(classes)])
-    axes.set_yticks([])
     axes.set(xlabel="class", ylabel="style", title="One style a row, one class a column")
     figure.savefig(path, dpi=120)
 
@@ -98,22 +161,34 @@ def save_clusters(
         rows[i, 0] = heads[i].cpu()
         # The second column is left empty, between the head and its members.
         rows[i, 2 : 2 + len(members)] = members
-    grid = tile(rows.flatten(0, 1), columns + 2)
-    figure = Figure(figsize=(6, 6 * number / (columns + 2) + 0.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    figure, axes = show_grid(rows.flatten(0, 1), columns + 2, 6, 0.5)
     ticks = [(i + 0.5) * (height + 1) for i in range(number)]
     axes.set_yticks(ticks, names, fontsize=7)
-    axes.set_xticks([])
-    axes.set(ylabel="the class that the cluster is given")
-    axes.set_title("Cluster heads, and held-out images in each cluster", fontsize=10)
+    axes.set_ylabel(f"class by majority of the training images{empty(names)}", fontsize=8)
+    axes.set_title(f"The head of each cluster, then its first {columns} held-out members", fontsize=10)
     for spine in axes.spines.values():
         spine.set_visible(False)
     figure.savefig(path, dpi=120)
 
 
-def save_embedding(codes: Tensor, labels: Tensor, centres: Tensor, names: list[str], path: Path) -> None:
-    """Two-dimensional codes ``[N, 2]`` by class, with the heads ``[heads, 2]`` among them, by name."""
+def empty(names: list[str]) -> str:
+    """What the name of an empty head means, if there is one."""
+    return f" ({EMPTY}: the head has none)" if EMPTY in names else ""
+
+
+def save_embedding(
+    codes: Tensor, labels: Tensor, centres: Tensor, names: list[str], given: str, path: Path
+) -> None:
+    """Two-dimensional codes by class, with the heads among them.
+
+    Arguments:
+        codes: Of images, shape ``[N, 2]``.
+        labels: Their classes, shape ``[N]``.
+        centres: Of the heads, shape ``[heads, 2]``.
+        names: What each head is called.
+        given: What these names are.
+        path: The file.
+    """
     figure = Figure(figsize=(6.5, 6), layout="constrained")
     axes = figure.add_subplot()
     scatter(axes, codes, labels)
@@ -121,28 +196,46 @@ def save_embedding(codes: Tensor, labels: Tensor, centres: Tensor, names: list[s
         box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": "black", "alpha": 0.8}
         axes.annotate(name, centre, ha="center", va="center", fontsize=8, bbox=box)
     legend(figure, axes, int(labels.max()) + 1)
-    axes.set_title(
-        "Held-out images in the plane; circles: heads, with the classes they are given", fontsize=10
-    )
+    # Texts do not count for the limits by themselves.
+    axes.update_datalim(centres.cpu().numpy())
+    axes.margins(0.06)
+    axes.autoscale_view()
+    axes.set_title(f"Held-out images in the plane\ncircles: heads, with {given}{empty(names)}", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
 def save_losses(history: list[dict[str, float]], path: Path) -> None:
     """The phases' losses over the epochs; the reconstruction apart, which is on another scale."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
+    last = history[-1]
+    labels = "supervised" in last
+    title = "Discriminators, guide and labels" if labels else "Discriminators and guide"
+    unit = "nats per code; labels: nats per image" if labels else "nats per code"
+    left.set(title="Reconstruction", xlabel="epoch", ylabel="−log p(x | code) [nats per image]")
+    right.set(title=title, xlabel="epoch", ylabel=f"loss [{unit}]")
     epochs = [record["epoch"] for record in history]
-    marker = "o" if len(history) == 1 else None
-    left.plot(epochs, [record["reconstruction"] for record in history], marker=marker)
-    left.set(title="Reconstruction", xlabel="epoch", ylabel="-log p(x | code) [nats per image]")
-    for name in history[-1]:
-        if name not in ("epoch", "seconds", "reconstruction"):
-            values = [record[name] for record in history]
-            right.plot(epochs, values, marker=marker, label=name.replace("_", ", "))
-    right.set(title="Discriminators, guide, labels", xlabel="epoch", ylabel="loss [nats per image]")
-    right.legend(fontsize=8)
+    for name in last:
+        if name in ("epoch", "seconds"):
+            continue
+        axes = left if name in ("reconstruction", "penalty") else right
+        label = LOSSES.get(name) or " of ".join(name.split("_", 1))
+        marker = "o" if len(history) == 1 else None
+        axes.plot(epochs, [record[name] for record in history], marker=marker, label=label)
+    # A discriminator that knows nothing says 1/2 of everything.
+    for where, value, style in (
+        ("discriminator at 2 log 2", 2 * math.log(2), (0, (8, 3))),
+        ("guide at log 2", math.log(2), "--"),
+    ):
+        label = f"cannot be told apart:\n{where}"
+        right.axhline(value, color="0.3", linestyle=style, linewidth=1, label=label)
+    if "penalty" in last:
+        left.set_ylabel("[nats per image]")
+        left.legend(fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)
 
 
@@ -185,8 +278,10 @@ def save_latent(pair: LatentAAE, data: Data, codes: Tensor, decoded: Decoded, fo
     pictures.save_images(decoded(draws[:100]), 10, "Decoder means of prior draws", folder / "samples.png")
     manifold = pair.prior.manifold(MANIFOLD_COLUMNS)
     if manifold is not None:
-        title = "Decoder means of codes laid out over the prior"
-        pictures.save_images(decoded(manifold), MANIFOLD_COLUMNS, title, folder / "manifold.png")
+        prior = pair.prior
+        names = [str(part) for part in range(prior.components)]
+        row = "class" if pair.steered else prior.rows
+        save_manifold(decoded(manifold), names, row, prior.columns, folder / "manifold.png")
 
 
 def save_heads(
@@ -198,7 +293,7 @@ def save_heads(
     names = [str(label) for label in range(pair.heads)]
     if data.few is None:
         labels, _ = evaluation.cluster_labels(evaluation.head_logits(pair, data.images), data.labels)
-        names = [str(label) if label >= 0 else "–" for label in labels.tolist()]
+        names = [str(label) if label >= 0 else EMPTY for label in labels.tolist()]
         chosen = evaluation.head_logits(pair, data.heldout).argmax(-1)
         images = data.heldout.reshape(-1, *data.shape)
         save_clusters(decoded(centres), images, chosen, names, folder / "clusters.png")
@@ -208,4 +303,5 @@ def save_heads(
         grid = decoded(pair.decoder.code(*both)).reshape(STYLES, pair.heads, *data.shape)
         save_style_grid(grid, folder / "styles.png")
     if plane:
-        save_embedding(codes, data.heldout_labels, centres, names, folder / "plane.png")
+        given = "their classes" if data.few is not None else "the class by majority of the training images"
+        save_embedding(codes, data.heldout_labels, centres, names, given, folder / "plane.png")

@@ -30,6 +30,9 @@ class Prior:
 
     #: The number of parts, one a class; 0 if there are none.
     components = 0
+    #: What a row and a column of the manifold are.
+    rows = "part of the prior"
+    columns = "position along the part"
 
     def __init__(self, latent: int) -> None:
         self.latent = latent
@@ -50,6 +53,9 @@ class Prior:
 class Gaussian(Prior):
     """N(0, I)."""
 
+    rows = "second coordinate, by quantiles, upwards"
+    columns = "first coordinate, by quantiles"
+
     def sample(self, labels: Tensor) -> Tensor:
         loc = torch.zeros(self.latent, device=labels.device)
         return pyro.sample("z", dist.Normal(loc, torch.ones_like(loc)).to_event(1))
@@ -66,6 +72,7 @@ class Mixture(Prior):
     """Ten normals in the plane, as petals of a flower: long along the radius, narrow across it."""
 
     components = COMPONENTS
+    columns = "position along the part, outwards: two standard deviations to either side of its mean"
     RADIUS, ALONG, ACROSS = 4.0, 1.0, 0.35
 
     def __init__(self, latent: int = 2) -> None:
@@ -99,6 +106,7 @@ class SwissRoll(Prior):
     """A spiral in the plane, with noise around it; its ten parts are of equal probability."""
 
     components = COMPONENTS
+    columns = "position along the part, outwards on the spiral"
     TURNS, RADIUS, NOISE = 2.0, 5.0, 0.1
 
     def __init__(self, latent: int = 2) -> None:

@@ -82,7 +82,8 @@ class Trainer:
     Attributes:
         step: Steps taken.
         history: A dict an epoch: ``epoch``, ``seconds``, and the means of all losses since the last one, in
-            nats per image.
+            nats per image, those of discriminators and guide per code. Where heads are to be apart, their
+            ``penalty`` is no part of ``reconstruction``.
     """
 
     def __init__(
@@ -181,11 +182,18 @@ class Trainer:
             optimiser.set_state(states)
 
     def take_step(self) -> dict[str, float]:
-        """A step of every phase; returns its losses in nats per image."""
+        """A step of every phase; returns its losses in nats per image, those of codes in nats per code."""
         start = time.perf_counter()
         args, labelled = self.pair.batch(*self.next_batch())
+        penalty = None
+        if isinstance(self.pair, HeadsAAE) and self.pair.decoder.distance:
+            # Before the step, as the loss is that of the parameters before it.
+            penalty = self.pair.decoder.penalty().item()
         losses = self.svi.step(*args, labelled=labelled)
         found = {"reconstruction": losses.reconstruction / len(args[0])}
+        if penalty is not None:
+            found["reconstruction"] -= penalty
+            found["penalty"] = penalty
         for site, value in losses.discriminator.items():
             found[f"discriminator_{site}"] = value
         for site, value in losses.guide.items():

@@ -26,6 +26,7 @@ import torch
 from aae_networks import Discriminator, Encoder, HeadsAAE, HeadsDecoder, LatentAAE
 from aae_priors import COMPONENTS, UNLABELLED, Gaussian, Mixture, Prior, SwissRoll
 from aae_training import Trainer, choose_labelled, decay, train_classifier
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch.nn import functional as F
 
@@ -380,6 +381,27 @@ def test_losses_are_per_image() -> None:
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-3)
 
 
+def test_reconstruction_is_without_the_penalty() -> None:
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    pair = HeadsAAE(8, heads=4, latent=2, hidden=3, distance=5.0)
+    x = torch.rand(6, 8)
+    with torch.no_grad():
+        pair.decoder.centres.mul_(0.3)
+    trainer = Trainer(pair, x, None, hidden=3, batch_size=6, epochs=1, learning_rate=1e-2, seed=0)
+    trainer.next_batch = lambda: (x, None)  # type: ignore[method-assign]
+    centres = pair.decoder.centres.tolist()
+    penalty = sum(max(0.0, 5 - math.dist(a, b)) for i, a in enumerate(centres) for b in centres[:i])
+    assert penalty > 1
+    with torch.no_grad():
+        logits, z = pair.encoder.both(x)  # batch normalisation as in training
+        means = pair.images(logits.softmax(-1) @ pair.decoder.centres + z)
+    log_p = dist.Normal(means, 0.2).log_prob(x).sum(-1).mean().item()
+    found = trainer.take_step()
+    assert found["penalty"] == pytest.approx(penalty, rel=1e-5)
+    assert found["reconstruction"] == pytest.approx(-log_p, rel=1e-4)
+
+
 def test_classifier_learns_what_is_labelled() -> None:
     x = torch.eye(4).repeat(5, 1)
     labels = torch.tensor([2, 0, 1, 1]).repeat(5)
@@ -526,7 +548,143 @@ def test_summary() -> None:
     assert aae_evaluation.summarise(runs[:1]) == {"a": {"mean": 1}, "b": {"mean": 2}}
 
 
+def test_table_of_one_run_has_the_numbers_own_errors() -> None:
+    results = {"two_sample_accuracy": 0.49712, "two_sample_error": 0.029, "clusters_used": 16}
+    results |= {"reconstruction": -28.44, "error": 0.0241}
+    assert aae_evaluation.table(aae_evaluation.summarise([results])).splitlines() == [
+        "classification error                       2.4 %",
+        "clusters used                              16",
+        "reconstruction, −log p(x | code)           −28.4 nats per image",
+        "two-sample accuracy                        0.497 ± 0.029",
+    ]
+
+
+def test_table_of_several_runs_has_their_errors() -> None:
+    results = {
+        "two_sample_accuracy": 0.4,
+        "two_sample_error": 0.2,
+        "clusters_used": 16,
+        "parzen_samples": 100,
+    }
+    other = {"two_sample_accuracy": 0.6, "two_sample_error": 0.2, "clusters_used": 15, "parzen_samples": 100}
+    results["error_difference"], other["error_difference"] = -0.05, -0.03
+    assert aae_evaluation.table(aae_evaluation.summarise([results, other])).splitlines() == [
+        "difference of the two                      −4.0 ± 1.0 percentage points",
+        "clusters used                              15.5 ± 0.5",
+        "draws for the windows                      100",
+        "two-sample accuracy                        0.500 ± 0.100",
+    ]
+
+
 # Pictures
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Those saved from now on, and drawn."""
+    saved: list[Figure] = []
+    savefig = Figure.savefig
+
+    def noted(self: Figure, *args: Any, **keywords: Any) -> None:
+        saved.append(self)
+        savefig(self, *args, **keywords)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    return saved
+
+
+def test_losses_are_named_and_have_units(tmp_path: Path, figures: list[Figure]) -> None:
+    history = [
+        {"epoch": e, "seconds": 1.0, "reconstruction": 5.0, "discriminator_z": 1.3, "guide_z": 0.8}
+        for e in (1.0, 2.0)
+    ]
+    aae_pictures.save_losses(history, tmp_path / "a.png")
+    left, right = figures[0].axes
+    assert left.get_ylabel() == "−log p(x | code) [nats per image]"
+    assert (right.get_title(), right.get_ylabel()) == ("Discriminators and guide", "loss [nats per code]")
+    for axes in (left, right):
+        assert all(tick == round(tick) for tick in axes.get_xticks())
+    levels = {
+        line.get_label(): line.get_ydata()[0] for line in right.lines if "apart" in str(line.get_label())
+    }
+    assert levels == {
+        "cannot be told apart:\ndiscriminator at 2 log 2": pytest.approx(1.38629, abs=1e-5),
+        "cannot be told apart:\nguide at log 2": pytest.approx(0.69315, abs=1e-5),
+    }
+    aae_pictures.save_losses(
+        [{**record, "supervised": 1.0, "penalty": 0.3} for record in history], tmp_path / "a.png"
+    )
+    left, right = figures[1].axes
+    assert right.get_title() == "Discriminators, guide and labels"
+    assert right.get_ylabel() == "loss [nats per code; labels: nats per image]"
+    assert left.get_ylabel() == "[nats per image]"
+    assert {line.get_label(): line.get_ydata()[0] for line in left.lines} == {
+        "−log p(x | code)": 5.0,
+        "beside it: penalty on heads too close": 0.3,
+    }
+
+
+def test_plane_shows_all_heads(tmp_path: Path, figures: list[Figure]) -> None:
+    codes, labels = torch.rand(20, 2), torch.arange(20) % 3
+    centres = torch.tensor([[0.5, 0.5], [9.0, 0.2], [0.1, -4.0]])
+    names = ["0", aae_pictures.EMPTY, "2"]
+    aae_pictures.save_embedding(codes, labels, centres, names, "their classes", tmp_path / "a.png")
+    axes = figures[0].axes[0]
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    assert left < 0 < 9.0 < right < 11
+    assert -6 < low < -4.0 < 1 < high
+    assert axes.get_aspect() == 1
+    assert "–: the head has none" in axes.get_title()
+    assert {text.get_text() for text in axes.texts} == set(names)
+    aae_pictures.save_embedding(codes, labels, centres, ["0", "1", "2"], "x", tmp_path / "a.png")
+    assert "none" not in figures[1].axes[0].get_title()
+
+
+def test_codes_of_one_dim_are_a_histogram(tmp_path: Path, figures: list[Figure]) -> None:
+    codes, prior = torch.randn(300, 1), 2 * torch.randn(500, 1)
+    labels = torch.arange(300) % 3
+    aae_pictures.save_codes(codes, labels, prior, None, tmp_path / "a.png")
+    limit = 1.05 * max(abs(codes).max().item(), abs(prior).max().item())
+    for axes, values, parts in zip(figures[0].axes, (codes, prior), (3, 1), strict=True):
+        bars = [patch.get_height() for patch in axes.patches]
+        heights = np.sum(np.reshape(bars, (parts, -1)), 0)
+        expected, _ = np.histogram(values.numpy(), 40, (-limit, limit), density=True)
+        assert heights == pytest.approx(expected, abs=1e-6)
+        assert axes.get_xlim() == pytest.approx((-limit, limit))
+    colours = [patch.get_facecolor() for patch in figures[0].axes[0].patches[::40]]
+    assert colours == [aae_pictures.COLOURS(c) for c in range(3)]
+
+
+@pytest.mark.parametrize(("latent", "shown"), [(2, ""), (5, " (dims 1 and 2 of 5)")])
+def test_codes_say_which_dims(latent: int, shown: str, tmp_path: Path, figures: list[Figure]) -> None:
+    codes = torch.randn(20, latent)
+    aae_pictures.save_codes(codes, torch.arange(20) % 3, codes, None, tmp_path / "a.png")
+    titles = [axes.get_title() for axes in figures[0].axes]
+    assert titles == [f"Codes of the held-out images{shown}", f"Draws from the prior{shown}"]
+    for axes in figures[0].axes:
+        np.testing.assert_array_equal(axes.collections[0].get_offsets(), codes[:, :2].numpy())
+
+
+@pytest.mark.parametrize(
+    ("argv", "row", "column", "rows"),
+    [
+        (["--latent", "2"], "second coordinate", "first coordinate", 0),
+        (["--prior", "swiss-roll"], "part of the prior", "position along the part", 10),
+        (["--mode", "steered"], "class", "position along the part", 10),
+    ],
+)
+def test_manifold_says_what_rows_and_columns_are(
+    argv: list[str], row: str, column: str, rows: int, tmp_path: Path, figures: list[Figure]
+) -> None:
+    args = aae.parse_args([*argv, "--hidden", "8", "--train-size", "400", "--test-size", "24"])
+    data = aae.load_data(args, 0)
+    history = [{"epoch": 1.0, "seconds": 1.0, "reconstruction": 2.0, "guide_z": 3.0}]
+    pair = aae.make_pair(args, 64)
+    aae_pictures.save_all(pair, data, history, plane=False, seed=0, folder=tmp_path)
+    axes = figures[-1].axes[0]
+    assert axes.get_ylabel().startswith(row)
+    assert axes.get_xlabel().startswith(column)
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [str(i) for i in range(rows)]
 
 
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, int]]:
@@ -543,7 +701,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, int]]:
     return grids
 
 
-def test_clusters_in_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_in_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: list[Figure]) -> None:
     grids = captured(monkeypatch)
     heads, images = torch.rand(3, 2, 2), torch.rand(6, 2, 2)
     chosen = torch.tensor([2, 0, 2, 2, 0, 2])
@@ -554,6 +712,11 @@ def test_clusters_in_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(rows[0, 2:4], images[[1, 4]])
     assert torch.equal(rows[2, 2:], images[[0, 2, 3]])  # the fourth has no place
     assert rows[1, 2:].isnan().all()
+    axes = figures[0].axes[0]
+    assert "first 3 held-out members" in axes.get_title()
+    assert axes.get_ylabel() == "class by majority of the training images"
+    aae_pictures.save_clusters(heads, images, chosen, ["7", "–", "1"], tmp_path / "a.png")
+    assert "–: the head has none" in figures[1].axes[0].get_ylabel()
 
 
 def test_a_style_a_row_and_a_class_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,6 +777,7 @@ SMOKES: dict[str, tuple[list[str], set[str], set[str]]] = {
         {"parzen", "two_sample_accuracy_training"},
     ),
     "unsupervised, 8 dims": ([], {"codes", "samples"}, {"parzen"}),
+    "unsupervised, 1 dim": (["--latent", "1"], {"codes", "samples"}, {"parzen"}),
     "unsupervised, swiss roll": (["--prior", "swiss-roll"], {"codes", "samples", "manifold"}, {"parzen"}),
     "steered": ([], {"codes", "samples", "manifold"}, {"error"}),
     "semi-supervised": ([], {"styles"}, {"error", "error_labels_alone", "error_difference"}),
@@ -641,7 +805,15 @@ def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [record["epoch"] for record in history] == [1, 2]
     printed = capsys.readouterr().out
     for key in numbers:
-        assert re.search(rf"^{key} ", printed, re.MULTILINE)
+        assert re.search(rf"^{re.escape(aae_evaluation.ROWS[key].words)}  ", printed, re.MULTILINE)
+    lines = printed.splitlines()
+    assert lines[0] == f"{name.split(',')[0]} on digits, 2 epochs, 1 run"
+    # Every number has its words, or stands beside the one that it is the error of.
+    own = {row.error for row in aae_evaluation.ROWS.values()}
+    assert set(results) <= set(aae_evaluation.ROWS) | own
+    files = [str(path) for path in sorted(folder.iterdir())]
+    assert lines[-len(files) - 1 :] == [*files, str(tmp_path / "metrics.json")]
+    assert "_" not in "".join(lines[: -len(files) - 1])
 
 
 def test_several_seeds_are_paired(tmp_path: Path) -> None:
@@ -851,6 +1023,76 @@ def test_defaults() -> None:
     assert of("--mode", "clustering", "--clusters", "30") == (None, 3, None, 30, 100)
     assert of("--mode", "reduction") == (None, 2, None, 20, 100)
     assert of("--mode", "reduction", "--labels", "100") == (None, 2, 100, None, 100)
+
+
+@pytest.mark.parametrize(
+    ("argv", "folder"),
+    [
+        ("", "aae-unsupervised-digits"),
+        ("--prior gaussian", "aae-unsupervised-digits"),
+        ("--prior swiss-roll", "aae-unsupervised-swiss-roll-digits"),
+        ("--prior mixture --data mnist", "aae-unsupervised-mixture-mnist"),
+        ("--mode steered --prior mixture", "aae-steered-digits"),
+        ("--mode steered --prior swiss-roll", "aae-steered-swiss-roll-digits"),
+        ("--mode reduction", "aae-reduction-digits"),
+        ("--mode reduction --labels 100", "aae-reduction-labels-digits"),
+        ("--mode semi-supervised --labels 50", "aae-semi-supervised-digits"),
+        ("--mode clustering --smoke", "smoke/aae-clustering-digits"),
+        ("--mode reduction --labels 100 --smoke", "smoke/aae-reduction-labels-digits"),
+    ],
+)
+def test_default_folder(argv: str, folder: str) -> None:
+    assert aae.parse_args(argv.split()).out == Path("results", folder)
+
+
+def test_help_tells_the_defaults_by_mode(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        aae.parse_args(["--help"])
+    printed = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    assert "None" not in printed
+    for name, modes in {
+        "labels": ("steered", "semi-supervised"),
+        "clusters": ("clustering", "reduction"),
+        "latent": ("semi-supervised", "clustering", "reduction"),
+        "noise": MODES,
+    }.items():
+        told = printed.split(f"--{name} {name.upper()} ")[1].split(" --")[0]
+        for mode in modes:
+            # On MNIST: digits are told apart from it in words.
+            default = getattr(aae.parse_args(["--mode", mode, "--data", "mnist"]), name)
+            assert f"{default} in {mode}" in told
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_out_that_is_a_file(below: str, tmp_path: Path) -> None:
+    file = tmp_path / "taken"
+    file.write_text("")
+    with pytest.raises(SystemExit) as raised:
+        aae.main(["--smoke", "--out", str(file / below)])
+    assert str(raised.value) == f"error: --out {file / below}: {file} is a file, name a folder"
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_errors_of_the_system_are_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, **_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(SystemExit) as raised:
+        aae.main(["--smoke", "--out", str(tmp_path / "new")])
+    assert str(raised.value) == f"error: {tmp_path / 'new' / 'seed-0'}: Permission denied"
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_words_for_one_and_for_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*TINY, "--mode", "clustering"]
+    aae.main([*argv, "--epochs", "1", "--out", str(tmp_path / "a")])
+    assert "clustering on digits, 1 epoch, 1 run\n" in capsys.readouterr().out
+    aae.main([*argv, "--seeds", "2", "--out", str(tmp_path / "b")])
+    assert "clustering on digits, 3 epochs, 2 runs\n" in capsys.readouterr().out
 
 
 def test_too_few_images_for_the_labels(tmp_path: Path) -> None:
