@@ -32,7 +32,7 @@ import vae
 from aae_networks import HeadsAAE, LatentAAE
 from aae_priors import COMPONENTS, PRIORS
 from aae_training import Data, Trainer, choose_labelled, train_classifier
-from options import as_settings, at_smoke_size, positive_float, positive_int, torch_device
+from options import as_settings, at_smoke_size, new_parser, positive_float, positive_int, torch_device
 
 KIND = "examples/aae.py"
 DATA = ("digits", "mnist", "fashion-mnist")
@@ -158,13 +158,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return metrics
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names a default where there is one value of it; the others are told in words."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def by_mode(name: str) -> str:
     """The defaults of an option in the modes that have one of their own."""
     return ", ".join(f"{values[name]} in {mode}" for mode, values in DEFAULTS.items() if name in values)
@@ -172,7 +165,7 @@ def by_mode(name: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and complete the command line; exits with a message where it makes no sense."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--mode", choices=DEFAULTS, default="unsupervised", help="which of the paper's uses")
     add("--prior", choices=PRIORS, help=f"of the code (default: {by_mode('prior')})")
