@@ -309,6 +309,28 @@ def test_damaged_data(kind: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vae, "train", interrupt)
+    with pytest.raises(SystemExit, match="interrupted: nothing is saved"):
+        vae.main(["--smoke", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_says_defaults_once() -> None:
+    parser = options.new_parser("First.\n\nSecond.")
+    parser.add_argument("--size", default=3, help="a number")
+    parser.add_argument("--other", help="by mode (default: 1 or 2)")
+    parser.add_argument("--none", help="no default")
+    text = parser.format_help()
+    assert "First." in text
+    assert "Second" not in text
+    assert "a number (default: 3)" in text
+    assert text.count("default:") == 2
+
+
 def test_vae_is_repeatable_and_evaluation_leaves_training_alone(tmp_path: Path) -> None:
     def history(name: str, extra: dict) -> list[float]:
         args = vae.parse_args(["--smoke", "-M", "2", "-K", "2", "--out", str(tmp_path / name)])
