@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from aae_networks import Encoder, Few, HeadsAAE, LatentAAE
 from aae_priors import COMPONENTS
 from checkpoint import random_state, restore_random_state
-from deep_training import stop_signals
+from deep_training import set_learning_rate, stop_signals
 from torch import Tensor, nn
 from vae import progress_bar
 
@@ -160,7 +160,9 @@ class Trainer:
         if self.position == len(self.order):
             self.order = torch.randperm(len(self.images), generator=self.generator, device=device)
             self.position = 0
-            self.set_learning_rate(self.learning_rate * decay(self.step / self.steps_per_epoch / self.epochs))
+            rate = self.learning_rate * decay(self.step / self.steps_per_epoch / self.epochs)
+            for optimiser in self.optimisers.values():
+                set_learning_rate(optimiser, rate)
         # One image alone has no variance for batch normalisation: the last one then joins those before.
         lonely = len(self.order) - self.position == self.batch_size + 1
         rows = self.order[self.position : self.position + self.batch_size + lonely]
@@ -170,16 +172,6 @@ class Trainer:
         size = len(self.few[0])
         drawn = torch.randperm(size, generator=self.generator, device=device)[: self.batch_size]
         return self.images[rows], (self.few[0][drawn], self.few[1][drawn])
-
-    def set_learning_rate(self, rate: float) -> None:
-        """Of the steps to come, in all phases."""
-        for optimiser in self.optimisers.values():
-            # By way of its state: after load_state there is no optimiser yet whose rate could be set.
-            states = optimiser.get_state()
-            for state in states.values():
-                for group in state["param_groups"]:
-                    group["lr"] = rate
-            optimiser.set_state(states)
 
     def take_step(self) -> dict[str, float]:
         """A step of every phase; returns its losses in nats per image, those of codes in nats per code."""

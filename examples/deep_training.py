@@ -15,12 +15,13 @@ from checkpoint import random_state, restore_random_state
 from datasets import binarize
 from deep_networks import DeepVAE, Stage
 from pyro.infer import SVI
+from pyro.optim import PyroOptim
 from torch import Tensor
 from vae import log_marginal, mean_bound, progress_bar
 
 from pyro_iw import FusedOptim, ImportanceWeightedELBO
 
-__all__ = ["Trainer", "stop_signals"]
+__all__ = ["Trainer", "set_learning_rate", "stop_signals"]
 
 # Held-out images and draws for the NLL during training: a second or two an epoch.
 CURVE_IMAGES, CURVE_PARTICLES = 500, 500
@@ -106,12 +107,7 @@ class Trainer:
     def begin(self, stage: Stage) -> None:
         """Take the learning rate of a stage, at its start or on the way."""
         self.learning_rate = stage.learning_rate
-        # By way of its state: after load_state there is no optimiser yet whose rate could be set.
-        states = self.optimiser.get_state()
-        for state in states.values():
-            for group in state["param_groups"]:
-                group["lr"] = stage.learning_rate
-        self.optimiser.set_state(states)
+        set_learning_rate(self.optimiser, stage.learning_rate)
 
     def next_batch(self) -> Tensor:
         """The next images as bits, in a new random order every epoch."""
@@ -195,6 +191,16 @@ class Trainer:
                         save()
                     if received:
                         raise KeyboardInterrupt
+
+
+def set_learning_rate(optimiser: PyroOptim, rate: float) -> None:
+    """Of the steps to come."""
+    # By way of its state: after it has been loaded there is no optimiser yet whose rate could be set.
+    states = optimiser.get_state()
+    for state in states.values():
+        for group in state["param_groups"]:
+            group["lr"] = rate
+    optimiser.set_state(states)
 
 
 @contextmanager

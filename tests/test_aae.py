@@ -28,25 +28,13 @@ from aae_priors import COMPONENTS, UNLABELLED, Gaussian, Mixture, Prior, SwissRo
 from aae_training import Trainer, choose_labelled, decay, train_classifier
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from resuming import flat, run_stopped
 from torch.nn import functional as F
 
 MODES = tuple(aae.DEFAULTS)
 # 3 steps an epoch, the last of them a small one, in 3 epochs.
 TINY = ["--train-size", "50", "--test-size", "30", "--batch-size", "20", "--epochs", "3", "--hidden", "8"]
 TINY += ["--parzen-samples", "20", "--checkpoint-every", "1"]
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of nested containers, tensors as lists."""
-    if isinstance(value, torch.Tensor):
-        return {name: value.tolist()}
-    if isinstance(value, dict):
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(str(i), item) for i, item in enumerate(value)]
-    else:
-        return {name: value}
-    return {key: leaf for part, item in items for key, leaf in flat(item, f"{name}/{part}").items()}
 
 
 def training(folder: Path) -> dict[str, Any]:
@@ -857,26 +845,6 @@ def test_seeds_draw_labels_and_validation(tmp_path: Path) -> None:
     )
 
 
-class Stopped(Exception):
-    pass
-
-
-def run_stopped(monkeypatch: pytest.MonkeyPatch, steps: int, argv: list[str]) -> None:
-    """A run that fails in the step after that many, once the optimisers have moved the parameters."""
-    take_step = Trainer.take_step
-
-    def limited(self: Trainer) -> dict[str, float]:
-        losses = take_step(self)
-        if self.step > steps:
-            raise Stopped
-        return losses
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "take_step", limited)
-        with pytest.raises(Stopped):
-            aae.main(argv)
-
-
 CONFIGURATIONS = {
     "steered": ["--mode", "steered", "--prior", "swiss-roll", "--labels", "20"],
     "semi-supervised": ["--mode", "semi-supervised", "--labels", "10"],
@@ -915,7 +883,7 @@ def test_resumed_is_uninterrupted(
     argv = [*TINY, *CONFIGURATIONS[name], "--checkpoint-every", str(rng.choice([1, 2]))]
     argv += ["--resume", "--out", str(tmp_path)]
     for steps in sorted(rng.sample(range(1, 9), 2)):
-        run_stopped(monkeypatch, steps, argv)
+        run_stopped(monkeypatch, Trainer, steps, aae.main, argv)
         torch.manual_seed(rng.randrange(1000))  # another process has another state
     aae.main(argv)
     assert training(tmp_path) == expected
@@ -959,7 +927,7 @@ def test_every_part_of_the_state_matters(
     """Without any one of them a resumed run is another one: so the test above would notice."""
     name = "semi-supervised"
     argv = [*TINY, *CONFIGURATIONS[name], "--resume", "--out", str(tmp_path)]
-    run_stopped(monkeypatch, 4, argv)  # in the middle of an epoch
+    run_stopped(monkeypatch, Trainer, 4, aae.main, argv)  # in the middle of an epoch
     path = tmp_path / "seed-0" / "checkpoint.pt"
     saved = checkpoint.load(path, aae.KIND)
     assert saved["training"]["step"] == 4

@@ -27,6 +27,7 @@ import vae
 from deep_networks import DeepVAE, KLWarmup, Layer, layer_widths, schedule
 from deep_training import Trainer
 from matplotlib.image import imread
+from resuming import flat, run_stopped
 
 from pyro_iw import IWAE_ELBO
 
@@ -52,43 +53,10 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of nested containers, tensors as lists, without the times of day."""
-    if isinstance(value, torch.Tensor):
-        return {name: value.tolist()}
-    if isinstance(value, dict):
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(str(i), item) for i, item in enumerate(value)]
-    else:
-        return {name: value}
-    return {key: leaf for part, item in items for key, leaf in flat(item, f"{name}/{part}").items()}
-
-
 def training(folder: Path) -> dict[str, Any]:
     """All that a run leaves behind in its checkpoint but for the seconds."""
     leaves = flat(checkpoint.load(folder / "checkpoint.pt", deep_vae.KIND)["training"])
     return {name: leaf for name, leaf in leaves.items() if not name.endswith(("seconds", "since_record/2"))}
-
-
-class Stopped(Exception):
-    pass
-
-
-def run_stopped(monkeypatch: pytest.MonkeyPatch, steps: int, argv: list[str]) -> None:
-    """A run that fails in the step after that many, once the optimiser has moved the parameters."""
-    take_step = Trainer.take_step
-
-    def limited(self: Trainer) -> float:
-        bound = take_step(self)
-        if self.step > steps:
-            raise Stopped
-        return bound
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "take_step", limited)
-        with pytest.raises(Stopped):
-            deep_vae.main(argv)
 
 
 # The networks
@@ -265,7 +233,7 @@ def test_learning_rates_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.optim.Adam, "step", noted)
     argv = [*TINY, "--resume", "--out", str(tmp_path)]
     for steps in (3, 9):
-        run_stopped(monkeypatch, steps, argv)
+        run_stopped(monkeypatch, Trainer, steps, deep_vae.main, argv)
         rates.pop()  # of the step that was not saved
     deep_vae.main(argv)
     stages = schedule(3, 0.0011)
@@ -373,7 +341,7 @@ def test_resumed_is_uninterrupted(
     argv = [*TINY, *CONFIGURATIONS[name], "--checkpoint-every", str(rng.choice([1, 2, 5]))]
     argv += ["--resume", "--out", str(tmp_path)]
     for steps in sorted(rng.sample(range(1, 13), 2)):
-        run_stopped(monkeypatch, steps, argv)
+        run_stopped(monkeypatch, Trainer, steps, deep_vae.main, argv)
         torch.manual_seed(rng.randrange(1000))  # another process has another state
     deep_vae.main(argv)
     assert training(tmp_path) == expected
@@ -385,7 +353,7 @@ def test_resumed_is_uninterrupted_when_compiled(
 ) -> None:
     """To rounding: the step after a start is not a compiled one, and fused sums round in another order."""
     argv = [*TINY, "--compile", "--checkpoint-every", "2", "--resume", "--out", str(tmp_path)]
-    run_stopped(monkeypatch, 8, argv)
+    run_stopped(monkeypatch, Trainer, 8, deep_vae.main, argv)
     torch.manual_seed(5)
     deep_vae.main(argv)
     expected = uninterrupted("compiled")
@@ -423,7 +391,7 @@ def test_every_part_of_the_state_matters(
     """Without any one of them a resumed run is another one: so the test above would notice."""
     name = "two layers, warm-up"
     argv = [*TINY, *CONFIGURATIONS[name], "--resume", "--out", str(tmp_path)]
-    run_stopped(monkeypatch, 7, argv)  # in the middle of an epoch and of the warm-up
+    run_stopped(monkeypatch, Trainer, 7, deep_vae.main, argv)  # in the middle of an epoch and of the warm-up
     path = tmp_path / "checkpoint.pt"
     saved = checkpoint.load(path, deep_vae.KIND)
     assert (saved["training"]["step"], saved["training"]["loss_steps"]) == (7, 7)
@@ -465,7 +433,7 @@ def test_kl_weights_right_after_resuming(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(KLWarmup, "__call__", noted)
     argv = [*TINY, "--kl-warmup", "3.33", "--resume", "--out", str(tmp_path)]
-    run_stopped(monkeypatch, 4, argv)
+    run_stopped(monkeypatch, Trainer, 4, deep_vae.main, argv)
     weights.pop()
     deep_vae.main(argv)
     # 3.33 epochs of 3 steps are 10 steps.
@@ -671,7 +639,7 @@ def test_switch_is_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.Monkey
     small_run(trained)
     more = ["--switch-to", "miwae", "-M", "2", "--start-from", str(trained)]
     whole = small_run(tmp_path / "whole", *more)
-    run_stopped(monkeypatch, 3, [*TINY, *more, "--out", str(tmp_path / "stopped")])
+    run_stopped(monkeypatch, Trainer, 3, deep_vae.main, [*TINY, *more, "--out", str(tmp_path / "stopped")])
     resumed = small_run(tmp_path / "stopped", *more, "--resume")
     assert training(tmp_path / "stopped") == training(tmp_path / "whole")
     assert resumed["before_switch"] == whole["before_switch"]
