@@ -70,7 +70,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Bound, particles and layers, such as ``MIWAE(8, 8), two layers``."""
+        """Bound, particles and layers, such as ``MIWAE(8, 8), 2 layers``."""
         s = self.settings
         loss, particles = s["switch_to"] or s["loss"], s["M"] * s["K"]
         own = f"{loss.upper()}({particles})"

@@ -1162,11 +1162,11 @@ def test_statistics_of_instance_normalisation_follow_once() -> None:
         norm = nn.InstanceNorm1d(1, track_running_stats=True).double()
 
         def guide(x: Tensor) -> None:
+            pyro.module("encoder", p.encoder)
             with pyro.plate("data", len(x)):
                 pyro.sample("z", dist.Delta(p.encoder(norm(x.unsqueeze(1)).squeeze(1)), event_dim=1))
 
-        pyro.module("encoder", p.encoder)
-        run(p, lambda x: (pyro.module("encoder", p.encoder), guide(x))[1])
+        run(p, guide)
         return norm.running_mean
 
     once = statistics(lambda p, guide: guide(images()))

@@ -425,9 +425,9 @@ def test_a_decoders_own_draw_that_stops_its_gradient() -> None:
 
         return run
 
-    def fixed() -> None:
+    def mixture() -> None:
         with pyro.plate("data", len(X)):
-            k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer=NOISE)
+            k = pyro.sample("k", dist.Categorical(logits=logits), infer=NOISE)
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0 + k.unsqueeze(-1)).to_event(1))
             pyro.sample("x", dist.Normal(z.sum(-1, True).expand(-1, 3), 1.0).to_event(1), obs=X)
 
@@ -436,7 +436,8 @@ def test_a_decoders_own_draw_that_stops_its_gradient() -> None:
     with pytest.raises(ValueError, match="'k' of the model"):  # of the code, whose gradient it holds up, too
         AdversarialSVI(decoder(False), guide(), nn.Linear(2, 1), sgd()).step()
     pyro.clear_param_store()
-    AdversarialSVI(fixed, guide(), nn.Linear(2, 1), sgd()).step()  # part of the prior
+    # Part of the prior, whose parameters no phase trains.
+    AdversarialSVI(mixture, guide(), nn.Linear(2, 1), sgd()).step()
 
 
 def test_what_condition_may_return() -> None:
