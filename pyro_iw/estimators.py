@@ -47,7 +47,7 @@ References:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import torch
@@ -57,6 +57,8 @@ from torch import Tensor
 from .bounds import Bound
 from .logmean import leave_one_out_logmeanexp, leave_one_out_mean, softmax
 from .particles import Particles
+from .paths import class_name
+from .sites import Site
 from .surrogate import Boundary, Estimate, Term, Weights, boundary_ratio, tie
 from .traces import Route
 
@@ -226,12 +228,23 @@ class Reparam(Estimator):
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
-        if particles.nonreparameterized_sites:
-            listed = ", ".join(dict.fromkeys(repr(s.name) for s in particles.nonreparameterized_sites))
+        sites = particles.nonreparameterized_sites
+        _refuse_hidden_draws(sites, self.name)
+        if sites:
+            biased = [site for site in sites if site.has_biased_path]
+            reason = ""
+            if biased:
+                kinds = dict.fromkeys(class_name(site.message["fn"]) for site in biased)
+                reason = (
+                    f" The rsample of {', '.join(kinds)} has a gradient that is not that of its draws. To "
+                    "take it on purpose, biased as it is, pass infer={'biased_path': True} at "
+                    f"{_listed(biased)}."
+                )
             raise ValueError(
-                f"Guide site(s) {listed} cannot be reparameterised, so estimator={self.name!r} would leave "
-                "out the gradient of their parameters without a word. Pass estimator='vimco' (K > 1), "
-                "'score' or 'rws' (wake-wake), or use a distribution with rsample at these sites."
+                f"Guide site(s) {_listed(sites)} cannot be reparameterised, so estimator={self.name!r} would "
+                "leave out the gradient of their parameters without a word. Pass estimator='vimco' (K > 1), "
+                "'score' or 'rws' (wake-wake), or use a continuous distribution with an exact rsample at "
+                f"these sites, in model and guide.{reason}"
             )
 
     def guide_weights(
@@ -248,14 +261,46 @@ def _refuse_late_parameters(particles: Particles, name: str) -> None:
     """
     late = [site for site in particles.guide_sites if site.has_late_parameters]
     if late:
-        listed = ", ".join(dict.fromkeys(repr(site.name) for site in late))
         raise ValueError(
-            f"Guide site(s) {listed} depend on parameters after sampling (a Delta of parameters, as in "
-            "AutoDelta, AutoStructured and hand-made transformations of noise, or a factor or observed site "
-            f"with parameters), so their density at fixed values has no score, which estimator={name!r} "
-            "needs. Use estimator='reparam', or sample these sites from a distribution with the parameters "
-            "(TransformedDistribution)."
+            f"Guide site(s) {_listed(late)} depend on parameters after sampling (a Delta of parameters, as "
+            "in AutoDelta, AutoStructured and hand-made transformations of noise, or a factor or observed "
+            "site with parameters), so their density at fixed values has no score, which "
+            f"estimator={name!r} needs. Use estimator='reparam', or sample these sites from a distribution "
+            "with the parameters (TransformedDistribution)."
         )
+
+
+def _refuse_moving_supports(sites: Iterable[Site], name: str) -> None:
+    """Refuse guides whose score has another expectation than 0, see :mod:`~pyro_iw.supports`."""
+    moving = [site for site in sites if site.has_moving_support]
+    if moving:
+        raise ValueError(
+            f"The support of guide site(s) {_listed(moving)} has ends that move with parameters (as that of "
+            "Uniform(0, b) does with b), so the expectation of its score is not 0, on which "
+            f"estimator={name!r} relies. Use estimator='reparam' with a distribution that has an rsample, or "
+            "one whose support stays, such as a Beta between fixed bounds."
+        )
+
+
+def _refuse_hidden_draws(sites: Iterable[Site], name: str) -> None:
+    """Refuse factors of the guide that claim to be densities of draws without a path.
+
+    Of draws hidden from Pyro, they would need a score; as functions of the guide's own draws, which do not
+    vary with them, they must not have one. Which of the two cannot be seen.
+    """
+    factors = [site for site in sites if site.is_factor]
+    if factors:
+        raise ValueError(
+            f"pyro.factor(..., has_rsample=False) in the guide at {_listed(factors)} depends on parameters. "
+            f"Whether it needs a score under estimator={name!r} cannot be seen. If its value follows from "
+            "the guide's sample sites and parameters, pass has_rsample=True: the draws do not depend on it, "
+            "and whatever distribution they are from, its derivative is all there is to it. If it is the "
+            "density of draws made outside of pyro.sample, make them by pyro.sample instead."
+        )
+
+
+def _listed(sites: Iterable[Site]) -> str:
+    return ", ".join(dict.fromkeys(repr(site.name) for site in sites))
 
 
 class STL(Reparam):
@@ -274,6 +319,7 @@ class STL(Reparam):
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
         _refuse_late_parameters(particles, self.name)
+        _refuse_moving_supports(particles.guide_sites, self.name)
         assert particles.log_q_stopped is not None
         log_q, again = particles.log_q, particles.log_q_stopped
         if is_validation_enabled() and not torch.allclose(log_q, again, rtol=1e-2, atol=1e-2, equal_nan=True):
@@ -319,11 +365,10 @@ class DReG(STL):
         scales = [site.scale for site in particles.guide_sites]
         tempered = any(isinstance(scale, Tensor) or scale != scales[0] for scale in scales)
         if tempered and not bound.guide_bound.is_linear:
-            listed = ", ".join(dict.fromkeys(repr(site.name) for site in particles.guide_sites))
             raise ValueError(
-                f"Guide sites {listed} differ in poutine.scale, or have a tensor for one, inside the "
-                "logarithm. estimator='dreg' needs one number there. Scale them alike, or use "
-                "estimator='reparam'."
+                f"Guide sites {_listed(particles.guide_sites)} differ in poutine.scale, or have a tensor for "
+                "one, inside the logarithm. estimator='dreg' needs one number there. Scale them alike, or "
+                "use estimator='reparam'."
             )
 
     def path_weights(self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor) -> Tensor:
@@ -346,6 +391,11 @@ class Score(Estimator):
 
     name = "score"
     guide_densities = (_minus_log_q, _score)
+
+    def check(self, particles: Particles, bound: Bound) -> None:
+        super().check(particles, bound)
+        _refuse_hidden_draws(particles.nonreparameterized_sites, self.name)
+        _refuse_moving_supports(particles.nonreparameterized_sites, self.name)
 
     def replacement(self, bound: Bound, log_w: Tensor) -> Tensor | None:
         """What a particle's log-weight is replaced by in its control variate, made from the others alone."""
@@ -412,6 +462,7 @@ class RWS(Estimator):
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
         _refuse_late_parameters(particles, self.name)
+        _refuse_moving_supports(particles.guide_sites, self.name)
         if bound.guide_bound.K == 1:
             raise ValueError(
                 f"estimator='rws' needs importance weights to normalise, and {bound.guide_bound!r} has "

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .enumeration import is_enumerated, marginalize
+from .paths import class_name, draws_hard_values, has_biased_path, has_path
+from .supports import is_discrete, support_moves
 from .traces import PARTICLE_PLATE, Traces
 
 __all__ = ["Site", "plate_key", "read_sites"]
@@ -57,7 +59,17 @@ class Site(NamedTuple):
     @property
     def is_reparameterized(self) -> bool:
         """Whether its value carries a pathwise gradient, or its density has no parameters to need one."""
-        return bool(getattr(self.message["fn"], "has_rsample", False)) or not self.log_prob.requires_grad
+        return has_path(self.message["fn"], self.message["infer"]) or not self.log_prob.requires_grad
+
+    @property
+    def has_biased_path(self) -> bool:
+        """Whether its distribution has an ``rsample`` whose gradient is not that of its draws."""
+        return has_biased_path(self.message["fn"])
+
+    @property
+    def has_moving_support(self) -> bool:
+        """Whether the ends of its support depend on parameters, where upstream values are what they are."""
+        return self.is_latent and support_moves((self.rescored or self.message)["fn"])
 
     @property
     def has_late_parameters(self) -> bool:
@@ -95,8 +107,9 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
         roles: whose sites are wanted.
 
     Raises:
-        ValueError: if a latent is missing from the guide, shapes clash, or a factor in the guide
-            does not say whether it is reparameterised; the site is named.
+        ValueError: if a latent is missing from the guide or has a density in one of model and guide and a
+            mass in the other, shapes clash, or a factor in the guide does not say whether it is
+            reparameterised; the site is named.
         NotImplementedError: if a site is to be enumerated and cannot be; it is named.
     """
     sites: list[Site] = []
@@ -172,12 +185,36 @@ def _check_names(model_trace: Any, guide_trace: Any) -> None:
                     f"Latent site {name!r} of the model is missing from the guide, so its importance weight "
                     f"is unknown. Sample {name!r} in the guide,{enumerate_it} or observe it in the model."
                 )
+            if role == "model" and latent and not missing:
+                _check_measure(name, message["fn"], guide_trace.nodes[name])
             is_factor = isinstance(message["fn"], Unit)
             if role == "guide" and is_factor and "has_rsample" not in vars(message["fn"]):
                 raise ValueError(
                     f"pyro.factor({name!r}, ...) in the guide must say whether it arises from "
                     "reparameterised sampling: pass has_rsample=True or has_rsample=False."
                 )
+
+
+def _check_measure(name: str, fn: Any, guide_message: Any) -> None:
+    """Refuse to weigh a density against a mass."""
+    if guide_message["type"] != "sample" or guide_message["is_observed"]:
+        return
+    guide_fn = guide_message["fn"]
+    discrete, guide_discrete = is_discrete(fn), is_discrete(guide_fn)
+    hard, guide_hard = draws_hard_values(fn), draws_hard_values(guide_fn)
+    if None not in (discrete, guide_discrete) and (discrete != guide_discrete or hard != guide_hard):
+        raise ValueError(
+            f"Latent site {name!r} is {_measure(discrete, hard)} in the model ({class_name(fn)}), but "
+            f"{_measure(guide_discrete, guide_hard)} in the guide ({class_name(guide_fn)}), so their ratio "
+            f"is no importance weight. Sample {name!r} from distributions of the same kind: both discrete "
+            "(with estimator='vimco', 'score' or 'rws'), or the same relaxation in model and guide."
+        )
+
+
+def _measure(discrete: bool | None, hard: bool) -> str:
+    if discrete:
+        return "discrete, with a probability mass,"
+    return "a quantised draw, with the density of its relaxation," if hard else "continuous, with a density,"
 
 
 def _check_enumerated(role: str, name: str, message: Any) -> None:

@@ -20,6 +20,8 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 
+from .paths import carried, has_path
+
 __all__ = [
     "PARTICLE_PLATE",
     "OneMinibatch",
@@ -180,12 +182,23 @@ def _is_minibatch(msg: Any) -> bool:
     return subsample_size is not None and subsample_size < size
 
 
-class _StopValues(Messenger):
-    """Cuts the gradient at every latent value, before anything downstream or any trace sees it."""
+class _CutPaths(Messenger):
+    """Cuts the gradient at latent values without a path, before anything downstream or any trace sees it.
+
+    Arguments:
+        everywhere: cut it at all latent values.
+    """
+
+    def __init__(self, everywhere: bool) -> None:
+        super().__init__()
+        self.everywhere = everywhere
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
-            msg["value"] = msg["value"].detach()
+        value: Any = msg["value"]
+        if msg["is_observed"] or not getattr(value, "requires_grad", False) or site_is_subsample(msg):
+            return
+        if self.everywhere or not has_path(msg["fn"], msg["infer"]):
+            msg["value"] = carried(value, Tensor.detach)
 
 
 def trace_pair(
@@ -208,7 +221,7 @@ def trace_pair(
     """
     route, progress = route or Route(), progress or Progress()
     # Around the trace and not inside it: the trace is to record stopped values.
-    with _StopValues() if route.stopped else nullcontext():
+    with _CutPaths(everywhere=route.stopped) if torch.is_grad_enabled() else nullcontext():
         guided, guide_trace, model_trace = _trace_guide(pair, enclose(pair.guide), progress)
     _score_transformed(guide_trace)
     rescored = None
@@ -292,7 +305,7 @@ def _with_values(trace: Trace, change: Through, particle: int | None = None) -> 
         if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site):
             event_dim = getattr(site["fn"], "event_dim", 0)
             value: Any = site["value"]
-            changed: Any = {**site, "value": change(value, event_dim, particle)}
+            changed: Any = {**site, "value": carried(value, change, event_dim, particle)}
             changed.pop("unscaled_log_prob", None)
             trace.nodes[name] = changed
     return trace

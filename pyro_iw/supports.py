@@ -1,0 +1,182 @@
+r"""The supports of distributions: discrete or not, fixed or moving with parameters.
+
+The score of a density has the expectation 0 where its support is fixed. Where an end :math:`b` of the support
+moves with a parameter :math:`\phi`, probability flows over it:
+
+.. math:: E[\nabla_\phi \log q_\phi(z)] = \int \nabla_\phi q_\phi(z)\, dz
+    = \nabla_\phi 1 - q_\phi(b)\, \nabla_\phi b,
+
+for a single upper end. Nothing that relies on the score alone is right there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro.distributions import Delta, Unit
+from torch import Tensor
+from torch.distributions import (
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+    constraints,
+)
+from torch.distributions.transforms import ComposeTransform
+
+__all__ = ["is_discrete", "support_moves"]
+
+# Their density falls faster than any bijection to a bounded interval can compress it: at the ends it is 0.
+_GAUSSIAN = (Normal, MultivariateNormal, LowRankMultivariateNormal)
+
+
+def is_discrete(fn: Any) -> bool | None:
+    """Whether a distribution has a probability mass rather than a density; None where that cannot be told.
+
+    None also of a point mass or a factor, which go with either.
+    """
+    while (part := _whole(fn)) is not None:
+        fn = part
+    if isinstance(fn, Delta | Unit):
+        return None
+    if getattr(fn, "has_enumerate_support", False):
+        return True
+    support = _support(fn)
+    # A constraint by somebody else says that it is not discrete where nobody has given it a thought.
+    if not type(support).__module__.startswith(("torch.", "pyro.")):
+        return None
+    return support.is_discrete
+
+
+def _whole(fn: Any) -> Any:
+    """A distribution with values of the same kind, of which this one is made; None if of none."""
+    for name in ("base_dist", "_component_distribution", "component0"):
+        part = getattr(fn, name, None)
+        if part is not None:
+            return part
+    return None
+
+
+def _support(fn: Any) -> Any:
+    """The support, None where it has none to tell."""
+    try:
+        return fn.support
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def support_moves(fn: Any) -> bool:
+    """Whether an end of a distribution's support depends on a tensor that requires a gradient.
+
+    Told from the bounds of ``fn.support``, and for a plain :class:`TransformedDistribution`, whose support
+    is said to be what its last transform could reach, from where the transforms take those of its base.
+    """
+    if isinstance(fn, Delta | Unit):
+        return False
+    if not isinstance(fn, TransformedDistribution):
+        # Of an independent, expanded or masked one, or a mixture.
+        part = _whole(fn)
+        return any(map(_is_moving, _tensors(_support(fn)))) if part is None else support_moves(part)
+    if type(fn).support is not TransformedDistribution.support:
+        return any(map(_is_moving, _tensors(_support(fn))))
+    return _image_moves(fn)
+
+
+def _is_moving(bound: Tensor) -> bool:
+    return bound.requires_grad and bool(bound.isfinite().any())
+
+
+def _tensors(constraint: Any) -> Iterator[Tensor]:
+    """The tensors that a constraint is made of."""
+    if isinstance(constraint, Tensor):
+        yield constraint
+    elif isinstance(constraint, constraints.Constraint):
+        for part in vars(constraint).values():
+            yield from _tensors(part)
+    elif isinstance(constraint, list | tuple):
+        for part in constraint:
+            yield from _tensors(part)
+
+
+def _image_moves(fn: TransformedDistribution) -> bool:
+    """Whether the image of the base's support moves."""
+    transforms: list[Any] = []
+    base: Any = fn
+    while (part := _whole(base)) is not None:
+        if isinstance(base, TransformedDistribution):
+            transforms = [*_flat(base.transforms), *transforms]
+        base = part
+    if not any(_learnt(transform) for transform in transforms) and not support_moves(base):
+        return False
+    if isinstance(base, _GAUSSIAN) and all(transform.bijective for transform in transforms):
+        return False
+    domain = _support(base)
+    ends = _ends(domain)
+    sources = [tensor for tensor in _tensors(domain) if tensor.requires_grad]
+    shape = base.batch_shape + base.event_shape
+    for transform in transforms:
+        if domain is not None and _is_same(domain, transform.domain):
+            domain = transform.codomain  # all of it is reached
+            ends = _ends(domain)
+            continue
+        # Past the cache, in which a transform without an inverse keeps its last draw.
+        ends = [transform._call(end.expand(torch.broadcast_shapes(end.shape, shape))) for end in ends]
+        domain = None
+        sources += _learnt(transform)
+    return any(_depends(end, sources) for end in ends if _is_moving(end))
+
+
+def _flat(transforms: Any) -> Iterator[Any]:
+    for transform in transforms:
+        if isinstance(transform, ComposeTransform):
+            yield from _flat(transform.parts)
+        else:
+            yield transform
+
+
+def _learnt(transform: Any) -> list[Tensor]:
+    """The tensors with gradients that a transform is made of."""
+    found = [part for part in vars(transform).values() if isinstance(part, Tensor) and part.requires_grad]
+    inverse = getattr(transform, "_inv", None)  # of the inverse of a transform: that transform
+    if type(transform).__name__ == "_InverseTransform" and inverse is not None:
+        found += _learnt(inverse)
+    if isinstance(transform, torch.nn.Module):
+        found += [parameter for parameter in transform.parameters() if parameter.requires_grad]
+    return found
+
+
+def _interval(constraint: Any) -> tuple[Any, Any] | None:
+    """The ends of a constraint to an interval, infinite where it has none; None if it is something else."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    lower, upper = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
+    if lower is None and upper is None and type(constraint) is not type(constraints.real):
+        return None
+    return -math.inf if lower is None else lower, math.inf if upper is None else upper
+
+
+def _ends(constraint: Any) -> list[Tensor]:
+    """The finite ends of an interval."""
+    ends = map(torch.as_tensor, _interval(constraint) or ())
+    return [end for end in ends if bool(end.isfinite().all())]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two constraints are the same interval, or else of one kind."""
+    first, second = _interval(one), _interval(other)
+    if first is None or second is None:
+        return first is second and type(one) is type(other)
+    if any(isinstance(end, Tensor) and end.requires_grad for end in (*first, *second)):
+        return False
+    return all(
+        bool((torch.as_tensor(a) == torch.as_tensor(b)).all()) for a, b in zip(first, second, strict=True)
+    )
+
+
+def _depends(end: Tensor, sources: list[Tensor]) -> bool:
+    """Whether an end varies with any of the tensors: 0 times a scale does not."""
+    grads = torch.autograd.grad(end.sum(), sources, retain_graph=True, allow_unused=True)
+    return any(grad is not None and bool((grad != 0).any()) for grad in grads)
