@@ -265,8 +265,8 @@ def _refuse_late_parameters(particles: Particles, name: str) -> None:
             f"Guide site(s) {_listed(late)} depend on parameters after sampling (a Delta of parameters, as "
             "in AutoDelta, AutoStructured and hand-made transformations of noise, or a factor or observed "
             "site with parameters), so their density at fixed values has no score, which "
-            f"estimator={name!r} needs. Use estimator='reparam', or sample these sites from a distribution "
-            "with the parameters (TransformedDistribution)."
+            f"estimator={name!r} needs. Use estimator='reparam' ('score' where other sites have no path), or "
+            "sample these sites from a distribution with the parameters (TransformedDistribution)."
         )
 
 
@@ -277,8 +277,9 @@ def _refuse_moving_supports(sites: Iterable[Site], name: str) -> None:
         raise ValueError(
             f"The support of guide site(s) {_listed(moving)} has ends that move with parameters (as that of "
             "Uniform(0, b) does with b), so the expectation of its score is not 0, on which "
-            f"estimator={name!r} relies. Use estimator='reparam' with a distribution that has an rsample, or "
-            "one whose support stays, such as a Beta between fixed bounds."
+            f"estimator={name!r} relies. Sample from a distribution with rsample under estimator='reparam' "
+            "('score' where other sites have no path), which go along with the ends; or from one whose "
+            "support stays where it is, such as a Beta or a Normal."
         )
 
 
@@ -291,11 +292,11 @@ def _refuse_hidden_draws(sites: Iterable[Site], name: str) -> None:
     factors = [site for site in sites if site.is_factor]
     if factors:
         raise ValueError(
-            f"pyro.factor(..., has_rsample=False) in the guide at {_listed(factors)} depends on parameters. "
-            f"Whether it needs a score under estimator={name!r} cannot be seen. If its value follows from "
-            "the guide's sample sites and parameters, pass has_rsample=True: the draws do not depend on it, "
-            "and whatever distribution they are from, its derivative is all there is to it. If it is the "
-            "density of draws made outside of pyro.sample, make them by pyro.sample instead."
+            f"Factor(s) {_listed(factors)} of the guide (pyro.factor with has_rsample=False) depend on "
+            f"parameters, and whether they need a score, which estimator={name!r} would have to give them, "
+            "cannot be seen. Where the value follows from the guide's own sample sites and parameters, pass "
+            "has_rsample=True: no draw depends on it, so its derivative is all there is to it, whatever the "
+            "sites are. Where it is the density of draws made outside of pyro.sample, make them inside."
         )
 
 

@@ -19,6 +19,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import pyro.distributions as dist
@@ -90,14 +91,23 @@ def class_name(fn: Any) -> str:
 
 
 def _is_biased(fn: Any) -> bool:
-    if isinstance(fn, _RELAXED):
-        return True
-    return getattr(type(fn), "score_parts", None) not in _PLAIN_SCORE_PARTS or bool(is_discrete(fn))
+    return _is_biased_kind(type(fn)) or bool(is_discrete(fn))
 
 
 def _parts(fn: Any) -> Iterator[Any]:
     """A distribution and those it is made of: base, components, samplers of its own."""
     yield fn
     for part in getattr(fn, "__dict__", {}).values():
-        if isinstance(part, torch.distributions.Distribution | Distribution):
+        if _is_distribution(type(part)):
             yield from _parts(part)
+
+
+# This is asked of every latent site in every step, and of a class the answer is always the same.
+@lru_cache(maxsize=1024)
+def _is_biased_kind(kind: type) -> bool:
+    return issubclass(kind, _RELAXED) or getattr(kind, "score_parts", None) not in _PLAIN_SCORE_PARTS
+
+
+@lru_cache(maxsize=1024)
+def _is_distribution(kind: type) -> bool:
+    return issubclass(kind, torch.distributions.Distribution | Distribution)

@@ -201,8 +201,10 @@ def _check_measure(name: str, fn: Any, guide_message: Any) -> None:
         return
     guide_fn = guide_message["fn"]
     discrete, guide_discrete = is_discrete(fn), is_discrete(guide_fn)
+    if discrete is None or guide_discrete is None or (discrete and guide_discrete):
+        return
     hard, guide_hard = draws_hard_values(fn), draws_hard_values(guide_fn)
-    if None not in (discrete, guide_discrete) and (discrete != guide_discrete or hard != guide_hard):
+    if discrete != guide_discrete or hard != guide_hard:
         raise ValueError(
             f"Latent site {name!r} is {_measure(discrete, hard)} in the model ({class_name(fn)}), but "
             f"{_measure(guide_discrete, guide_hard)} in the guide ({class_name(guide_fn)}), so their ratio "
@@ -211,7 +213,7 @@ def _check_measure(name: str, fn: Any, guide_message: Any) -> None:
         )
 
 
-def _measure(discrete: bool | None, hard: bool) -> str:
+def _measure(discrete: bool, hard: bool) -> str:
     if discrete:
         return "discrete, with a probability mass,"
     return "a quantised draw, with the density of its relaxation," if hard else "continuous, with a density,"

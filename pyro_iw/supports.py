@@ -25,7 +25,7 @@ from torch.distributions import (
     TransformedDistribution,
     constraints,
 )
-from torch.distributions.transforms import ComposeTransform
+from torch.distributions.transforms import ComposeTransform, Transform, _InverseTransform
 
 __all__ = ["is_discrete", "support_moves"]
 
@@ -109,8 +109,6 @@ def _image_moves(fn: TransformedDistribution) -> bool:
         if isinstance(base, TransformedDistribution):
             transforms = [*_flat(base.transforms), *transforms]
         base = part
-    if not any(_learnt(transform) for transform in transforms) and not support_moves(base):
-        return False
     if isinstance(base, _GAUSSIAN) and all(transform.bijective for transform in transforms):
         return False
     domain = _support(base)
@@ -122,8 +120,7 @@ def _image_moves(fn: TransformedDistribution) -> bool:
             domain = transform.codomain  # all of it is reached
             ends = _ends(domain)
             continue
-        # Past the cache, in which a transform without an inverse keeps its last draw.
-        ends = [transform._call(end.expand(torch.broadcast_shapes(end.shape, shape))) for end in ends]
+        ends = [_apply(transform, end.expand(torch.broadcast_shapes(end.shape, shape))) for end in ends]
         domain = None
         sources += _learnt(transform)
     return any(_depends(end, sources) for end in ends if _is_moving(end))
@@ -137,14 +134,27 @@ def _flat(transforms: Any) -> Iterator[Any]:
             yield transform
 
 
-def _learnt(transform: Any) -> list[Tensor]:
+def _apply(transform: Any, value: Tensor) -> Tensor:
+    """Past the cache, in which a transform without an inverse keeps its last draw."""
+    return (
+        transform.inv._inverse(value) if isinstance(transform, _InverseTransform) else transform._call(value)
+    )
+
+
+def _learnt(part: Any) -> list[Tensor]:
     """The tensors with gradients that a transform is made of."""
-    found = [part for part in vars(transform).values() if isinstance(part, Tensor) and part.requires_grad]
-    inverse = getattr(transform, "_inv", None)  # of the inverse of a transform: that transform
-    if type(transform).__name__ == "_InverseTransform" and inverse is not None:
-        found += _learnt(inverse)
-    if isinstance(transform, torch.nn.Module):
-        found += [parameter for parameter in transform.parameters() if parameter.requires_grad]
+    if isinstance(part, Tensor):
+        return [part] if part.requires_grad else []
+    if isinstance(part, _InverseTransform):
+        return _learnt(part.inv)
+    found: list[Tensor] = []
+    if isinstance(part, torch.nn.Module):
+        found += [parameter for parameter in part.parameters() if parameter.requires_grad]
+    if isinstance(part, Transform):
+        own = [value for name, value in vars(part).items() if name not in ("_inv", "_cached_x_y")]
+        found += _learnt(own)
+    elif isinstance(part, list | tuple):
+        found += [tensor for value in part for tensor in _learnt(value)]
     return found
 
 
@@ -178,5 +188,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 def _depends(end: Tensor, sources: list[Tensor]) -> bool:
     """Whether an end varies with any of the tensors: 0 times a scale does not."""
+    if not sources:  # of a transform that hides what it is made of
+        return True
     grads = torch.autograd.grad(end.sum(), sources, retain_graph=True, allow_unused=True)
     return any(grad is not None and bool((grad != 0).any()) for grad in grads)

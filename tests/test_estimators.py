@@ -56,19 +56,6 @@ def test_rsample_switched_off_counts_as_discrete():
         IWAE_ELBO(K=2).loss_and_grads(prior, detached)
 
 
-def test_a_factor_from_sampling_without_a_path_counts_as_discrete():
-    def with_factor():
-        loc = pyro.param("loc", torch.tensor(0.0))
-        z = pyro.sample("z", dist.Normal(loc, 1.0))
-        pyro.factor("score", z * loc, has_rsample=False)
-
-    def prior():
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    with pytest.raises(ValueError, match="'score' cannot be reparameterised"):
-        IWAE_ELBO(K=2).loss_and_grads(prior, with_factor)
-
-
 def test_a_discrete_site_without_parameters_has_no_gradient_to_lose():
     def fixed():
         pyro.sample("z", dist.Bernoulli(0.3))
