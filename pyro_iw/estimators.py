@@ -31,6 +31,8 @@ stopped values. That holds for hierarchies, flows and joint latents alike and ne
 It runs the guide (not the model) a second time, so a guide with layers that are random in themselves
 (dropout) has to be in eval mode.
 
+**What counts as a path** is decided in :mod:`~pyro_iw.paths`: not every ``rsample`` has the right gradient.
+
 References:
     | Auto-Encoding Variational Bayes (Kingma & Welling, 2013), https://arxiv.org/abs/1312.6114
     | Reweighted Wake-Sleep (Bornschein & Bengio, 2014), https://arxiv.org/abs/1406.2751
@@ -47,7 +49,7 @@ References:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -57,8 +59,14 @@ from torch import Tensor
 from .bounds import Bound
 from .logmean import leave_one_out_logmeanexp, leave_one_out_mean, softmax
 from .particles import Particles
-from .paths import class_name
-from .sites import Site
+from .refusals import (
+    listed,
+    refuse_baselines,
+    refuse_hidden_draws,
+    refuse_late_parameters,
+    refuse_missing_paths,
+    refuse_moving_supports,
+)
 from .surrogate import Boundary, Estimate, Term, Weights, boundary_ratio, tie
 from .traces import Route
 
@@ -97,13 +105,7 @@ class Estimator(ABC):
         Raises:
             ValueError: naming the sites and what to do.
         """
-        for site in particles.guide_sites:
-            if "baseline" in site.message["infer"]:
-                raise ValueError(
-                    f"Guide site {site.name!r} asks for a baseline by infer={{'baseline': ...}}, which the "
-                    "estimators here do not use: they take their control variates from the other particles. "
-                    "Remove it."
-                )
+        refuse_baselines(particles.guide_sites)
 
     @abstractmethod
     def guide_weights(
@@ -228,80 +230,12 @@ class Reparam(Estimator):
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
-        sites = particles.nonreparameterized_sites
-        _refuse_hidden_draws(sites, self.name)
-        if sites:
-            biased = [site for site in sites if site.has_biased_path]
-            reason = ""
-            if biased:
-                kinds = dict.fromkeys(class_name(site.message["fn"]) for site in biased)
-                reason = (
-                    f" The rsample of {', '.join(kinds)} has a gradient that is not that of its draws. To "
-                    "take it on purpose, biased as it is, pass infer={'biased_path': True} at "
-                    f"{_listed(biased)}."
-                )
-            raise ValueError(
-                f"Guide site(s) {_listed(sites)} cannot be reparameterised, so estimator={self.name!r} would "
-                "leave out the gradient of their parameters without a word. Pass estimator='vimco' (K > 1), "
-                "'score' or 'rws' (wake-wake), or use a continuous distribution with an exact rsample at "
-                f"these sites, in model and guide.{reason}"
-            )
+        refuse_missing_paths(particles.nonreparameterized_sites, self.name)
 
     def guide_weights(
         self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         return b, (b,)
-
-
-def _refuse_late_parameters(particles: Particles, name: str) -> None:
-    """Refuse guides whose densities depend on parameters other than as a distribution that was sampled.
-
-    At stopped values the derivative of such a density is no score: a transformation by parameters of a draw
-    without any (AutoStructured), a point estimate (AutoDelta), a factor or an observed site.
-    """
-    late = [site for site in particles.guide_sites if site.has_late_parameters]
-    if late:
-        raise ValueError(
-            f"Guide site(s) {_listed(late)} depend on parameters after sampling (a Delta of parameters, as "
-            "in AutoDelta, AutoStructured and hand-made transformations of noise, or a factor or observed "
-            "site with parameters), so their density at fixed values has no score, which "
-            f"estimator={name!r} needs. Use estimator='reparam' ('score' where other sites have no path), or "
-            "sample these sites from a distribution with the parameters (TransformedDistribution)."
-        )
-
-
-def _refuse_moving_supports(sites: Iterable[Site], name: str) -> None:
-    """Refuse guides whose score has another expectation than 0, see :mod:`~pyro_iw.supports`."""
-    moving = [site for site in sites if site.has_moving_support]
-    if moving:
-        raise ValueError(
-            f"The support of guide site(s) {_listed(moving)} has ends that move with parameters (as that of "
-            "Uniform(0, b) does with b), so the expectation of its score is not 0, on which "
-            f"estimator={name!r} relies. Sample from a distribution with rsample under estimator='reparam' "
-            "('score' where other sites have no path), which go along with the ends; or from one whose "
-            "support stays where it is, such as a Beta or a Normal."
-        )
-
-
-def _refuse_hidden_draws(sites: Iterable[Site], name: str) -> None:
-    """Refuse factors of the guide that claim to be densities of draws without a path.
-
-    Of draws hidden from Pyro, they would need a score; as functions of the guide's own draws, which do not
-    vary with them, they must not have one. Which of the two cannot be seen.
-    """
-    factors = [site for site in sites if site.is_factor]
-    if factors:
-        raise ValueError(
-            f"Factor(s) {_listed(factors)} of the guide (pyro.factor with has_rsample=False) depend on "
-            f"parameters, and whether they need a score, which estimator={name!r} would have to give them, "
-            "cannot be seen. Where the value follows from the guide's own sample sites and parameters, pass "
-            "has_rsample=True: no draw depends on it, so its derivative is all there is to it, whatever the "
-            "sites are. Where it is the density of draws made outside of pyro.sample, make them inside."
-        )
-
-
-def _listed(sites: Iterable[Site]) -> str:
-    return ", ".join(dict.fromkeys(repr(site.name) for site in sites))
 
 
 class STL(Reparam):
@@ -319,8 +253,8 @@ class STL(Reparam):
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
-        _refuse_late_parameters(particles, self.name)
-        _refuse_moving_supports(particles.guide_sites, self.name)
+        refuse_late_parameters(particles.guide_sites, self.name)
+        refuse_moving_supports(particles.guide_sites, self.name)
         assert particles.log_q_stopped is not None
         log_q, again = particles.log_q, particles.log_q_stopped
         if is_validation_enabled() and not torch.allclose(log_q, again, rtol=1e-2, atol=1e-2, equal_nan=True):
@@ -367,7 +301,7 @@ class DReG(STL):
         tempered = any(isinstance(scale, Tensor) or scale != scales[0] for scale in scales)
         if tempered and not bound.guide_bound.is_linear:
             raise ValueError(
-                f"Guide sites {_listed(particles.guide_sites)} differ in poutine.scale, or have a tensor for "
+                f"Guide sites {listed(particles.guide_sites)} differ in poutine.scale, or have a tensor for "
                 "one, inside the logarithm. estimator='dreg' needs one number there. Scale them alike, or "
                 "use estimator='reparam'."
             )
@@ -395,8 +329,8 @@ class Score(Estimator):
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
-        _refuse_hidden_draws(particles.nonreparameterized_sites, self.name)
-        _refuse_moving_supports(particles.nonreparameterized_sites, self.name)
+        refuse_hidden_draws(particles.nonreparameterized_sites, self.name)
+        refuse_moving_supports(particles.nonreparameterized_sites, self.name)
 
     def replacement(self, bound: Bound, log_w: Tensor) -> Tensor | None:
         """What a particle's log-weight is replaced by in its control variate, made from the others alone."""
@@ -462,8 +396,8 @@ class RWS(Estimator):
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
-        _refuse_late_parameters(particles, self.name)
-        _refuse_moving_supports(particles.guide_sites, self.name)
+        refuse_late_parameters(particles.guide_sites, self.name)
+        refuse_moving_supports(particles.guide_sites, self.name)
         if bound.guide_bound.K == 1:
             raise ValueError(
                 f"estimator='rws' needs importance weights to normalise, and {bound.guide_bound!r} has "

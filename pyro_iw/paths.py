@@ -91,14 +91,14 @@ def class_name(fn: Any) -> str:
 
 
 def _is_biased(fn: Any) -> bool:
-    return _is_biased_kind(type(fn)) or bool(is_discrete(fn))
+    return _is_biased_kind(type(fn)) or bool(is_discrete(fn))  # type: ignore[arg-type]
 
 
 def _parts(fn: Any) -> Iterator[Any]:
     """A distribution and those it is made of: base, components, samplers of its own."""
     yield fn
     for part in getattr(fn, "__dict__", {}).values():
-        if _is_distribution(type(part)):
+        if _is_distribution(type(part)):  # type: ignore[arg-type]
             yield from _parts(part)
 
 

@@ -191,7 +191,8 @@ def _check_names(model_trace: Any, guide_trace: Any) -> None:
             if role == "guide" and is_factor and "has_rsample" not in vars(message["fn"]):
                 raise ValueError(
                     f"pyro.factor({name!r}, ...) in the guide must say whether it arises from "
-                    "reparameterised sampling: pass has_rsample=True or has_rsample=False."
+                    "reparameterised sampling: pass has_rsample=True or has_rsample=False (True also where "
+                    "its value follows from the guide's own sample sites and parameters, whatever they are)."
                 )
 
 

@@ -98,7 +98,7 @@ def one_hot_exact():
 @pytest.mark.parametrize("estimator", SCORES)
 @pytest.mark.parametrize("wrap", [lambda fn: fn, lambda fn: fn.mask(True)], ids=["bare", "masked"])
 def test_a_straight_through_site_gets_the_exact_gradient_in_the_mean(estimator, wrap):
-    """And so does the site below it. Its rsample's own gradient is (.29, .03, -.005, -.32) for the logits."""
+    """And so does the site below it. With its rsample's path: (-.23, .07, .58, -.42) for the logits."""
     guide = partial(one_hot_guide, dist.OneHotCategoricalStraightThrough, wrap=wrap)
     loss = MIWAE_ELBO(M=1000, K=2, estimator=estimator)
     assert_agree(gradients(loss, one_hot_model, guide, ["logits", "slopes"]), one_hot_exact())
@@ -175,7 +175,6 @@ def test_a_flow_over_rejection_has_a_biased_path():
     ids=lambda fn: type(fn).__name__,
 )
 def test_an_exact_path_counts_as_one(fn):
-    """Each of their rsamples has been compared with the score function, 2e5 draws, 10 functions of them."""
     assert has_path(fn, {})
 
 
@@ -234,7 +233,7 @@ def test_the_biased_path_on_purpose_is_that_of_rsample():
 @pytest.mark.parametrize("estimator", SCORES)
 @pytest.mark.parametrize("kind", [RejectionGamma, ShapeAugmentedGamma])
 def test_a_rejection_sampler_gets_the_gradient_of_the_divergence(kind, estimator):
-    """The path that rsample has is d KL / d a = -.62 where -.56 is right."""
+    """With RejectionGamma's path d KL / d a is -1.64, where -1.50 is right."""
 
     def model():
         pyro.sample("z", dist.Gamma(3.0, 1.0))
@@ -520,7 +519,7 @@ def test_a_support_that_stays(case):
     assert not support_moves(FIXED[case]())
 
 
-def test_there_the_scaled_uniform_comes_back_to_its_place():
+def test_a_support_that_is_moved_and_moved_back():
     b = learnt()
     assert not support_moves(transformed(dist.Uniform(0.0, b), affine(0.0, b).inv))
 
@@ -602,7 +601,10 @@ def bit_guide(has_rsample, hold=False):
 
 @pytest.mark.parametrize("estimator", SCORES)
 def test_a_factor_of_the_guide_needs_no_score(estimator):
-    """Nothing is drawn from it: its derivative within the log-weight is the whole. By enumeration."""
+    """Nothing is drawn from it: its derivative within the log-weight is the whole. By enumeration.
+
+    With a score of its own, d loss / d c was .89 for .76.
+    """
     logit, c = torch.tensor(0.2, requires_grad=True), torch.tensor(0.5, requires_grad=True)
     k = torch.tensor([0.0, 1.0])
     log_q = dist.Bernoulli(logits=logit).log_prob(k)
