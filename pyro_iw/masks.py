@@ -7,11 +7,12 @@ density of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution, Unit
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Independent, biject_to, constraints
@@ -19,7 +20,7 @@ from torch.distributions import Independent, biject_to, constraints
 if TYPE_CHECKING:
     from .sites import Site
 
-__all__ = ["fits", "masked_value", "warn_of_masks", "with_masks_of_model"]
+__all__ = ["fits", "masked_in_guide_alone", "masked_value", "warn_of_masks", "with_masks_of_model"]
 
 
 def fits(shape: torch.Size, other: torch.Size) -> bool:
@@ -138,10 +139,12 @@ _JOINT = (
 
 def _mask_of_unobserved(name: str, model_trace: Trace) -> Tensor | None:
     """The model's mask on a site, if that is the latent part of a site with ``obs_mask=``."""
-    if not name.endswith("_unobserved"):
+    # What a reparameterisation makes of the latent has a name that goes on: y_unobserved_decentered.
+    stem, found, rest = name.rpartition("_unobserved")
+    if not found or (rest and not rest.startswith("_")):
         return None
     message: Any = model_trace.nodes.get(name)
-    observed: Any = model_trace.nodes.get(name.removesuffix("_unobserved") + "_observed")
+    observed: Any = model_trace.nodes.get(f"{stem}_observed")
     if message is None or observed is None or message["type"] != "sample" or not observed["is_observed"]:
         return None
     both = isinstance(message["mask"], Tensor) and isinstance(observed["mask"], Tensor)
@@ -170,7 +173,7 @@ def _is_computed(site: Site) -> bool:
     return isinstance(fn, Delta) and not isinstance(site.message["mask"], Tensor)
 
 
-def warn_of_masks(sites: list[Site], warn: Callable[[str], None]) -> None:
+def warn_of_masks(sites: Sequence[Site], warn: Callable[[str], None]) -> None:
     """Warn of latents that the model masks in entries where the guide keeps their density.
 
     Reads the masks' values. A mask of False is no tensor and means a flat prior.
@@ -179,20 +182,12 @@ def warn_of_masks(sites: list[Site], warn: Callable[[str], None]) -> None:
         sites: the sites of both.
         warn: called with a message.
     """
-    guide = {site.name: site for site in sites if site.role == "guide" and site.pair == 0}
-    found = []
-    for site in sites:
-        if site.role != "model" or not site.is_latent or site.name not in guide or site.pair:
-            continue
-        ours, theirs = _kept_entries(site.message), _kept_entries(guide[site.name].message)
-        if not isinstance(ours, Tensor) or theirs is False:
-            continue
-        try:
-            alone = bool((~ours & theirs).any())
-        except RuntimeError:  # shapes that do not broadcast
-            alone = True
-        if alone:
-            found.append(repr(site.name))
+    pairs = _latents(sites)
+    found = [
+        repr(model.name)
+        for model, guide in pairs
+        if isinstance(_kept_entries(model.message), Tensor) and _masks_more(model, guide)
+    ]
     if found:
         warn(
             f"Latent site(s) {', '.join(found)} are masked in the model where the guide does not mask them, "
@@ -201,3 +196,33 @@ def warn_of_masks(sites: list[Site], warn: Callable[[str], None]) -> None:
             "AutoNormalMessenger, which runs under the model's masks. If the prior is meant to be flat "
             "there, all is well."
         )
+
+
+def masked_in_guide_alone(sites: Sequence[Site]) -> list[str]:
+    """The latents that the guide masks in entries where the model keeps their density.
+
+    Reads the masks' values, and so looks at tensors only where Pyro's validation is on.
+    """
+    return [
+        model.name
+        for model, guide in _latents(sites)
+        if (is_validation_enabled() or _kept_entries(guide.message) is False) and _masks_more(guide, model)
+    ]
+
+
+def _latents(sites: Sequence[Site]) -> list[tuple[Site, Site]]:
+    """The model's latents, each with the guide's site; of particles that run one by one, the first's."""
+    guide = {site.name: site for site in sites if site.role == "guide" and site.pair == 0}
+    model = [site for site in sites if site.role == "model" and site.pair == 0 and site.is_latent]
+    return [(site, guide[site.name]) for site in model if site.name in guide]
+
+
+def _masks_more(site: Site, other: Site) -> bool:
+    """Whether a site is masked somewhere where the other is not."""
+    ours, theirs = _kept_entries(site.message), _kept_entries(other.message)
+    if not isinstance(ours, Tensor):
+        return ours is False and theirs is not False
+    try:
+        return bool((~ours & theirs).any())
+    except RuntimeError:  # shapes that do not broadcast
+        return True

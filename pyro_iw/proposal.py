@@ -44,7 +44,7 @@ def check_proposal(
             + (", with the enumerated ones summed out" if enumerated_sites(traces) else "")
             + ", which pyro_iw.IWAE_ELBO(K=1).loss gives exactly (with the opposite sign)."
         )
-    warn_of_masks(list(sites), warn)
+    warn_of_masks(sites, warn)
     for name, site in latent.items():
         if not isinstance(_base(guide[name]), dist.Delta):
             if check_support:
