@@ -166,11 +166,15 @@ def _masked(site: Site, mask: Tensor) -> Site:
 
 def _is_computed(site: Site) -> bool:
     """Whether a site is a Delta, of what may come from other sites, and the guide does not mask it itself."""
+    # A guide's own mask is taken to be on what the value is made of as well.
+    return _is_delta(site) and not isinstance(site.message["mask"], Tensor)
+
+
+def _is_delta(site: Site) -> bool:
     fn = site.message["fn"]
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    # A guide's own mask is taken to be on what the value is made of as well.
-    return isinstance(fn, Delta) and not isinstance(site.message["mask"], Tensor)
+    return isinstance(fn, Delta)
 
 
 def warn_of_masks(sites: Sequence[Site], warn: Callable[[str], None]) -> None:
@@ -183,10 +187,14 @@ def warn_of_masks(sites: Sequence[Site], warn: Callable[[str], None]) -> None:
         warn: called with a message.
     """
     pairs = _latents(sites)
+    names = {model.name for model, _ in pairs}
+    points = all(site.name in names for site in sites if site.role == "guide" and site.is_latent)
     found = [
         repr(model.name)
         for model, guide in pairs
-        if isinstance(_kept_entries(model.message), Tensor) and _masks_more(model, guide)
+        if isinstance(_kept_entries(model.message), Tensor)
+        and not (points and _is_delta(guide))  # a point estimate has no density to be left over
+        and _masks_more(model, guide)
     ]
     if found:
         warn(

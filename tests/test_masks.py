@@ -237,6 +237,27 @@ def test_the_ways_out_of_a_joint_guide(rest: Callable) -> None:
     assert abs(samples.log_marginal.item() - evidence()) < 5 * samples.monte_carlo_error.item()
 
 
+@pytest.mark.parametrize("mask", [torch.tensor(False), torch.tensor([[True], [False]]), SEEN], ids=str)
+def test_masks_of_any_shape(mask: Tensor) -> None:
+    """At the exact posterior of independent entries the weight is the evidence of what is observed."""
+    y = torch.stack([Y, -Y])
+
+    def model() -> None:
+        with pyro.plate("columns", N, dim=-1), pyro.plate("rows", 2, dim=-2):
+            pyro.sample("y", dist.Normal(0.5, 2.0), obs=y, obs_mask=mask)
+
+    pyro.clear_param_store()
+    guide = AutoNormal(model)
+    guide()
+    with torch.no_grad():
+        guide.locs.y_unobserved.fill_(0.5)
+        guide.scales.y_unobserved = torch.full((2, N), 2.0)
+    log_w = IWAE_ELBO(K=3).particles(model, guide).log_weights
+    wanted = torch.where(mask, dist.Normal(0.5, 2.0).log_prob(y), 0.0)
+    # The cells' dims in order: rows, columns.
+    torch.testing.assert_close(log_w, wanted.expand(3, 2, N))
+
+
 def test_a_reparameterised_site() -> None:
     """The latent part then is y_unobserved_decentered."""
     model = poutine.reparam(imputing, config={"y_unobserved": LocScaleReparam(0.0)})
@@ -326,6 +347,14 @@ def test_the_ways_out_of_a_mask_in_the_model_alone() -> None:
         IWAE_ELBO(K=3).loss(model, guide)
     log_w = IWAE_ELBO(K=3).particles(model, poutine.mask(guide, mask=whole)).log_weights
     assert torch.equal(log_w[:, 1], torch.zeros(3))
+
+
+def test_point_estimates_have_no_density_to_leave_over() -> None:
+    pyro.clear_param_store()
+    model = padded("poutine")
+    IWAE_ELBO(K=3).loss(model, AutoDelta(model))
+    with pytest.warns(UserWarning, match="'h_1', 'h_2' are masked"):
+        IWAE_ELBO(K=3).loss(model, AutoNormal(model))
 
 
 def test_a_flat_prior_is_legal() -> None:
