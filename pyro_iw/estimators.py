@@ -58,6 +58,7 @@ from torch import Tensor
 
 from .bounds import Bound
 from .logmean import leave_one_out_logmeanexp, leave_one_out_mean, softmax
+from .masks import masked_in_guide_alone
 from .particles import Particles
 from .refusals import (
     listed,
@@ -304,6 +305,13 @@ class DReG(STL):
                 f"Guide sites {listed(particles.guide_sites)} differ in poutine.scale, or have a tensor for "
                 "one, inside the logarithm. estimator='dreg' needs one number there. Scale them alike, or "
                 "use estimator='reparam'."
+            )
+        masked = [] if bound.guide_bound.is_linear else masked_in_guide_alone(particles.sites)
+        if masked:
+            raise ValueError(
+                f"Guide site(s) {', '.join(map(repr, masked))} are masked where the model is not, "
+                "so log q is not the density of what was sampled, which estimator='dreg' needs. Mask both "
+                "alike, or use estimator='reparam'."
             )
 
     def path_weights(self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor) -> Tensor:

@@ -316,7 +316,7 @@ class ImportanceSampler:
             # Never across a yield: whoever consumes this may leave it, or run under other settings.
             with torch.no_grad(), minibatch:
                 traces = self._runner.run(pair, size)
-                particles = collect(traces, self.plates, is_linear=False, warn_dropped=self._warn_once)
+                particles = collect(traces, self.plates, is_linear=False, warn_once=self._warn_once)
                 if left == self.num_particles:
                     check_proposal(particles, traces, self.check_support, self._warn_once)
             _check_finite(particles)

@@ -19,9 +19,11 @@ from typing import NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from .masks import warn_of_masks
 from .sites import Site, plate_key, read_sites
 from .traces import Traces
 from .warn import warn
@@ -152,7 +154,7 @@ def collect(
     plates: Sequence[str] | None = None,
     is_linear: bool = False,
     kl_weight: float = 1.0,
-    warn_dropped: Callable[[str], None] = warn,
+    warn_once: Callable[[str], None] = warn,
 ) -> Particles:
     r"""Read the log-weights off the traces.
 
@@ -162,7 +164,8 @@ def collect(
             sites.
         is_linear: whether the bound is the mean of the log-weights, for which a scale inside is right too.
         kl_weight: :math:`\beta` in :math:`\log p(x \mid z) + \beta (\log p(z) - \log q(z \mid x))`.
-        warn_dropped: called with a message if a plate of all the model's latents is lost to other sites.
+        warn_once: called with a message if a plate of all the model's latents is lost to other sites, a scale
+            stays inside the logarithm, or a latent is masked in the model alone.
 
     Raises:
         ValueError: if a plate is unknown or has sites outside, or a subsampled plate is not kept,
@@ -170,10 +173,14 @@ def collect(
         NotImplementedError: as :func:`read_sites`.
     """
     sites = read_sites(traces)
-    kept = _kept_plates(sites, plates, is_linear, warn_dropped)
+    kept = _kept_plates(sites, plates, is_linear, warn_once)
     if not is_linear:
         _check_subsampling(sites, kept)
     scale, sites, shared = _split_scales(sites, kept)
+    if not is_linear:
+        _warn_of_tempering(sites, warn_once)
+    if is_validation_enabled():
+        warn_of_masks(sites, warn_once)
     kept_dims = tuple(frame.dim for frame in kept if frame.dim is not None)
     if isinstance(scale, Tensor):
         scale = _Layout(None, kept_dims).sum_to_cells(scale)
@@ -224,7 +231,7 @@ def _kept_plates(
     sites: list[Site],
     plates: Sequence[str] | None,
     is_linear: bool,
-    warn_dropped: Callable[[str], None],
+    warn_once: Callable[[str], None],
 ) -> tuple[CondIndepStackFrame, ...]:
     """The kept plates, in the order of their dims."""
     kept = _common(sites)
@@ -234,7 +241,7 @@ def _kept_plates(
         for frame in _common(site for site in sites if site.is_latent and site.role == "model"):
             outside = [site for site in sites if not site.inside(frame)]
             if outside and not _is_subsampled(frame):
-                warn_dropped(
+                warn_once(
                     f"All latent sites of the model lie in plate {frame.name!r}, but site(s) "
                     f"{_names(outside)} do not, so there is one joint importance weight instead of one for "
                     f"each index of {frame.name!r}. Move observed and factor sites into the plate (divided "
@@ -330,6 +337,20 @@ def _split_scales(
     if common is not None:
         outer = outer * common
     return outer, _with_inner_scales(sites, own, kept, shared), shared
+
+
+def _warn_of_tempering(sites: list[Site], warn_once: Callable[[str], None]) -> None:
+    """Warn of scales inside a logarithm that is not that of a plain mean."""
+    tempered = [site for site in sites if isinstance(site.scale, Tensor) or site.scale != 1]
+    if tempered:
+        warn_once(
+            f"Site(s) {_names(tempered)} have a poutine.scale that not everything in a weight shares, so it "
+            "stays inside the logarithm, and what is estimated is the normaliser of that tempered density "
+            "and not the evidence. A likelihood scaled by N / B on a minibatch is unbiased with K=1 (the "
+            "ELBO) alone: for K > 1 run it unscaled on all of the data, or put all latents into a "
+            "subsampled pyro.plate. To anneal the KL term pass kl_weight=; to weight the loss, scale model "
+            "and guide alike."
+        )
 
 
 def _own_scales(sites: list[Site]) -> list[float | Tensor]:

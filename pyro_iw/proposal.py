@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .latents import enumerated_sites, read_latents
+from .masks import warn_of_masks
 from .particles import Particles
 from .sites import Site
 from .traces import Traces
@@ -43,13 +44,7 @@ def check_proposal(
             + (", with the enumerated ones summed out" if enumerated_sites(traces) else "")
             + ", which pyro_iw.IWAE_ELBO(K=1).loss gives exactly (with the opposite sign)."
         )
-    tempered = [site for site in sites if isinstance(site.scale, Tensor) or site.scale != 1]
-    if tempered:
-        warn(
-            f"Site(s) {', '.join(dict.fromkeys(map(str, tempered)))} have a poutine.scale that others do "
-            "not share, so what is estimated is the normaliser of that tempered density and not the "
-            "evidence. Remove the scale (of a KL term that is annealed, say) to estimate log p(x)."
-        )
+    warn_of_masks(sites, warn)
     for name, site in latent.items():
         if not isinstance(_base(guide[name]), dist.Delta):
             if check_support:

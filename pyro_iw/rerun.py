@@ -20,6 +20,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from .latents import Latent, own_frames, own_shape
+from .masks import masked_value
 from .traces import PARTICLE_PLATE, OneMinibatch, Pair
 
 __all__ = ["Observed", "Rerun"]
@@ -186,7 +187,7 @@ class Rerun(NamedTuple):
     def _read_data(self, site: Any, size: int | None) -> Observed:
         fn, value = site["fn"], site["value"]
         frames = own_frames(site)
-        log_prob = scale_and_mask(fn.log_prob(value), mask=site["mask"])
+        log_prob = scale_and_mask(fn.log_prob(masked_value(site)), mask=site["mask"])
         log_prob = own_shape(log_prob, 0, frames, self.nesting, size)
         return Observed(value, log_prob, fn.event_dim, frames)
 

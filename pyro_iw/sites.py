@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .enumeration import is_enumerated, marginalize
+from .masks import fits, masked_value, with_masks_of_model
 from .paths import class_name, draws_hard_values, has_biased_path, has_path
 from .supports import is_discrete, support_moves
 from .traces import PARTICLE_PLATE, Traces
@@ -135,8 +136,10 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
                 if validate:
                     message["log_prob"] = site.log_prob
                     check_site_shape(message, nesting)
-                    _check_mask(site)
+                _check_mask_and_scale(site)
                 found.append(site)
+            if role == "guide":
+                found = with_masks_of_model(found, model_trace)
             if role == "model" and traces.enum_dim is not None:
                 found = _marginalized(found, model_trace, guide_trace)
             for site in found:
@@ -242,7 +245,7 @@ def _check_enumerated(role: str, name: str, message: Any) -> None:
 def _log_prob(role: str, name: str, message: Any) -> Tensor:
     if "unscaled_log_prob" in message:
         return message["unscaled_log_prob"]
-    fn, value = message["fn"], message["value"]
+    fn, value = message["fn"], masked_value(message)
     try:
         if _is_bits(fn) and not (message["args"] or message["kwargs"]):
             return _log_prob_of_bits(fn, value)
@@ -282,20 +285,19 @@ def _log_prob_of_bits(fn: Any, value: Tensor) -> Tensor:
     return -cross_entropy.sum(tuple(range(-fn.reinterpreted_batch_ndims, 0)))
 
 
-def _check_mask(site: Site) -> None:
-    """Refuse a mask over dims that the site does not have: it would count the site several times."""
-    mask, shape = site.message["mask"], site.log_prob.shape
-    if not isinstance(mask, Tensor):
-        return
-    try:
-        fits = torch.broadcast_shapes(mask.shape, shape).numel() == shape.numel()
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"The mask at site {site} has shape {tuple(mask.shape)}, which does not broadcast to the site's "
-            f"batch shape {tuple(shape)}. Mask over the dims of the plates around the site."
-        )
+def _check_mask_and_scale(site: Site) -> None:
+    """Refuse a mask or scale over dims that the site does not have: it would count the site several times."""
+    shape = site.log_prob.shape
+    for kind, remedy in (
+        ("mask", "Mask over the dims of the plates around the site."),
+        ("poutine.scale", "Put a scale over a plate's dims inside that plate, around the sites there alone."),
+    ):
+        tensor = site.message[kind.removeprefix("poutine.")]
+        if isinstance(tensor, Tensor) and not fits(tensor.shape, shape):
+            raise ValueError(
+                f"The {kind} at site {site} has shape {tuple(tensor.shape)}, which does not broadcast to the "
+                f"site's batch shape {tuple(shape)}. {remedy}"
+            )
 
 
 def _check_particle_dim(site: Site, traces: Traces) -> None:

@@ -151,6 +151,7 @@ class TestAgainstOnePass:
         make = lambda **kw: MIWAE_ELBO(M=2, K=3, kl_weight=0.3, estimator=estimator, **kw)  # noqa: E731
         compare(pair, make, 4)
 
+    @pytest.mark.filterwarnings("ignore:.*tempered density")
     @pytest.mark.parametrize("name", ["IWAE", "PIWAE"])
     @pytest.mark.parametrize("chunk_size", [4, 5])
     @pytest.mark.parametrize("case_class", CASES, ids=lambda case: case.__name__)

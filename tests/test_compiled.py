@@ -110,6 +110,7 @@ def refused(loss, match, model, guide, *args):
 # Agreement ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*tempered density")
 @pytest.mark.parametrize("case", [case for case in CASES if case is not ScaledPerCell])
 @pytest.mark.parametrize("name", ["miwae", "piwae"])
 def test_every_case_agrees_with_eager(case, name):

@@ -73,6 +73,7 @@ def hand_written(name, case, noise):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*tempered density")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "one_by_one"])
 @pytest.mark.parametrize("name", LOSSES)

@@ -166,6 +166,7 @@ def test_a_shared_scale_stays_outside(scale):
     assert_same(first, run(loss, poutine.scale(problem.summed, scale), guide))
 
 
+@pytest.mark.filterwarnings("ignore:.*tempered density")
 def test_components_may_differ_in_scale():
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

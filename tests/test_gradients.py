@@ -297,6 +297,7 @@ class Tempered(Gaussian):
         return log_p - 0.3 * normal(z, phi["a"], phi["c"])
 
 
+@pytest.mark.filterwarnings("ignore:.*tempered density")
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["reparam", "dreg"])
 @pytest.mark.parametrize("name", ["ELBO", "IWAE", "PIWAE", "VR"])
@@ -307,6 +308,7 @@ def test_unbiased_under_a_weight_on_the_guides_density(problem, name, estimator)
     assert max(map(abs, off.values())) < 5, off
 
 
+@pytest.mark.filterwarnings("ignore:.*tempered density")
 def test_dreg_refuses_weights_that_differ_between_sites():
     class Uneven(Hierarchy):
         def site(self, name, loc, scale):

@@ -246,6 +246,7 @@ class TestSubsampling:
         assert seeded(MIWAE_ELBO(M=4, K=1)) == pytest.approx(seeded(theirs), rel=1e-5)
         assert seeded(CIWAE_ELBO(K=4, beta=1)) == pytest.approx(seeded(theirs), rel=1e-5)
 
+    @pytest.mark.filterwarnings("ignore:.*tempered density")
     def test_a_model_that_scales_one_side_tempers_it(self, x):
         """A shared scale is a weight on the loss; one on the model alone stays inside the logarithm."""
 
@@ -298,6 +299,7 @@ class TestSubsampling:
         with pytest.raises(ValueError, match=r"'penalty' \(model\) lie outside it.*divided by its size"):
             IWAE_ELBO(K=4).loss(model, guide, x)
 
+    @pytest.mark.filterwarnings("ignore:.*tempered density")
     def test_a_scale_that_varies_within_a_cell_stays_inside(self):
         scale = torch.tensor([1.0, 2.0, 3.0])
 

@@ -404,6 +404,7 @@ def test_kept_plates_of_the_ports():
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*tempered density")
 @pytest.mark.parametrize("guide_class", [AutoNormalMessenger, AutoHierarchicalNormalMessenger])
 def test_a_guide_messenger_under_a_wrapped_model(guide_class):
     """The model that is passed counts, not the one that the guide remembers."""
@@ -417,6 +418,7 @@ def test_a_guide_messenger_under_a_wrapped_model(guide_class):
     torch.testing.assert_close(values[1], 0.5 * values[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*tempered density")
 @pytest.mark.parametrize("loss", [make() for make in LOSSES.values()], ids=repr)
 def test_a_wrapped_guide_messenger_gives_one_loss_with_and_without_gradients(loss):
     model = HierarchicalRegression().model

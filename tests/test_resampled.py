@@ -128,6 +128,7 @@ class TestUnbiased:
         assert max(off.values()) < 5, off
         assert sorted(relative.values())[2] < 0.05, relative  # else the test would see nothing
 
+    @pytest.mark.filterwarnings("ignore:.*tempered density")
     @pytest.mark.parametrize("estimator", ["reparam", "dreg"])
     @pytest.mark.parametrize("place", [place for place in PLACES if place != "discrete"])
     def test_every_kind_of_site(self, place, estimator):
