@@ -42,7 +42,7 @@ import itertools
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -425,8 +425,9 @@ class TVO(Bound):
 
     Arguments:
         K: number of particles; an integer >= 1.
-        partitions: the increasing :math:`\beta_0 = 0, \dots, \beta_P = 1`; or their number P, which then are
-            log-uniform between 0.025 and 1 as in the paper (with P = 1 the ELBO).
+        partitions: the increasing :math:`\beta_0 = 0, \dots, \beta_P = 1` in a list, array or tensor; or
+            their number P, which then are log-uniform between 0.025 and 1 as in the paper (with P = 1 the
+            ELBO).
 
     Raises:
         ValueError: if K is not an integer >= 1 or the partitions do not increase from 0 to 1.
@@ -438,12 +439,17 @@ class TVO(Bound):
 
     is_shift_equivariant = True
 
-    def __init__(self, K: int, partitions: int | Sequence[float]) -> None:
+    def __init__(self, K: int, partitions: int | Iterable[float] | Tensor) -> None:
         super().__init__(K=K)
-        if isinstance(partitions, Sequence):
-            betas = tuple(float(beta) for beta in partitions)
+        # Of an array or tensor its numbers; of a single one in it, that number.
+        given = partitions.tolist() if hasattr(partitions, "tolist") else partitions
+        if isinstance(given, Iterable):
+            try:
+                betas = tuple(float(beta) for beta in given)
+            except (TypeError, ValueError):  # rows of a matrix, words
+                betas = ()
         else:
-            count = positive_integer("partitions", partitions)
+            count = positive_integer("partitions", given)
             inner = torch.logspace(math.log10(0.025), 0, count, dtype=torch.float64).tolist()
             betas = (0.0, *(inner[:-1] if count > 1 else []), 1.0)
         rising = all(low < high for low, high in itertools.pairwise(betas))

@@ -128,7 +128,7 @@ class ImportanceSampler:
         model: the model (a callable with Pyro primitives).
         guide: the guide.
         num_particles: number S of particles a cell; an integer >= 1.
-        chunk_size: number of particles in memory at once; the last chunk may be smaller.
+        chunk_size: number of particles in memory at once, None for all; the last chunk may be smaller.
         plates: name or names of the plates whose cells have a weight each; ``()`` for one joint weight; None
             for the plates common to all sample sites.
         jackknife: whether :meth:`log_marginal` corrects the leading term of the bias, 1/S, by
@@ -163,7 +163,7 @@ class ImportanceSampler:
         guide: Callable,
         num_particles: int = 1000,
         *,
-        chunk_size: int = 100,
+        chunk_size: int | None = 100,
         plates: str | Iterable[str] | None = None,
         jackknife: bool = False,
         check_support: bool = True,
@@ -174,7 +174,8 @@ class ImportanceSampler:
         self.model = model
         self.guide = guide
         self.num_particles = positive_integer("num_particles", num_particles)
-        self.chunk_size = min(positive_integer("chunk_size", chunk_size), self.num_particles)
+        chunk_size = self.num_particles if chunk_size is None else positive_integer("chunk_size", chunk_size)
+        self.chunk_size = min(chunk_size, self.num_particles)
         self.plates = as_plate_names(plates)
         self.jackknife = jackknife
         if jackknife and self.num_particles == 1:

@@ -303,8 +303,24 @@ def test_alpha_must_be_a_finite_number(bad):
         VR(alpha=bad, K=2)
 
 
+@pytest.mark.parametrize("make", [tuple, np.array, np.float32, torch.tensor, iter, dict.fromkeys])
+def test_partitions_in_any_container(make):
+    bound = TVO(K=3, partitions=make([0.0, 0.25, 0.5, 1.0]))
+    assert bound.partitions == (0.0, 0.25, 0.5, 1.0)
+    assert repr(bound) == "TVO(K=3, partitions=(0.0, 0.25, 0.5, 1.0))"
+
+
+@pytest.mark.parametrize("count", [3, np.int64(3), np.array(3), torch.tensor(3)])
+def test_the_number_of_partitions_may_be_an_array_of_one(count):
+    assert TVO(K=3, partitions=count).partitions == TVO(K=3, partitions=3).partitions
+
+
 @pytest.mark.parametrize(
-    "bad", [0, -1, (0.0,), (0.0, 0.5), (0.1, 1.0), (0.0, 0.5, 0.5, 1.0), (0.0, 2.0, 1.0)]
+    "bad",
+    [
+        *(0, -1, (0.0,), (0.0, 0.5), (0.1, 1.0), (0.0, 0.5, 0.5, 1.0), (0.0, 2.0, 1.0)),
+        *(torch.eye(2), np.array([0.0, 2.0]), "all", torch.tensor(1.5), [None, 1.0], []),
+    ],
 )
 def test_partitions_must_increase_from_0_to_1(bad):
     with pytest.raises(ValueError, match="partitions must"):

@@ -355,6 +355,16 @@ class TestDataset:
             )
 
 
+def test_chunk_size_none_is_all_particles_at_once():
+    sampler = ImportanceSampler(*pair(3), 250, chunk_size=None)
+    assert sampler.chunk_size == 250
+    x = torch.zeros(3).double()
+    pyro.set_rng_seed(1)
+    found = sampler(x).log_weights
+    pyro.set_rng_seed(1)
+    assert torch.equal(found, ImportanceSampler(*pair(3), 250, chunk_size=250)(x).log_weights)
+
+
 class TestBadInput:
     def test_arguments(self):
         model, guide = pair(3)
