@@ -59,7 +59,8 @@ class LogMarginal:
         bounds: another bound on the same particles, where it was asked for, of shape ``[N]``.
         minus_kl_errors: standard error of each difference ``bounds - values``, whose two sides vary together,
             from the finite number of particles, ``[N]``. NaN where these make fewer than 3 groups of the
-            bound. With ``jackknife`` it is that of the difference before the correction.
+            bound (0 for IWAE of all of them). With ``jackknife`` it is that of the difference before the
+            correction.
     """
 
     values: Tensor

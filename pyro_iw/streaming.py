@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .bounds import Bound
+from .bounds import IWAE, PIWAE, Bound
 from .logmean import exclusive_logsumexp, logmeanexp
 
 __all__ = ["RunningBound", "RunningGap", "RunningLogMean", "jackknife"]
@@ -183,12 +183,16 @@ class RunningGap(RunningBound):
             everything: that of all particles, those left over included.
 
         Returns:
-            Of shape ``[*cells]``; NaN for fewer than 3 groups or where the difference is not finite.
+            Of shape ``[*cells]``; NaN where the difference is not finite, or for fewer than 3 groups. (The
+            IWAE bound of all particles is the log mean weight: 0.)
         """
-        if self.groups < 3:
-            return torch.full_like(self._mean, math.nan)
         count = everything.count
         used = self.groups * self.bound.num_particles
+        if self.groups < 3:
+            itself = used == self.bound.num_particles == count and isinstance(self.bound, IWAE | PIWAE)
+            return torch.full_like(self._mean, 0.0 if itself else math.nan).masked_fill(
+                self._infinite != 0, math.nan
+            )
         of_weight = used / count * (self._top - everything.value).exp()
         squares = self._squares - 2 * of_weight * self._products + of_weight**2 * self._weight_squares
         variance = squares.clamp(min=0) / self.groups / (self.groups - 2)

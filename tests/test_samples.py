@@ -338,8 +338,8 @@ class TestModelAgain:
     def test_predictive_of_sites_that_the_model_does_not_have(self, vectorize):
         pair = Regression()
         samples = ImportanceSampler(pair.model, pair.guide, 200, vectorize_particles=vectorize)()
-        with pytest.raises(ValueError, match=r"return_sites names \['z', 'Y'\].*has the sites \[.*'y'"):
-            samples.predictive(5, return_sites=["z", "y", "Y"])
+        with pytest.raises(ValueError, match=r"return_sites names \['u', 'Y'\].*has the sites \[.*'y'"):
+            samples.predictive(5, return_sites=["u", "y", "Y"])
 
     def test_the_way_out_for_a_site_that_is_there_on_other_arguments(self):
         def model(new=False):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_iw.bounds import CIWAE, IWAE, MIWAE, VR
+from pyro_iw.bounds import CIWAE, IWAE, MIWAE, PIWAE, VR
 from pyro_iw.streaming import RunningBound, RunningGap, RunningLogMean
 
 LOG_W = torch.randn(50, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
@@ -130,6 +130,16 @@ def test_too_few_groups_have_no_gap_error():
     everything.add(LOG_W)
     assert running.groups == 2
     assert running.gap_error(everything).isnan().all()
+
+
+@pytest.mark.parametrize("bound", [IWAE(50), PIWAE(5, 10)])
+def test_the_log_mean_weight_itself_has_no_gap(bound):
+    running, everything = RunningGap(bound), RunningLogMean()
+    for part in LOG_W.split(7):
+        running.add(part)
+        everything.add(part)
+    torch.testing.assert_close(running.value, everything.value)
+    assert (running.gap_error(everything) == 0).all()
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.0])
