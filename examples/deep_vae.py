@@ -136,6 +136,7 @@ def evaluate(
         "iwae_particles": bound.K,
         "iwae_bound": evidence.mean + evidence.minus_kl,
         "minus_kl": evidence.minus_kl,
+        "minus_kl_error": evidence.minus_kl_error,
         "ess": evidence.ess.double().mean().item(),
         "active_units": [layer.num_active for layer in layers],
         "units": [layer.variances.numel() for layer in layers],

@@ -47,10 +47,10 @@ def table_rows(metrics: dict[str, dict]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 TITLES[loss],
-                f"{results['heldout_nll']:.2f}",
+                vae.plus_minus(results["heldout_nll"], results["nll_monte_carlo_error"]),
                 str(results["active_units"]),
                 f"{results['heldout_bound']:.2f}",
-                f"{results['minus_kl']:.2f}",
+                vae.plus_minus(results["minus_kl"], results["minus_kl_error"]),
                 f"{results['training_seconds']:.1f}",
             )
         )
@@ -116,12 +116,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     (args.out / "comparison.json").write_text(json.dumps(results, indent=2) + "\n")
     save_comparison(metrics, args.out / "comparison.png")
 
-    settings = metrics[LOSSES[0]]["settings"]
+    settings, iwae = metrics[LOSSES[0]]["settings"], results[LOSSES[0]]["iwae_particles"]
     print(
         f"\n{settings['train_images']} digits, {settings['epochs']} epochs, {M * K} particles a "
         f"datapoint; {settings['heldout_images']} held out.\n\n{table}\n\n"
-        f"NLL = −log p̂(x) from {settings['nll_particles']} draws and −KL = IWAE-{M * K} − log p̂, "
-        "both held out, in nats per datapoint.\n"
+        f"NLL = −log p̂(x) from {settings['nll_particles']} draws and −KL = IWAE-{iwae} − log p̂ on the "
+        "same draws,\nboth held out, in nats per datapoint, ± their standard error from these draws.\n"
         "Seconds are of training alone.\n"
         f"Pictures: {args.out}/{{samples,reconstructions,latents,learning_curve,comparison}}.png\n"
         f"Table: {args.out}/comparison.md, {args.out}/comparison.json\n"

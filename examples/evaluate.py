@@ -109,6 +109,7 @@ def evaluate(sampler: ImportanceSampler, images: Tensor, args: argparse.Namespac
         "iwae": evidence.mean + evidence.minus_kl,
         "iwae_particles": bound.K,
         "minus_kl": evidence.minus_kl,
+        "minus_kl_error": evidence.minus_kl_error,
         "elbo": torch.cat([part.elbo for part in parts]).mean().item(),
         "distortion": torch.cat([part.distortion for part in parts]).mean().item(),
         "rate": torch.cat([part.rate for part in parts]).mean().item(),
@@ -159,7 +160,10 @@ def summary(results: dict) -> str:
     rows = [
         ("NLL, −log p̂(x)", f"{r['nll']:.3f} nats, ± {mc:.3f} by the draws, ± {sampling:.2f} by the images"),
         (f"IWAE-{r['iwae_particles']} bound", f"{r['iwae']:.3f} nats"),
-        (f"−KL, IWAE-{r['iwae_particles']} − log p̂", f"{r['minus_kl']:.3f} nats"),
+        (
+            f"−KL, IWAE-{r['iwae_particles']} − log p̂",
+            f"{vae.plus_minus(r['minus_kl'], r['minus_kl_error'])} nats",
+        ),
         ("ELBO", f"{r['elbo']:.3f} nats"),
         ("distortion", f"{r['distortion']:.3f} nats"),
         ("rate", f"{r['rate']:.3f} nats"),

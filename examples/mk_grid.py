@@ -109,6 +109,7 @@ def train_and_measure(cell: Cell, seed: int, data: ImageData, args: argparse.Nam
         "iwae": evidence.mean + evidence.minus_kl,
         "log_marginal": evidence.mean,
         "minus_kl": evidence.minus_kl,
+        "minus_kl_error": evidence.minus_kl_error,
         "ess": evidence.ess.double().mean().item(),
         "active_units": units,
         "curve": [record["iwae"] for record in history],

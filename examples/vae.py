@@ -44,7 +44,9 @@ from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_iw import IWAE_ELBO, ImportanceSampler, active_units
+from pyro_iw import ImportanceSampler, active_units
+from pyro_iw.bounds import IWAE, Bound
+from pyro_iw.importance import LogMarginal
 
 # Rows (particles × images) that one evaluation pass holds in memory.
 EVALUATION_ROWS = 10_000
@@ -238,11 +240,24 @@ def log_marginal(
     Returns:
         One estimate an image, shape ``[N]``.
     """
+    return evidence(vae, images, num_particles, seed=seed, max_rows=max_rows).values
+
+
+def evidence(
+    vae: VAE,
+    images: Tensor,
+    num_particles: int,
+    *,
+    seed: int,
+    bound: Bound | None = None,
+    max_rows: int = EVALUATION_ROWS,
+) -> LogMarginal:
+    """The same with its errors, and another bound on the same draws."""
     batches = images.split(EVALUATION_BATCH)
     chunk_size = max(1, max_rows // len(batches[0]))
     sampler = ImportanceSampler(vae.model, vae.guide, num_particles, chunk_size=chunk_size)
     with seeded(seed, images.device):
-        return sampler.log_marginal_dataset(batches).values
+        return sampler.log_marginal_dataset(batches, bound=bound)
 
 
 @torch.no_grad()
@@ -261,17 +276,21 @@ def evaluate(
         images: Binarised held-out images, shape ``[N, D]``.
         loss: The training loss, for its own bound.
         nll_particles: Draws an image for the negative log-likelihood.
-        num_particles: M·K; the IWAE bound with as many particles, minus log p̂, is −KL.
+        num_particles: M·K; the IWAE bound with as many particles (of the draws for the NLL, if there are
+            enough), minus log p̂, is −KL. Both are of the same draws, whose noise they share.
         seed: Of the draws.
     """
-    log_p = log_marginal(vae, images, nll_particles, seed=seed).double().mean().item()
-    iwae = mean_bound(vae, images, IWAE_ELBO(K=num_particles), seed=seed)
+    bound = IWAE(min(num_particles, nll_particles))
+    found = evidence(vae, images, nll_particles, seed=seed, bound=bound)
     active = active_units(vae.guide, images.split(1000))["z"].num_active
     return {
         "heldout_bound": mean_bound(vae, images, loss, seed=seed),
-        "heldout_iwae_bound": iwae,
-        "heldout_nll": -log_p,
-        "minus_kl": iwae - log_p,
+        "heldout_iwae_bound": found.mean + found.minus_kl,
+        "iwae_particles": bound.K,
+        "heldout_nll": -found.mean,
+        "nll_monte_carlo_error": found.monte_carlo_error,
+        "minus_kl": found.minus_kl,
+        "minus_kl_error": found.minus_kl_error,
         "active_units": active,
     }
 
@@ -411,15 +430,29 @@ def heldout_images(data: ImageData, seed: int) -> Tensor:
     return binarize(data.test, torch.Generator().manual_seed(seed))
 
 
+def plus_minus(value: float, error: float) -> str:
+    """A number with its standard error, where that is known, to the digits that it knows (two at least)."""
+    if not math.isfinite(error):
+        return f"{value:.2f}"
+    digits = 2 if error == 0 else min(max(2, 1 - math.floor(math.log10(error))), 6)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
 def summary(metrics: dict) -> str:
     """The results as a table to print."""
     settings, results = metrics["settings"], metrics["results"]
-    particles = settings["M"] * settings["K"]
     rows = [
         ("training bound", f"{results['train_bound']:.2f} nats per datapoint (last epoch)"),
         ("held-out bound", f"{results['heldout_bound']:.2f} nats per datapoint"),
-        ("held-out NLL", f"{results['heldout_nll']:.2f} nats, {settings['nll_particles']} draws"),
-        (f"IWAE-{particles} − log p̂", f"{results['minus_kl']:.2f} nats"),
+        (
+            "held-out NLL",
+            f"{plus_minus(results['heldout_nll'], results['nll_monte_carlo_error'])} nats, "
+            f"{settings['nll_particles']} draws",
+        ),
+        (
+            f"IWAE-{results['iwae_particles']} − log p̂",
+            f"{plus_minus(results['minus_kl'], results['minus_kl_error'])} nats",
+        ),
         ("active units", f"{results['active_units']}"),
         (
             "training time",

@@ -8,7 +8,8 @@ weighted by functions of the log-weights of that shape:
 - ``weights``: :math:`\partial V / \partial \ell`, for the model's parameters and for total derivatives;
 - ``path_weights``: these minus the Hessian's diagonal :math:`\partial^2 V / \partial \ell^2`, for the guide's
   parameters along a particle's path alone;
-- ``replaced``: the value with one log-weight replaced, from which leave-one-out control variates are made.
+- ``difference``: the value less what it is with one log-weight replaced (``replaced``), which is what a
+  leave-one-out control variate leaves of it.
 
 =====  =======================================  ====================================  ====================
 class  value :math:`V`                          ``weights``                           ``path_weights``
@@ -41,13 +42,13 @@ import itertools
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .logmean import logmeanexp, replaced_logmeanexp, softmax, without_dead
+from .logmean import logmeanexp, logmeanexp_difference, softmax, without_dead
 
 __all__ = ["CIWAE", "IWAE", "MIWAE", "PIWAE", "TVO", "VR", "Bound"]
 
@@ -162,6 +163,16 @@ class Bound:
             values[index] = self.value(changed)
         return values
 
+    def difference(self, log_w: Tensor, replacement: Tensor) -> Tensor:
+        """The value less :meth:`replaced`, to all digits that its size of about 1 / K has.
+
+        Without a closed form the two are subtracted in float64.
+
+        Arguments and result are those of :meth:`replaced`.
+        """
+        exact = log_w.double()
+        return (self.value(exact) - self.replaced(exact, replacement.double())).to(log_w.dtype)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({describe(self)})"
 
@@ -205,10 +216,10 @@ class MIWAE(Bound):
     def path_weights(self, log_w: Tensor) -> Tensor:
         return softmax(log_w, 1) ** 2 / self.M
 
-    def replaced(self, log_w: Tensor, replacement: Tensor) -> Tensor:
-        groups = logmeanexp(log_w, 1).unsqueeze(1)
-        others = groups.sum(0) - groups if self.M > 1 else torch.zeros_like(groups)
-        return (others + replaced_logmeanexp(log_w, replacement, 1)) / self.M
+    def difference(self, log_w: Tensor, replacement: Tensor) -> Tensor:
+        if self.K == 1:
+            return (log_w - replacement) / self.M
+        return logmeanexp_difference(log_w, replacement, 1) / self.M
 
 
 class IWAE(MIWAE):
@@ -278,12 +289,12 @@ class CIWAE(Bound):
     def path_weights(self, log_w: Tensor) -> Tensor:
         return without_dead(self.beta / self.K + (1 - self.beta) * softmax(log_w, 1) ** 2, log_w)
 
-    def replaced(self, log_w: Tensor, replacement: Tensor) -> Tensor:
-        mean = log_w.mean(1, keepdim=True) + (replacement - log_w) / self.K
-        iwae = replaced_logmeanexp(log_w, replacement, 1)
-        if self.beta in (0, 1):
-            return mean if self.beta == 1 else iwae
-        return self.beta * mean + (1 - self.beta) * iwae
+    def difference(self, log_w: Tensor, replacement: Tensor) -> Tensor:
+        mean = (log_w - replacement) / self.K
+        if self.is_linear:
+            return mean
+        iwae = logmeanexp_difference(log_w, replacement, 1)
+        return iwae if self.beta == 0 else self.beta * mean + (1 - self.beta) * iwae
 
 
 class PIWAE(Bound):
@@ -326,6 +337,10 @@ class PIWAE(Bound):
 
     def path_weights(self, log_w: Tensor) -> Tensor:
         return self.weights(log_w) ** 2
+
+    def difference(self, log_w: Tensor, replacement: Tensor) -> Tensor:
+        flat = logmeanexp_difference(log_w.flatten(0, 1), replacement.flatten(0, 1), 0)
+        return flat.reshape(log_w.shape)
 
 
 class VR(Bound):
@@ -386,11 +401,11 @@ class VR(Bound):
         s = self._softmax(log_w)
         return self.alpha * s + (1 - self.alpha) * s**2
 
-    def replaced(self, log_w: Tensor, replacement: Tensor) -> Tensor:
-        if self.alpha == 1:
-            return log_w.mean(1, keepdim=True) + (replacement - log_w) / self.K
+    def difference(self, log_w: Tensor, replacement: Tensor) -> Tensor:
+        if self.is_linear:
+            return (log_w - replacement) / self.K
         power = 1 - self.alpha
-        return replaced_logmeanexp(power * log_w, power * replacement, 1) / power
+        return logmeanexp_difference(power * log_w, power * replacement, 1) / power
 
 
 class TVO(Bound):
@@ -410,8 +425,9 @@ class TVO(Bound):
 
     Arguments:
         K: number of particles; an integer >= 1.
-        partitions: the increasing :math:`\beta_0 = 0, \dots, \beta_P = 1`; or their number P, which then are
-            log-uniform between 0.025 and 1 as in the paper (with P = 1 the ELBO).
+        partitions: the increasing :math:`\beta_0 = 0, \dots, \beta_P = 1` in a list, array or tensor; or
+            their number P, which then are log-uniform between 0.025 and 1 as in the paper (with P = 1 the
+            ELBO).
 
     Raises:
         ValueError: if K is not an integer >= 1 or the partitions do not increase from 0 to 1.
@@ -423,12 +439,17 @@ class TVO(Bound):
 
     is_shift_equivariant = True
 
-    def __init__(self, K: int, partitions: int | Sequence[float]) -> None:
+    def __init__(self, K: int, partitions: int | Iterable[float] | Tensor) -> None:
         super().__init__(K=K)
-        if isinstance(partitions, Sequence):
-            betas = tuple(float(beta) for beta in partitions)
+        # Of an array or tensor its numbers; of a single one in it, that number.
+        given = partitions.tolist() if hasattr(partitions, "tolist") else partitions
+        if isinstance(given, Iterable):
+            try:
+                betas = tuple(float(beta) for beta in given)
+            except (TypeError, ValueError):  # rows of a matrix, words
+                betas = ()
         else:
-            count = positive_integer("partitions", partitions)
+            count = positive_integer("partitions", given)
             inner = torch.logspace(math.log10(0.025), 0, count, dtype=torch.float64).tolist()
             betas = (0.0, *(inner[:-1] if count > 1 else []), 1.0)
         rising = all(low < high for low, high in itertools.pairwise(betas))
@@ -466,6 +487,21 @@ class TVO(Bound):
         first = s * tilted
         second = betas * s * (1 - s) * tilted + betas * s * (1 - first)
         return without_dead((widths * (first - second)).sum(0), log_w)
+
+    def difference(self, log_w: Tensor, replacement: Tensor) -> Tensor:
+        if self.is_linear:
+            return (log_w - replacement) / self.K
+        widths, betas, s, mean, deviation = self._terms(log_w)
+        # Of the mean of l, where a particle's softmax becomes t and its l the replacement: what has changed,
+        # over the sum of all softmaxes that are left.
+        t = (betas * replacement - (betas * log_w).logsumexp(2, keepdim=True)).exp()
+        change = (widths * (s * deviation - t * (replacement - mean)) / (1 - s + t)).sum(0)
+        # 1 - s has lost its digits for a particle with more than half of the weight. There is one at most.
+        top = log_w.argmax(1, keepdim=True)
+        without = log_w.scatter(1, top, replacement.gather(1, top))
+        apart = (self.value(log_w) - self.value(without)).expand_as(top)
+        heavy = s.amax(0).gather(1, top) > 0.5
+        return change.scatter(1, top, torch.where(heavy, apart, change.gather(1, top)))
 
 
 def describe(bound: Bound) -> str:

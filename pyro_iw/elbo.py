@@ -270,7 +270,8 @@ class ImportanceWeightedELBO(ELBO):
         return self._collect(kl_weight, self._runner.run(pair, num_particles, route, on_start))
 
     def _collect(self, kl_weight: float, traces: Traces) -> Particles:
-        particles = collect(traces, self.plates, self.bound.is_linear, kl_weight, self._warn_once)
+        is_linear = self.bound.is_linear and self.bound.guide_bound.is_linear
+        particles = collect(traces, self.plates, is_linear, kl_weight, self._warn_once)
         if self.strict_enumeration_warning:
             for site in particles.sites:
                 if site.role == "guide" and site.message["infer"].get("enumerate") == "sequential":

@@ -166,14 +166,27 @@ class Estimator(ABC):
     def weights(self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor) -> Weights:
         """The weights of all particles.
 
+        The guide's bound sees them in groups of its own.
+
         Arguments:
             bound: the bound.
             log_w: log-weights, of shape ``[S, *cells]``, detached.
             log_q_weight: the weight of log q within them, see :class:`Particles`.
+
+        Raises:
+            ValueError: if the guide's bound takes another number of particles than the bound.
         """
         grouped, guide_bound = _grouped(log_w, bound), bound.guide_bound
-        a = bound.weights(grouped)
-        b = a if guide_bound is bound else guide_bound.weights(grouped)
+        a = b = bound.weights(grouped)
+        if guide_bound is not bound:
+            if guide_bound.num_particles != bound.num_particles:
+                raise ValueError(
+                    f"guide_bound of {bound!r} is {guide_bound!r}, of {guide_bound.num_particles} particles, "
+                    f"but there are {bound.num_particles}: both see the same ones. Give the guide's bound M "
+                    f"and K with M * K = {bound.num_particles}."
+                )
+            grouped = _grouped(log_w, guide_bound)
+            b = guide_bound.weights(grouped)
         path, guide = self.guide_weights(guide_bound, grouped, b, log_q_weight)
         model, path, *rest = (weights.reshape(log_w.shape) for weights in (a, path, *guide))
         return Weights(model, path, tuple(rest))
@@ -356,11 +369,10 @@ class Score(Estimator):
             # The signal is far smaller than the log-weights, whose digits it would lose.
             top = log_w.amax((0, 1))
             log_w = log_w - top.masked_fill(~top.isfinite(), 0.0)
-        value = bound.value(log_w).expand_as(log_w)
-        signal = value
+        value = signal = bound.value(log_w).expand_as(log_w)
         replacement = self.replacement(bound, log_w)
         if replacement is not None:
-            signal = value - bound.replaced(log_w, replacement)
+            signal = bound.difference(log_w, replacement)
         # A cell whose bound is -inf has no gradient, and a particle without another live one no baseline.
         signal = signal.masked_fill(~(value.isfinite() & signal.isfinite()), 0.0)
         return b, (b, signal)

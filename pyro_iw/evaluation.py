@@ -179,8 +179,10 @@ def active_units(
     .. math:: A_u = \mathrm{Var}_x\big(E_{q(z \mid x)}[z_u]\big) > \text{threshold}
 
     The inner mean is that of the site's distribution. Where it depends on other latents of the guide (deeper
-    layers), or is not known in closed form (flows), it is a mean over samples, and what their finite number
-    adds to the variance is subtracted (an inactive unit would seem active otherwise).
+    layers, global latents), or is not known in closed form (flows), it is a mean over samples, and what their
+    finite number adds to the variance is subtracted (an inactive unit would seem active otherwise). A global
+    latent is drawn anew for every batch: where much depends on it, large batches tell the units' variance
+    more exactly.
 
     References:
         | Importance Weighted Autoencoders (Burda et al., 2016), appendix C, https://arxiv.org/abs/1509.00519
@@ -237,12 +239,22 @@ def active_units(
 
 
 class _Activity:
-    """Variance over datapoints of a conditional mean that is itself estimated."""
+    r"""Variance over datapoints of a conditional mean that is itself estimated.
+
+    With means :math:`m_{rn}` of datapoint n in run r of its batch, the variance of their averages over R runs
+    exceeds that of what they estimate by
+
+    .. math:: \frac{1}{N - 1} \Big(\sum_n \frac{\mathrm{Var}_r[m_{rn}]}{R}
+        - \frac1N \sum_b \frac{\mathrm{Var}_r[\sum_{n \in b} m_{rn}]}{R}\Big)
+
+    in expectation. What is left without it is that of products of different runs alone, which are independent
+    however much the datapoints b of one batch share of a run (a global latent of the guide).
+    """
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
         self.count = 0
-        self.mean = self.squares = self.within = torch.zeros((), dtype=torch.float64)
+        self.mean = self.squares = self.within = self.common = torch.zeros((), dtype=torch.float64)
 
     def add(self, means: Tensor) -> None:
         """Add means ``[runs, datapoints, units]``."""
@@ -251,6 +263,7 @@ class _Activity:
         each = means.mean(0)
         if runs > 1:
             self.within = self.within + (means.var(0) / runs).sum(0)
+            self.common = self.common + means.sum(1).var(0) / runs
         total = self.count + count
         deviation = each.mean(0) - self.mean
         spread = (each - each.mean(0)).square().sum(0)
@@ -261,8 +274,8 @@ class _Activity:
     def variance(self) -> Tensor:
         if self.count < 2:
             raise ValueError("Activity is a variance over the data, which needs more than one datapoint.")
-        # The estimates' own variance adds to that of what they estimate.
-        return (self.squares / (self.count - 1) - self.within / self.count).clamp(min=0)
+        excess = self.within - self.common / self.count
+        return ((self.squares - excess) / (self.count - 1)).clamp(min=0)
 
 
 def _conditional_means(

@@ -36,11 +36,13 @@ from .rerun import Rerun
 from .runner import Runner
 from .samples import ImportanceSamples
 from .sites import read_sites
-from .streaming import RunningBound, RunningLogMean, jackknife
+from .streaming import RunningBound, RunningGap, RunningLogMean, jackknife
 from .traces import OneMinibatch, Pair, Traces, plate_nesting
 from .warn import warn
 
 __all__ = ["ImportanceSampler", "LogMarginal", "check_loader", "read_batch"]
+
+_NO_BOUND = "minus_kl compares with a bound: pass bound= to log_marginal_dataset."
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,6 +57,10 @@ class LogMarginal:
         ess: effective number of particles of each, ``[N]``.
         num_particles: number S of particles.
         bounds: another bound on the same particles, where it was asked for, of shape ``[N]``.
+        minus_kl_errors: standard error of each difference ``bounds - values``, whose two sides vary together,
+            from the finite number of particles, ``[N]``. NaN where these make fewer than 3 groups of the
+            bound (0 for IWAE of all of them). With ``jackknife`` it is that of the difference before the
+            correction.
     """
 
     values: Tensor
@@ -62,6 +68,7 @@ class LogMarginal:
     ess: Tensor
     num_particles: int
     bounds: Tensor | None = None
+    minus_kl_errors: Tensor | None = None
 
     @property
     def mean(self) -> float:
@@ -85,14 +92,28 @@ class LogMarginal:
         r"""Mean of :attr:`bounds` less :attr:`values`, in nats: how far the guide is from the posterior.
 
         For the ELBO this is :math:`-\mathrm{KL}(q \,\|\, p)` up to the bias of the values; for IWAE-64 the
-        column "-KL" of Rainforth et al. (2018), the divergence of the guide that IWAE-64 implies.
+        column "-KL" of Rainforth et al. (2018), the divergence of the guide that IWAE-64 implies. It is -inf
+        where a bound is.
 
         Raises:
             ValueError: if no bound was asked for.
         """
         if self.bounds is None:
-            raise ValueError("minus_kl compares with a bound: pass bound= to log_marginal_dataset.")
-        return (self.bounds.double() - self.values.double()).mean().item()
+            raise ValueError(_NO_BOUND)
+        # Both are -inf where no particle has positive density.
+        gaps = (self.bounds.double() - self.values.double()).masked_fill(self.bounds.isneginf(), -math.inf)
+        return gaps.mean().item()
+
+    @property
+    def minus_kl_error(self) -> float:
+        """Standard error of :attr:`minus_kl` for these very datapoints, from the finite number of particles.
+
+        Raises:
+            ValueError: if no bound was asked for.
+        """
+        if self.minus_kl_errors is None:
+            raise ValueError(_NO_BOUND)
+        return self.minus_kl_errors.double().square().sum().sqrt().item() / len(self.values)
 
     def __repr__(self) -> str:
         return (
@@ -108,7 +129,7 @@ class ImportanceSampler:
         model: the model (a callable with Pyro primitives).
         guide: the guide.
         num_particles: number S of particles a cell; an integer >= 1.
-        chunk_size: number of particles in memory at once; the last chunk may be smaller.
+        chunk_size: number of particles in memory at once, None for all; the last chunk may be smaller.
         plates: name or names of the plates whose cells have a weight each; ``()`` for one joint weight; None
             for the plates common to all sample sites.
         jackknife: whether :meth:`log_marginal` corrects the leading term of the bias, 1/S, by
@@ -143,7 +164,7 @@ class ImportanceSampler:
         guide: Callable,
         num_particles: int = 1000,
         *,
-        chunk_size: int = 100,
+        chunk_size: int | None = 100,
         plates: str | Iterable[str] | None = None,
         jackknife: bool = False,
         check_support: bool = True,
@@ -154,7 +175,8 @@ class ImportanceSampler:
         self.model = model
         self.guide = guide
         self.num_particles = positive_integer("num_particles", num_particles)
-        self.chunk_size = min(positive_integer("chunk_size", chunk_size), self.num_particles)
+        chunk_size = self.num_particles if chunk_size is None else positive_integer("chunk_size", chunk_size)
+        self.chunk_size = min(chunk_size, self.num_particles)
         self.plates = as_plate_names(plates)
         self.jackknife = jackknife
         if jackknife and self.num_particles == 1:
@@ -225,7 +247,7 @@ class ImportanceSampler:
             for batch in loader:
                 args, kwargs = read_batch(batch, to_args)
                 running = RunningLogMean()
-                bounds = None if bound is None else RunningBound(bound)
+                bounds = None if bound is None else RunningGap(bound)
                 value = self._stream(Pair(self.model, self.guide, args, kwargs), bar, running, bounds)
                 if value.dim() != 1:
                     raise ValueError(
@@ -235,7 +257,9 @@ class ImportanceSampler:
                         "plates=, or, for a joint model, call log_marginal on all of the data."
                     )
                 columns = [value, running.standard_error, running.ess]
-                parts.append(columns if bounds is None else [*columns, bounds.value.to(value)])
+                if bounds is not None:
+                    columns += [bounds.value.to(value), bounds.gap_error(running)]
+                parts.append(columns)
         if not parts:
             raise ValueError("The loader gave no batch, so there is nothing to evaluate.")
         values, errors, ess, *bounds_values = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -16,7 +16,7 @@ __all__ = [
     "leave_one_out_logmeanexp",
     "leave_one_out_mean",
     "logmeanexp",
-    "replaced_logmeanexp",
+    "logmeanexp_difference",
     "softmax",
     "without_dead",
 ]
@@ -47,21 +47,35 @@ def logmeanexp(log_w: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
 
 def exclusive_logsumexp(log_w: Tensor, dim: int) -> Tensor:
-    """logsumexp of all entries along ``dim`` but the own one, by sums from either side.
+    """logsumexp of all entries along ``dim`` but the own one.
 
-    Subtracting the own weight from the total would lose the others where it dominates.
+    From the total the own share is taken away, which loses no digits below a half of it. Above is the largest
+    entry at most, and the others are added up for it.
     """
-    nothing = torch.full_like(log_w.narrow(dim, 0, 1), -math.inf)
-    size = log_w.shape[dim]
-    before = torch.logcumsumexp(log_w, dim).narrow(dim, 0, size - 1)
-    after = torch.logcumsumexp(log_w.flip(dim), dim).flip(dim).narrow(dim, 1, size - 1)
-    return torch.logaddexp(torch.cat([nothing, before], dim), torch.cat([after, nothing], dim))
+    total = log_w.logsumexp(dim, keepdim=True)
+    top = log_w.argmax(dim, keepdim=True)
+    others = torch.log1p(-softmax(log_w, dim)) + total
+    rest = log_w.scatter(dim, top, -math.inf).logsumexp(dim, keepdim=True)
+    return others.scatter(dim, top, rest)
 
 
-def replaced_logmeanexp(log_w: Tensor, replacement: Tensor, dim: int) -> Tensor:
-    """logmeanexp along ``dim`` with each entry replaced in turn, of the shape of ``log_w``."""
-    others = exclusive_logsumexp(log_w, dim)
-    return torch.logaddexp(others, replacement) - math.log(log_w.shape[dim])
+def logmeanexp_difference(log_w: Tensor, replacement: Tensor, dim: int) -> Tensor:
+    r"""logmeanexp along ``dim`` less that with each entry replaced in turn, of the shape of ``log_w``.
+
+    .. math:: -\log(1 + c_i), \qquad c_i = \frac{e^{r_i} - e^{\ell_i}}{\sum_j e^{\ell_j}}
+        = s_i\, (e^{r_i - \ell_i} - 1),
+
+    to the relative precision of its arguments' differences, where subtracting the two logarithms would keep
+    none of the digits of a result of the size 1 / K. (Where :math:`c_i` is not small, they are subtracted.)
+    """
+    total = log_w.logsumexp(dim, keepdim=True)
+    rise = replacement - log_w
+    change = torch.where(
+        rise > 0, -(replacement - total).exp() * torch.expm1(-rise), (log_w - total).exp() * torch.expm1(rise)
+    )
+    close = change.abs() < 0.5
+    apart = total - torch.logaddexp(exclusive_logsumexp(log_w, dim), replacement)
+    return torch.where(close, -torch.log1p(change.masked_fill(~close, 0.0)), apart)
 
 
 def softmax(log_w: Tensor, dim: int) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,12 @@ from .optional import require
 from .warn import warn
 
 __all__ = ["khat_threshold", "pareto_smoothed", "warn_of_khat"]
+
+# Living particles of which a fifth, the tail, are the five that a fit takes.
+_FEWEST = 25
+
+#: From log-weights ``[cells, S]`` to smoothed ones and k̂ ``[cells]``.
+Smoothing = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def khat_threshold(num_particles: int) -> float:
@@ -46,15 +51,21 @@ def warn_of_khat(khat: Tensor, num_particles: int) -> None:
 
 
 def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Smooth the weights of every cell, and say how heavy their tail is.
+    r"""Smooth the weights of every cell, and say how heavy their tail is.
+
+    Particles at -inf stay there and do not count: the living ones of a cell are its sample, and their tail is
+    the largest fifth of them, or :math:`3 \sqrt{S}` if these are fewer. Were the tail taken among all, it
+    would reach down to weight 0 wherever most are dead, and the bulk of the weights would be fitted as if it
+    were their tail.
 
     Arguments:
         log_weights: of shape ``[S, *cells]``, in nats.
 
     Returns:
         The smoothed log-weights, of that shape, the unsmoothed ones unchanged; and k̂, of shape ``[*cells]``
-        in float64. It is inf where fewer than 5 weights make up the tail (S < 25, or all dead but a few), and
-        -inf where the largest weight makes up the whole tail, as it does if all are equal.
+        in float64. It is inf where the tail is too small for a fit (fewer than 25 living particles; ArviZ 1.3
+        wants 30), and -inf where a quarter of it or more is one value at its foot, as if all are equal:
+        weights of few values are bounded. Nothing is smoothed in either case.
 
     Raises:
         ImportError: if ArviZ is missing.
@@ -67,39 +78,57 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """
     smooth = _arviz()
     raw = log_weights.detach().double().cpu()
-    table = raw.reshape(len(raw), -1).T.contiguous().numpy()  # [cells, S]
-    top, bottom = table.max(1), table.min(1)
-    size = table.shape[1]
-    # Where the largest weight makes up the tail by itself, as with a few discrete values, weights are
-    # bounded.
-    ties = (table == top[:, None]).sum(1) >= max(math.ceil(min(size / 5, 3 * math.sqrt(size))), 5)
-    khat = np.where(ties & np.isfinite(top), -np.inf, np.inf)
-    fit = np.isfinite(top) & (top > bottom) & ~ties & (np.isfinite(table).sum(1) > 5)
-    smoothed = table.copy()
-    if fit.any():
-        with np.errstate(over="ignore"):
-            values, khat[fit] = smooth(table[fit])
-        # Version 1 normalises its result; what lies below the tail is as it was but for that constant.
-        low = np.where(np.isfinite(table[fit]), table[fit], np.inf).argmin(1)
-        rows = np.arange(len(values))
-        smoothed[fit] = values + (table[fit][rows, low] - values[rows, low])[:, None]
+    smoothed = raw.reshape(len(raw), -1).T.contiguous().numpy().copy()  # [cells, S]
+    alive = np.isfinite(smoothed)
+    # A cell with a weight of NaN or +inf has no tail to speak of.
+    counts = np.where(smoothed.max(1) < np.inf, alive.sum(1), 0)
+    khat = np.full(len(smoothed), np.inf)
+    for count in np.unique(counts[counts >= _FEWEST]):  # one call where no particle is dead
+        rows = np.flatnonzero(counts == count)
+        chosen = alive[rows]
+        values, khat[rows] = _smooth_living(smooth, smoothed[rows][chosen].reshape(len(rows), count))
+        table = smoothed[rows]
+        table[chosen] = values.ravel()
+        smoothed[rows] = table
     back = torch.from_numpy(np.ascontiguousarray(smoothed.T)).reshape(raw.shape)
     shape = torch.from_numpy(khat.reshape(raw.shape[1:]))
     return back.to(log_weights), shape.to(log_weights.device)
 
 
-def _arviz() -> Callable[[np.ndarray], tuple[Any, Any]]:
+def _smooth_living(smooth: Smoothing, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Smoothed log-weights ``[cells, S]`` and the shapes k̂ ``[cells]`` of finite log-weights."""
+    size = table.shape[1]
+    length = math.floor(min(size / 5, 3 * math.sqrt(size)))
+    tail = np.sort(table, 1)[:, size - length :]
+    distinct = tail[:, max(length // 4 - 1, 1)] > tail[:, 0]
+    khat = np.where(distinct, np.inf, -np.inf)
+    if not distinct.any():
+        return table, khat
+    chosen = table[distinct]
+    with np.errstate(all="ignore"):
+        values, shapes = smooth(chosen)
+    # Version 1 normalises its result; the lowest weight lies below the tail, so only that constant moved it.
+    low = chosen.argmin(1)[:, None]
+    values = values + np.take_along_axis(chosen - values, low, 1)
+    fitted = np.isfinite(shapes)
+    table, khat = table.copy(), khat.copy()
+    table[distinct] = np.where(fitted[:, None], values, chosen)
+    khat[distinct] = np.where(fitted, shapes, np.inf)
+    return table, khat
+
+
+def _arviz() -> Smoothing:
     """ArviZ's smoothing of log-weights ``[cells, S]``."""
     purpose = "Pareto smoothing (khat, smoothed)"
     if importlib.util.find_spec("arviz") is None and importlib.util.find_spec("arviz_stats") is not None:
         return _arviz_stats()  # ArviZ 1 in parts
     arviz = require("arviz", "arviz", purpose)
-    if hasattr(arviz, "InferenceData"):
+    if "psislw" in vars(arviz):  # version 1.3 warns of names that are gone when it is asked for them
         return lambda table: arviz.psislw(table, normalize=True)
     return _arviz_stats()
 
 
-def _arviz_stats() -> Callable[[np.ndarray], tuple[Any, Any]]:
+def _arviz_stats() -> Smoothing:
     """The same in version 1, which expects log-likelihoods and takes their negative for weights."""
     array_stats = require("arviz_stats.base", "arviz", "Pareto smoothing (khat, smoothed)").array_stats
     return lambda table: array_stats.psislw(-table, axis=-1)

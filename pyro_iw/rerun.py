@@ -95,8 +95,17 @@ class Rerun(NamedTuple):
 
         Raises:
             NotImplementedError: as :meth:`observed`.
+            ValueError: if the model has no site of one of these names, naming those it has.
         """
         self._refuse_enumeration("predictions")
+        known = [name for name, site in self._single(draws, 0).items() if site["type"] == "sample"]
+        # Predictive would leave them out without a word; it calls the model's result a site, too.
+        unknown = [name for name in return_sites if name not in (*known, "_RETURN")]
+        if unknown:
+            raise ValueError(
+                f"return_sites names {unknown}, but on these arguments the model has the sites {known}. For "
+                "one that it has on others alone, take pyro.infer.Predictive(model, posterior(num_samples))."
+            )
         # With all batch dims there: Predictive would count event dims among those it adds.
         nesting = self.model_nesting
         return Predictive(

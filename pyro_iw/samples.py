@@ -311,6 +311,9 @@ class ImportanceSamples:
             method: as in :meth:`resample`.
             return_sites: the sites to return; None for observed and deterministic ones.
 
+        Raises:
+            ValueError: also if the model has no site of one of these names, naming those it has.
+
         Example:
             >>> samples = ImportanceSampler(model, guide, num_particles=2000)(data)
             >>> samples.predictive(500)(data)["x"].shape
@@ -322,6 +325,8 @@ class ImportanceSamples:
         self, draws: Mapping[str, Tensor], return_sites: Sequence[str] | None = None
     ) -> Predictive:
         """:meth:`predictive` on given draws."""
+        if isinstance(return_sites, str):
+            return_sites = [return_sites]
         if return_sites is None:
             return_sites = list(self.observed({name: values[:1] for name, values in draws.items()}))
             if not return_sites:

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from .bounds import Bound
+from .bounds import IWAE, PIWAE, Bound
 from .logmean import exclusive_logsumexp, logmeanexp
 
-__all__ = ["RunningBound", "RunningLogMean", "jackknife"]
+__all__ = ["RunningBound", "RunningGap", "RunningLogMean", "jackknife"]
 
 
 class RunningLogMean:
@@ -79,7 +79,7 @@ class RunningBound:
         self.bound = bound
         self.groups = 0
         self._rest: Tensor | None = None
-        self._mean = self._squares = torch.tensor(0.0, dtype=torch.float64)
+        self._mean = self._squares = self._infinite = torch.tensor(0.0, dtype=torch.float64)
 
     def add(self, log_w: Tensor) -> None:
         """Add log-weights of shape ``[chunk, *cells]``."""
@@ -93,6 +93,13 @@ class RunningBound:
         # To a bound, groups are so many more cells.
         groups = log_w[:whole].reshape(-1, self.bound.M, self.bound.K, *log_w.shape[1:]).movedim(0, -1)
         values = self.bound.value(groups).double()
+        # Deviations from a mean of -inf are NaN, so that such values are added up on their own.
+        finite = values.isfinite()
+        self._infinite = self._infinite.to(values.device) + values.masked_fill(finite, 0.0).sum(-1)
+        self._take(values.masked_fill(~finite, 0.0), groups)
+
+    def _take(self, values: Tensor, groups: Tensor) -> None:
+        """Add finite values ``[*cells, new]`` of groups of log-weights ``[M, K, *cells, new]``."""
         new = values.shape[-1]
         total = self.groups + new
         deviation = values.mean(-1) - self._mean.to(values.device)
@@ -103,15 +110,94 @@ class RunningBound:
 
     @property
     def value(self) -> Tensor:
-        """The mean, of shape ``[*cells]``, in nats."""
-        return self._mean
+        """The mean, of shape ``[*cells]``, in nats; -inf if a group's is."""
+        return torch.where(self._infinite == 0, self._mean, self._infinite)
 
     @property
     def standard_error(self) -> Tensor:
-        """Of :attr:`value`, of shape ``[*cells]``; NaN for a single group."""
+        """Of :attr:`value`, of shape ``[*cells]``; NaN for a single group or a value that is not finite."""
         if self.groups < 2:
             return torch.full_like(self._mean, math.nan)
-        return (self._squares / (self.groups - 1) / self.groups).sqrt()
+        error = (self._squares / (self.groups - 1) / self.groups).sqrt()
+        return error.masked_fill(self._infinite != 0, math.nan)
+
+
+class RunningGap(RunningBound):
+    r"""The same, with the standard error of its difference from the log mean weight of the same particles.
+
+    With G groups of m particles each, values :math:`V_g` and mean weights :math:`r_g` relative to
+    :math:`\hat p`, the difference is to first order a mean of independent terms,
+
+    .. math:: \frac1G \sum_g V_g - \log \hat p(x) \approx \text{const} + \sum_{g=1}^G \Big(\frac{V_g}{G} -
+        \frac{m}{S} r_g\Big) - \frac1S \sum_{s > G m} \frac{w_s}{\hat p(x)},
+
+    whose variance is that of the pairs over the groups, and of the weights left over. Two means have been
+    fitted to the groups, so that the sum of squares is divided by G - 2; for IWAE, where the term of first
+    order all but vanishes, that also makes the next one right (a variance over the groups, on either side).
+
+    Example:
+        >>> log_w = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+        >>> everything, gap = RunningLogMean(), RunningGap(pyro_iw.bounds.IWAE(K=64))
+        >>> for chunk in log_w.split(100):
+        ...     everything.add(chunk)
+        ...     gap.add(chunk)
+        >>> round((gap.value - everything.value).item(), 3), round(gap.gap_error(everything).item(), 3)
+        (-0.019, 0.004)
+        >>> round(gap.standard_error.item(), 3)  # of the bound alone, most of which it shares
+        0.024
+    """
+
+    def __init__(self, bound: Bound) -> None:
+        super().__init__(bound)
+        # Mean weights of the groups are kept relative to exp(_top), the largest of them so far.
+        self._top = torch.tensor(-math.inf, dtype=torch.float64)
+        self._weight = self._weight_squares = self._products = torch.tensor(0.0, dtype=torch.float64)
+
+    def _take(self, values: Tensor, groups: Tensor) -> None:
+        logs = logmeanexp(groups.double(), (0, 1))
+        top = torch.maximum(self._top.to(logs.device), logs.amax(-1))
+        base = top.masked_fill(top.isneginf(), 0.0)
+        shrink = (self._top.to(logs.device) - base).exp()  # 0 at first
+        weights = (logs - base.unsqueeze(-1)).exp()
+        new = weights.shape[-1]
+        total = self.groups + new
+        old = self._weight.to(logs.device) * shrink
+        apart = weights.mean(-1) - old
+        centred = weights - weights.mean(-1, keepdim=True)
+        between = self.groups * new / total
+        self._products = (
+            self._products.to(logs.device) * shrink
+            + (centred * values).sum(-1)
+            + apart * (values.mean(-1) - self._mean.to(logs.device)) * between
+        )
+        self._weight_squares = (
+            self._weight_squares.to(logs.device) * shrink**2 + centred.square().sum(-1) + apart**2 * between
+        )
+        self._weight, self._top = old + apart * (new / total), top
+        super()._take(values, groups)
+
+    def gap_error(self, everything: RunningLogMean) -> Tensor:
+        """Standard error of :attr:`value` less the log mean weight.
+
+        Arguments:
+            everything: that of all particles, those left over included.
+
+        Returns:
+            Of shape ``[*cells]``; NaN where the difference is not finite, or for fewer than 3 groups. (The
+            IWAE bound of all particles is the log mean weight: 0.)
+        """
+        count = everything.count
+        used = self.groups * self.bound.num_particles
+        if self.groups < 3:
+            itself = used == self.bound.num_particles == count and isinstance(self.bound, IWAE | PIWAE)
+            return torch.full_like(self._mean, 0.0 if itself else math.nan).masked_fill(
+                self._infinite != 0, math.nan
+            )
+        of_weight = used / count * (self._top - everything.value).exp()
+        squares = self._squares - 2 * of_weight * self._products + of_weight**2 * self._weight_squares
+        variance = squares.clamp(min=0) / self.groups / (self.groups - 2)
+        left = (count - used) / count * everything.standard_error**2 if used < count else 0.0
+        return (variance + left).sqrt().masked_fill(self._infinite != 0, math.nan)
 
 
 def jackknife(log_w: Tensor) -> Tensor:

@@ -50,6 +50,24 @@ class TestBoundCurve:
     def test_powers_of_two_by_default(self):
         assert bound_curve(ImportanceSampler(*conjugate(2), 20)).num_particles == (1, 2, 4, 8, 16)
 
+    @pytest.mark.parametrize("chunk_size", [1, 4, 64])
+    def test_dead_particles_in_several_chunks(self, chunk_size):
+        def model():
+            z = pyro.sample("z", dist.Uniform(torch.tensor(0.0).double(), 1.0, validate_args=False))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.5).double())
+
+        def guide():
+            pyro.sample("z", dist.Normal(torch.tensor(0.5).double(), 1.0))
+
+        with pyro.validation_enabled(False):
+            curve = bound_curve(
+                ImportanceSampler(model, guide, 64, chunk_size=chunk_size), num_particles=[1, 2, 64]
+            )
+        assert curve.mean[:2].tolist() == [-math.inf, -math.inf]
+        assert curve.monte_carlo_error[:2].isnan().all()
+        assert curve.mean[2].isfinite()
+        assert curve.monte_carlo_error[2].isfinite()
+
     def test_more_particles_than_the_sampler_draws(self):
         with pytest.raises(ValueError, match="draws 20 particles, too few for K=64"):
             bound_curve(ImportanceSampler(*conjugate(2), 20), num_particles=[64])
@@ -157,6 +175,41 @@ class TestActiveUnits:
         assert result["deep"].num_active == 1
         assert result["shallow"].num_active == 1
         assert result["noise"].num_active == 0
+
+    @pytest.mark.parametrize("size", [60, 20, 7])
+    @pytest.mark.parametrize("kind", ["shift", "slope", "both"])
+    def test_noise_that_all_datapoints_of_a_run_share(self, kind, size):
+        # E[z | x] = 0.5 x in each of 2000 units, whose noise is each unit's own and common to the datapoints,
+        # the second latent's to those of either sign. The mean over the units is exact to its standard error.
+        def guide(x):
+            zeros = torch.zeros(2000)
+            common = pyro.sample("common", dist.Normal(zeros, 1.0).to_event(1))
+            other = pyro.sample("other", dist.Normal(zeros, 0.5).to_event(1))
+            with pyro.plate("data", len(x)):
+                loc = 0.5 * x[:, None] * (1 + (0.5 * common if kind != "shift" else 0.0))
+                if kind != "slope":
+                    loc = loc + other * (1.0 if kind == "shift" else x[:, None].sign())
+                pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+        x = X[:60, 0]
+        variances = active_units(guide, x.split(size), sites=["z"], num_samples=40)["z"].variances
+        exact = 0.25 * x.double().var().item()
+        error = variances.std().item() / 2000**0.5
+        assert error < 0.003
+        assert (variances > 0).all()  # none was cut off at 0, which would be a bias
+        assert abs(variances.mean().item() - exact) < 4 * error + 1e-6
+
+    def test_a_shift_of_all_datapoints_is_no_activity_and_hides_none(self):
+        def guide(x):
+            common = pyro.sample("common", dist.Normal(0.0, 5.0))
+            with pyro.plate("data", len(x)):
+                loc = torch.stack([common + 0.15 * x[:, 0], common + 0 * x[:, 0]], -1)
+                pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+        result = active_units(guide, [X], sites=["z"])["z"]
+        assert result.variances[0].item() == pytest.approx(0.15**2 * X[:, 0].var().item(), rel=1e-4)
+        assert result.variances[1].item() == pytest.approx(0.0, abs=1e-6)
+        assert result.num_active == 1
 
     def test_flows_have_no_mean_in_closed_form(self):
         def guide(x):

@@ -20,7 +20,7 @@ import pytest
 import torch
 import vae
 
-from pyro_iw import IWAE_ELBO
+from pyro_iw import IWAE_ELBO, ImportanceSampler
 
 PICTURES = ("samples.png", "reconstructions.png", "latents.png", "learning_curve.png")
 
@@ -358,6 +358,41 @@ def test_grey_images_are_binarised_afresh(tmp_path: Path, monkeypatch: pytest.Mo
     # The five held-out images are drawn once.
     held_out = [x for x in seen if len(x) == 5]
     assert all(torch.equal(x, held_out[0]) for x in held_out)
+
+
+@pytest.mark.parametrize(("draws", "size"), [(60, 8), (8, 8), (5, 5)])
+def test_minus_kl_compares_bounds_of_the_same_draws(draws: int, size: int) -> None:
+    network = vae.VAE(6, latent=2, hidden=3)
+    images = (torch.rand(9, 6) < 0.5).float()
+    loss = IWAE_ELBO(K=8)
+    found = vae.evaluate(network, images, loss, nll_particles=draws, num_particles=8, seed=3)
+    assert found["iwae_particles"] == size
+    # The draws again, taken by hand in groups of 8.
+    with vae.seeded(3, images.device):
+        particles = ImportanceSampler(network.model, network.guide, draws).particles(images)
+        log_w = torch.cat([part.log_weights for part in particles]).double()
+    log_p = (log_w.logsumexp(0) - math.log(draws)).mean().item()
+    groups = log_w[: draws // size * size].reshape(-1, size, 9)
+    iwae = (groups.logsumexp(1) - math.log(size)).mean().item()
+    assert found["heldout_nll"] == pytest.approx(-log_p, abs=1e-5)
+    assert found["heldout_iwae_bound"] == pytest.approx(iwae, abs=1e-5)
+    assert found["minus_kl"] == pytest.approx(iwae - log_p, abs=1e-5)
+    assert (found["minus_kl_error"] == 0) == (draws == size)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "expected"),
+    [
+        (-0.5812, 0.0231, "-0.581 ± 0.023"),
+        (22.864, 0.31, "22.86 ± 0.31"),
+        (1234.5, 42.0, "1234.50 ± 42.00"),
+        (-0.02, 0.00012, "-0.02000 ± 0.00012"),
+        (0.0, 0.0, "0.00 ± 0.00"),
+        (-3.0, math.nan, "-3.00"),
+    ],
+)
+def test_numbers_with_their_errors(value: float, error: float, expected: str) -> None:
+    assert vae.plus_minus(value, error) == expected
 
 
 def test_evaluation_is_seeded() -> None:

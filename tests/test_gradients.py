@@ -27,6 +27,7 @@ from pyro_iw import (
     VR_ELBO,
     Bound,
     ImportanceWeightedELBO,
+    bounds,
 )
 from pyro_iw.estimators import get_estimator
 
@@ -687,3 +688,22 @@ def test_the_signal_keeps_its_digits_under_large_log_weights(estimator):
     torch.testing.assert_close(signals(estimator, bound, log_w).double(), exact, rtol=1e-3, atol=1e-5)
     naive = bound.value(log_w) - bound.replaced(log_w, get_estimator(estimator).replacement(bound, log_w))
     assert (naive - exact).abs().mean() > 0.05 * exact.abs().mean()  # what float32 makes of it uncentred
+
+
+@pytest.mark.parametrize("size", [100_000, 1_000_000])
+@pytest.mark.parametrize("estimator", ["score", "vimco"])
+@pytest.mark.parametrize("name", ["IWAE", "CIWAE", "VR", "VR near 1", "TVO"])
+def test_float32_adds_nothing_to_the_noise_of_many_particles(name, estimator, size):
+    bound = {
+        "IWAE": bounds.IWAE(size),
+        "CIWAE": bounds.CIWAE(size, 0.2),
+        "VR": bounds.VR(0.5, size),
+        "VR near 1": bounds.VR(1 - 1e-8, size),
+        "TVO": bounds.TVO(size, 5),
+    }[name]
+    # The guide's density at z is one of Normal(loc, 1), its score z - loc.
+    z = torch.randn(1, size, dtype=torch.float64)
+    log_w = -((z - 1) ** 2) - 80
+    exact, found = (signals(estimator, bound, w).double() for w in (log_w, log_w.float()))
+    noise = (exact * z).square().sum().sqrt()  # of the estimate, its terms being all but independent
+    assert abs(((found - exact) * z).sum()) < 1e-2 * noise

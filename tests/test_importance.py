@@ -294,6 +294,49 @@ class TestDataset:
         assert abs(result.bounds.mean().item() - expected) < 4 * error
         gap = result.bounds.mean().item() - result.values.mean().item()
         assert result.minus_kl == pytest.approx(gap)
+        spread = (result.bounds - result.values).std().item()
+        assert result.minus_kl_errors.square().mean().sqrt().item() == pytest.approx(spread, rel=0.12)
+        expected = result.minus_kl_errors.square().sum().sqrt().item() / 4000
+        assert result.minus_kl_error == pytest.approx(expected)
+
+    @pytest.mark.parametrize("chunk_size", [3, 60])
+    def test_dead_particles_in_several_chunks(self, chunk_size):
+        # The prior is Uniform(0, 1): half of the guide's particles have no density, in every chunk.
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Uniform(torch.tensor(0.0).double(), 1.0, validate_args=False))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0))
+
+        x = torch.linspace(0, 1, 4).double()
+        sampler = ImportanceSampler(model, guide, 60, chunk_size=chunk_size)
+        with pyro.validation_enabled(False):
+            elbo = sampler.log_marginal_dataset([x], bound=IWAE(1))
+            tighter = sampler.log_marginal_dataset([x], bound=IWAE(20))
+        assert (elbo.bounds == -math.inf).all()
+        assert elbo.minus_kl == -math.inf
+        assert math.isnan(elbo.minus_kl_error)
+        assert math.isfinite(elbo.mean)
+        assert -1 < tighter.minus_kl < 0
+        assert math.isfinite(tighter.minus_kl_error)
+
+    def test_a_datapoint_that_no_particle_reaches(self):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Uniform(torch.tensor(0.0).double(), 1.0, validate_args=False))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(torch.tensor([0.5, 50.0]).double(), 0.01))
+
+        sampler = ImportanceSampler(model, guide, 60, chunk_size=7, check_support=False)
+        with pyro.validation_enabled(False), pytest.warns(RuntimeWarning, match="none of the 60"):
+            result = sampler.log_marginal_dataset([torch.zeros(2).double()], bound=IWAE(1))
+        assert result.minus_kl == -math.inf
 
     def test_errors(self):
         sampler = ImportanceSampler(*pair(3), 4)
@@ -301,13 +344,25 @@ class TestDataset:
             sampler.log_marginal_dataset([])
         with pytest.raises(ValueError, match="takes 8 particles"):
             sampler.log_marginal_dataset([torch.zeros(3).double()], bound=IWAE(8))
-        with pytest.raises(ValueError, match="pass bound="):
-            _ = sampler.log_marginal_dataset([torch.zeros(3).double()]).minus_kl
+        without = sampler.log_marginal_dataset([torch.zeros(3).double()])
+        for name in ("minus_kl", "minus_kl_error"):
+            with pytest.raises(ValueError, match="pass bound="):
+                getattr(without, name)
         case = GlobalLatent()
         with pytest.raises(ValueError, match=r"one plate.*shape \(\)"):
             ImportanceSampler(lambda _: case.model(), lambda _: case.guide(), 4).log_marginal_dataset(
                 [torch.zeros(3)]
             )
+
+
+def test_chunk_size_none_is_all_particles_at_once():
+    sampler = ImportanceSampler(*pair(3), 250, chunk_size=None)
+    assert sampler.chunk_size == 250
+    x = torch.zeros(3).double()
+    pyro.set_rng_seed(1)
+    found = sampler(x).log_weights
+    pyro.set_rng_seed(1)
+    assert torch.equal(found, ImportanceSampler(*pair(3), 250, chunk_size=250)(x).log_weights)
 
 
 class TestBadInput:

@@ -330,6 +330,32 @@ class TestModelAgain:
         drawn = samples.predictive(50)()
         assert {name: v.numel() for name, v in drawn.items()} == {"mean": 250, "norm": 50, "y": 250}
         assert set(samples.predictive(5, return_sites=["y"])()) == {"y"}
+        assert set(samples.predictive(5, return_sites="mean")()) == {"mean"}
+        latent = next(iter(samples.latents))
+        assert set(samples.predictive(5, return_sites=("y", latent, "_RETURN"))()) == {"y", latent, "_RETURN"}
+
+    @pytest.mark.parametrize("vectorize", [True, False])
+    def test_predictive_of_sites_that_the_model_does_not_have(self, vectorize):
+        pair = Regression()
+        samples = ImportanceSampler(pair.model, pair.guide, 200, vectorize_particles=vectorize)()
+        with pytest.raises(ValueError, match=r"return_sites names \['u', 'Y'\].*has the sites \[.*'y'"):
+            samples.predictive(5, return_sites=["u", "y", "Y"])
+
+    def test_the_way_out_for_a_site_that_is_there_on_other_arguments(self):
+        def model(new=False):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+            if new:
+                pyro.sample("later", dist.Normal(z, 1.0))
+
+        def guide(new=False):
+            pyro.sample("z", dist.Normal(0.5, 0.7))
+
+        samples = ImportanceSampler(model, guide, 50)()
+        with pytest.raises(ValueError, match=r"take pyro.infer.Predictive\(model, posterior"):
+            samples.predictive(5, return_sites=["later"])
+        drawn = pyro.infer.Predictive(model, samples.posterior(5))(new=True)
+        assert drawn["later"].shape[0] == 5
 
     def test_the_model_runs_again_on_the_same_minibatch(self):
         data = 100.0 * torch.arange(20.0)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from pyro_iw.bounds import CIWAE, IWAE, MIWAE
-from pyro_iw.streaming import RunningBound, RunningLogMean
+from pyro_iw.bounds import CIWAE, IWAE, MIWAE, PIWAE, VR
+from pyro_iw.streaming import RunningBound, RunningGap, RunningLogMean
 
 LOG_W = torch.randn(50, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
 
@@ -67,3 +67,94 @@ def test_bounds_of_groups(chunk, bound):
         torch.testing.assert_close(running.standard_error, torch.stack(values).std(0) / math.sqrt(whole))
     else:
         assert running.standard_error.isnan().all()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+@pytest.mark.parametrize("dead", [[3], [3, 30], [3, 8, 40], list(range(50))])
+@pytest.mark.parametrize("kind", [RunningBound, RunningGap])
+def test_dead_particles_in_several_chunks(chunk, dead, kind):
+    log_w = LOG_W.clone()
+    log_w[dead, 1] = -math.inf
+    elbo, alive = kind(IWAE(1)), kind(IWAE(1))
+    for part in log_w.split(chunk):
+        elbo.add(part)
+    for part in LOG_W.split(chunk):
+        alive.add(part)
+    assert (elbo.value[1] == -math.inf).all()
+    assert elbo.standard_error[1].isnan().all()
+    for cell in (0, 2):
+        torch.testing.assert_close(elbo.value[cell], LOG_W[:, cell].mean(0))
+        torch.testing.assert_close(elbo.standard_error[cell], alive.standard_error[cell])
+
+
+def test_groups_that_are_dead_one_and_all_beside_groups_that_are_not():
+    # Of 10 groups of 5 particles: all alive, one of them dead, all dead.
+    log_w = LOG_W[..., :1].clone()
+    log_w[20:25, 1] = log_w[:, 2] = -math.inf
+    running, everything = RunningGap(IWAE(5)), RunningLogMean()
+    for part in log_w.split(5):
+        running.add(part)
+        everything.add(part)
+    assert running.value[0].isfinite().all()
+    assert (running.value[1:] == -math.inf).all()
+    error = running.gap_error(everything)
+    assert error[0].isfinite().all()
+    assert error[1:].isnan().all()
+
+
+BOUNDS = [IWAE(1), IWAE(8), IWAE(16), MIWAE(3, 4), CIWAE(5, 0.3), VR(0.5, 10)]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_error_of_a_gap_from_all_weights_at_once(chunk, bound):
+    shifted = LOG_W + 3000 * torch.arange(3).reshape(3, 1) + 5 * torch.arange(50).reshape(50, 1, 1).sin()
+    running, everything = RunningGap(bound), RunningLogMean()
+    for part in shifted.split(chunk):
+        running.add(part)
+        everything.add(part)
+    size = bound.M * bound.K
+    count = 50 // size
+    ratio = (shifted - shifted.logsumexp(0) + math.log(50)).exp()
+    groups = shifted[: count * size].reshape(count, bound.M, bound.K, 3, 2)
+    values = torch.stack([bound.value(group) for group in groups])
+    each = values / count - ratio[: count * size].reshape(count, size, 3, 2).sum(1) / 50
+    variance = (each - each.mean(0)).square().sum(0) * count / (count - 2)
+    variance += (50 - count * size) / 50**2 * ratio.var(0)
+    torch.testing.assert_close(running.gap_error(everything), variance.sqrt(), rtol=1e-7, atol=0)
+
+
+def test_too_few_groups_have_no_gap_error():
+    running, everything = RunningGap(IWAE(20)), RunningLogMean()
+    running.add(LOG_W)
+    everything.add(LOG_W)
+    assert running.groups == 2
+    assert running.gap_error(everything).isnan().all()
+
+
+@pytest.mark.parametrize("bound", [IWAE(50), PIWAE(5, 10)])
+def test_the_log_mean_weight_itself_has_no_gap(bound):
+    running, everything = RunningGap(bound), RunningLogMean()
+    for part in LOG_W.split(7):
+        running.add(part)
+        everything.add(part)
+    torch.testing.assert_close(running.value, everything.value)
+    assert (running.gap_error(everything) == 0).all()
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0])
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_error_of_a_gap_is_the_spread_of_repetitions(bound, spread):
+    # 4000 repetitions know their standard deviation to some 2 % (the gap is skewed); the delta method errs
+    # by a few more at 100 particles.
+    log_w = spread * torch.randn(100, 4000, dtype=torch.float64)
+    running, everything = RunningGap(bound), RunningLogMean()
+    for part in log_w.split(33):
+        running.add(part)
+        everything.add(part)
+    gaps = running.value - everything.value
+    errors = running.gap_error(everything)
+    assert errors.square().mean().sqrt().item() == pytest.approx(gaps.std().item(), rel=0.12)
+    # Both sides as if they were independent would be wider at least by half.
+    apart = (running.standard_error**2 + everything.standard_error**2).mean().sqrt()
+    assert apart > 1.5 * gaps.std()
