@@ -1,0 +1,77 @@
+"""Bounds by their formulas, beside the package's own objects."""
+
+import math
+from itertools import pairwise
+
+import torch
+
+import pyro_iw
+from pyro_iw.bounds import CIWAE, IWAE, MIWAE, PIWAE, TVO, VR
+
+
+class Formula:
+    """A bound: its value and that which the guide climbs, as functions of log-weights [M, K, *cells]."""
+
+    def __init__(self, package, value, guide_value=None, linear=None):
+        self.package, self.M, self.K = package, package.M, package.K
+        self.value, self.guide_value = value, guide_value or value
+        self.linear = self.K == 1 if linear is None else linear
+
+
+def lme(l, dims):
+    count = math.prod(l.shape[dim] for dim in dims)
+    return torch.logsumexp(l, dims) - math.log(count)
+
+
+class Bent(pyro_iw.Bound):
+    """A bound of a user's own; not equivariant to shifts."""
+
+    def value(self, log_w):
+        return (log_w.logsumexp(1) - math.log(self.K)).mean(0) + 0.1 * torch.tanh(log_w.mean((0, 1)))
+
+
+def iwae(r):
+    return Formula(IWAE(r.choice([1, 2, 3, 5])), lambda l: lme(l, (0, 1)))
+
+
+def miwae(r):
+    return Formula(MIWAE(r.choice([2, 3]), r.choice([1, 2, 3])), lambda l: lme(l, (1,)).mean(0))
+
+
+def ciwae(r):
+    beta = r.choice([0.0, 0.3, 1.0])
+    bound = CIWAE(r.choice([2, 4]), beta)
+    return Formula(bound, lambda l: beta * l.mean((0, 1)) + (1 - beta) * lme(l, (0, 1)), linear=beta == 1)
+
+
+def piwae(r):
+    return Formula(
+        PIWAE(r.choice([2, 3]), r.choice([2, 3])), lambda l: lme(l, (0, 1)), lambda l: lme(l, (1,)).mean(0)
+    )
+
+
+def vr(r):
+    alpha = r.choice([-0.5, 0.3, 0.999, 1.0, 1.5])
+    bound = VR(alpha, r.choice([2, 4]))
+    if alpha == 1:
+        return Formula(bound, lambda l: l.mean((0, 1)), linear=True)
+    return Formula(bound, lambda l: lme((1 - alpha) * l, (0, 1)) / (1 - alpha))
+
+
+def tvo(r):
+    betas = r.choice([(0.0, 1.0), (0.0, 0.2, 0.7, 1.0)])
+
+    def value(l):
+        return sum(
+            (high - low) * (torch.softmax(low * l, 1) * l).sum((0, 1)) for low, high in pairwise(betas)
+        )
+
+    return Formula(TVO(r.choice([2, 4]), betas), value, linear=len(betas) == 2)
+
+
+def bent(r):
+    bound = Bent(r.choice([1, 2]), r.choice([1, 3]))
+    return Formula(bound, lambda l: lme(l, (1,)).mean(0) + 0.1 * torch.tanh(l.mean((0, 1))), linear=False)
+
+
+BOUNDS = {"IWAE": iwae, "MIWAE": miwae, "CIWAE": ciwae, "PIWAE": piwae, "VR": vr, "TVO": tvo, "own": bent}
