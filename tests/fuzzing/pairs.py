@@ -14,7 +14,7 @@ import torch
 from .families import BUILD, CONTINUOUS, DISCRETE, ENUMERABLE, EVENT_DIM, OBSERVED, PRIORS, summary
 
 
-@dataclass
+@dataclass(eq=False)
 class Plate:
     name: str
     size: int
@@ -22,7 +22,7 @@ class Plate:
     dim: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Site:
     """A sample site; a latent one has a counterpart in the guide unless it is enumerated."""
 
@@ -42,7 +42,7 @@ class Site:
     obs_mask: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Pair:
     """A model and a guide, methods :meth:`model` and :meth:`guide`."""
 
