@@ -1,7 +1,7 @@
 """Bounds by their formulas, beside the package's own objects."""
 
+import itertools
 import math
-from itertools import pairwise
 
 import torch
 
@@ -63,7 +63,7 @@ def tvo(r):
 
     def value(l):
         return sum(
-            (high - low) * (torch.softmax(low * l, 1) * l).sum((0, 1)) for low, high in pairwise(betas)
+            (high - low) * (torch.softmax(low * l, 1) * l).sum((0, 1)) for low, high in itertools.pairwise(betas)
         )
 
     return Formula(TVO(r.choice([2, 4]), betas), value, linear=len(betas) == 2)
@@ -75,3 +75,30 @@ def bent(r):
 
 
 BOUNDS = {"IWAE": iwae, "MIWAE": miwae, "CIWAE": ciwae, "PIWAE": piwae, "VR": vr, "TVO": tvo, "own": bent}
+
+
+def derivatives(value, l):
+    """First derivatives by the log-weights and the diagonal of the second ones."""
+    l = l.clone().requires_grad_()
+    (first,) = torch.autograd.grad(value(l).sum(), l, create_graph=True)
+    second = torch.zeros_like(l)
+    for index in itertools.product(range(l.shape[0]), range(l.shape[1])):
+        if first.requires_grad:
+            second[index] = torch.autograd.grad(first[index].sum(), l, retain_graph=True)[0][index]
+    return first.detach(), second
+
+
+def signal(bound, l, estimator):
+    """The guide's bound less its value with a particle's log-weight replaced by what the others suggest."""
+    value, result = bound.guide_value(l), torch.empty_like(l)
+    for m, k in itertools.product(range(bound.M), range(bound.K)):
+        changed = l.clone()
+        others = [l[m, j] for j in range(bound.K) if j != k] if bound.K > 1 else []
+        if estimator == "score" and (bound.linear or bound.K == 1):
+            others = [l[n, j] for n in range(bound.M) for j in range(bound.K) if (n, j) != (m, k)]
+        if others:
+            others = torch.stack(others)
+            mean = torch.logsumexp(others, 0) - math.log(len(others))
+            changed[m, k] = others.mean(0) if estimator == "vimco" or bound.linear else mean
+        result[m, k] = value - (bound.guide_value(changed) if len(others) else 0.0)
+    return result

@@ -1,8 +1,7 @@
-"""Random model/guide pairs, each from one integer."""
+"""A model and a guide built from a description, see :mod:`.draw` for random ones."""
 
 from __future__ import annotations
 
-import random
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -10,8 +9,13 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
+from pyro.infer import autoguide
 
-from .families import BUILD, CONTINUOUS, DISCRETE, ENUMERABLE, EVENT_DIM, OBSERVED, PRIORS, summary
+from .families import BUILD, EVENT_DIM, summary
+
+LOG_2 = 0.6931471805599453
+ABOVE_ZERO = ("lognormal", "gamma", "exponential", "halfnormal")
+ON_THE_LINE = ("normal", "laplace", "student")
 
 
 @dataclass(eq=False)
@@ -24,27 +28,27 @@ class Plate:
 
 @dataclass(eq=False)
 class Site:
-    """A sample site; a latent one has a counterpart in the guide unless it is enumerated."""
+    """A sample site; a latent one has a counterpart in the guide."""
 
     name: str
     family: str
-    plates: tuple[int, ...]
+    plates: tuple[int, ...]  # as indices
     parents: tuple[str, ...] = ()
     guide_family: str = ""
     guide_parents: tuple[str, ...] = ()
     role: str = "latent"  # latent, enumerated, observed, factor, deterministic
     mask: torch.Tensor | None = None
-    scale: float = 1.0  # in the model
-    guide_scale: float = 1.0
+    masked_in: tuple[str, ...] = ("model", "guide")
+    scales: dict = field(default_factory=dict)  # poutine.scale by role, a number or a tensor
     shared: bool = False  # whether model and guide share a parameter
     auxiliary: bool = False  # whether the guide's value is a function of another site's
     data: torch.Tensor | None = None
-    obs_mask: bool = False
+    obs_mask: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
 class Pair:
-    """A model and a guide, methods :meth:`model` and :meth:`guide`."""
+    """A pair: the callables :meth:`model` and :meth:`guide`."""
 
     seed: int
     plates: list[Plate] = field(default_factory=list)
@@ -52,13 +56,35 @@ class Pair:
     guide_order: list[str] = field(default_factory=list)
     dtype: torch.dtype = torch.float64
     scale: object = None  # of the whole of both
-    improper: dict[str, str] = field(default_factory=dict)  # estimator, or "" for all: why not in silence
     values: dict[str, float] = field(default_factory=dict)  # initial ones of the parameters
-    offsets: dict[str, torch.Tensor] = field(default_factory=dict)
+    offsets: dict[str, torch.Tensor] = field(default_factory=dict)  # what varies over the cells
     v: torch.Tensor | None = None
-    auto: str = ""
-    guide_factor: str = ""
+    auto: str = ""  # kind of a guide of Pyro's own
+    extra: str = ""  # what else the guide has: factor, factor_none, mixture, observed
+    conditioned: str = ""  # the latent that the model conditions away
+    left: str = ""  # the site whose children count its dims from the left
     validate: bool = True
+    improper: dict[str, str] = field(default_factory=dict)  # by estimator, "" for all: must not pass in silence
+
+    @property
+    def traits(self):
+        """What is unusual about the pair, for its reader."""
+        has = {
+            "float32": self.dtype == torch.float32,
+            "enumerated": self.enumerated,
+            "straight-through": any(s.guide_family == "through" for s in self.sites),
+            "NaN": any(s.data is not None and bool(s.data.isnan().any()) for s in self.sites),
+            "obs_mask": any(s.obs_mask is not None for s in self.sites),
+            "tempered": any(s.scales for s in self.sites),
+            "dims from the left": self.left,
+            "no validation": not self.validate,
+        }
+        found = [self.auto, self.extra, *(name for name, there in has.items() if there)]
+        return [trait for trait in found if trait]
+
+    @property
+    def by_name(self):
+        return {site.name: site for site in self.sites}
 
     @property
     def enumerated(self):
@@ -67,7 +93,28 @@ class Pair:
 
     @property
     def names(self):
-        return [x.name for x in (*self.sites, *self.plates)] + ["correction"]
+        return [x.name for x in (*self.sites, *self.plates)] + ["extra", "_Auto"]
+
+    def start(self):
+        """Fresh parameters."""
+        pyro.clear_param_store()
+        self._auto = None
+        if self.auto:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                self._auto = self.make_auto()
+                self._auto()
+
+    def make_auto(self):
+        model = poutine.block(self.model, hide=[*self.enumerated])
+        if self.auto != "list":
+            return getattr(autoguide, self.auto)(model)
+        guide = autoguide.AutoGuideList(model)
+        half = self.guide_order[: len(self.guide_order) // 2]
+        rest = [name for name in self.guide_order if name not in half]
+        for kind, names in (("AutoNormal", half), ("AutoDiagonalNormal", rest)):
+            guide.append(getattr(autoguide, kind)(poutine.block(self.model, expose=names)))
+        return guide
 
     def param(self, name):
         return pyro.param(name, torch.tensor(self.values[name], dtype=self.dtype))
@@ -83,23 +130,29 @@ class Pair:
                 tensor = tensor.index_select(plate.dim - event_dim, plates[i].indices)
         return tensor
 
-    def distribution(self, role, site, values, plates):
+    def summary(self, name, value):
+        if name == self.left:
+            return (torch.softmax(value, 1) * self.v).sum(-1)
+        return summary(self.by_name[name].family, value, self.v)
+
+    def distribution(self, role, site, values, plates, shift=0.0):
         prefix = f"{role}.{site.name}"
         parents = site.parents if role == "model" else site.guide_parents
         family = site.family if role == "model" else site.guide_family
         bias = f"model.{site.name}.b" if site.shared else f"{prefix}.b"
-        eta = self.param(bias) + self.local(self.offsets[prefix], site, plates)
-        families = {s.name: s.family for s in self.sites}
+        eta = self.param(bias) + self.local(self.offsets[prefix], site, plates) + shift
         for parent in parents:
-            eta = eta + self.param(f"{prefix}.{parent}") * summary(families[parent], values[parent], self.v)
+            eta = eta + self.param(f"{prefix}.{parent}") * self.summary(parent, values[parent])
         return BUILD[family](eta, self.param(f"{prefix}.s").exp(), self.v)
 
-    def around(self, stack, site, plates, scale):
+    def around(self, stack, role, site, plates):
         for i in site.plates:
             stack.enter_context(plates[i])
-        if scale != 1:
+        if role in site.scales:
+            scale = site.scales[role]
+            scale = self.local(scale, site, plates) if torch.is_tensor(scale) else scale
             stack.enter_context(poutine.scale(scale=scale))
-        if site.mask is not None:
+        if site.mask is not None and role in site.masked_in:
             stack.enter_context(poutine.mask(mask=self.local(site.mask, site, plates)))
 
     def scaled(self, stack):
@@ -107,181 +160,75 @@ class Pair:
             stack.enter_context(poutine.scale(scale=self.scale))
 
     def model(self):
+        model = self._model
+        if self.conditioned:
+            fixed = torch.full(self.shape(self.by_name[self.conditioned]), 0.3, dtype=self.dtype)
+            model = poutine.condition(model, data={self.conditioned: fixed})
+        model()
+
+    def _model(self):
         plates, values = self.open_plates(), {}
         with ExitStack() as whole:
             self.scaled(whole)
             for site in self.sites:
                 with ExitStack() as stack:
-                    self.around(stack, site, plates, site.scale)
+                    self.around(stack, "model", site, plates)
                     self.model_site(site, values, plates)
 
     def model_site(self, site, values, plates):
         if site.role in ("factor", "deterministic"):
-            terms = [values[parent] for parent in site.parents]
-            families = {s.name: s.family for s in self.sites}
-            total = self.param(f"model.{site.name}.b") * sum(
-                summary(families[p], t, self.v) for p, t in zip(site.parents, terms, strict=True)
-            )
+            total = sum(self.summary(parent, values[parent]) for parent in site.parents)
             make = pyro.factor if site.role == "factor" else pyro.deterministic
-            make(site.name, total)
+            make(site.name, self.param(f"model.{site.name}.b") * total)
             return
         fn = self.distribution("model", site, values, plates)
         if site.role == "observed":
             data = self.local(site.data, site, plates, EVENT_DIM.get(site.family, 0))
-            pyro.sample(site.name, fn, obs=data)
+            options = {}
+            if site.obs_mask is not None:
+                options["obs_mask"] = self.local(site.obs_mask, site, plates)
+            pyro.sample(site.name, fn, obs=data, **options)
         else:
             infer = {"enumerate": "parallel"} if site.role == "enumerated" else {}
             values[site.name] = pyro.sample(site.name, fn, infer=infer)
 
     def guide(self):
-        plates, values = self.open_plates(), {}
-        sites = {site.name: site for site in self.sites}
         with ExitStack() as whole:
             self.scaled(whole)
-            for name in self.guide_order:
-                site = sites[name]
-                with ExitStack() as stack:
-                    self.around(stack, site, plates, site.guide_scale)
-                    fn = self.distribution("guide", site, values, plates)
-                    if site.auxiliary:
-                        values[name] = self.change_of_variables(site, fn)
-                    else:
-                        values[name] = pyro.sample(name, fn)
-            if self.guide_factor:
-                first = sites[self.guide_order[0]]
-                with ExitStack() as stack:
-                    self.around(stack, first, plates, 1.0)
-                    weight = self.param("guide.factor") * summary(first.family, values[first.name], self.v)
-                    pyro.factor("correction", weight, has_rsample=self.guide_factor == "path")
+            return self._auto() if self._auto is not None else self._guide()
+
+    def _guide(self):
+        plates, values, shift = self.open_plates(), {}, 0.0
+        if self.extra == "mixture":
+            which = dist.Bernoulli(logits=self.param("guide.extra"))
+            shift = pyro.sample("extra", which, infer={"is_auxiliary": True})
+        elif self.extra == "observed":
+            pyro.sample("extra", dist.Normal(self.param("guide.extra"), 1.0), obs=torch.tensor(0.3))
+        for name in self.guide_order:
+            site = self.by_name[name]
+            with ExitStack() as stack:
+                self.around(stack, "guide", site, plates)
+                fn = self.distribution("guide", site, values, plates, shift)
+                if site.auxiliary:
+                    values[name] = self.change_of_variables(site, fn)
+                elif site.role == "observed":
+                    stack.enter_context(poutine.mask(mask=~self.local(site.obs_mask, site, plates)))
+                    pyro.sample(f"{name}_unobserved", fn)
+                else:
+                    values[name] = pyro.sample(name, fn)
+                if self.extra.startswith("factor") and name == self.guide_order[0]:
+                    weight = self.param("guide.extra") * self.summary(name, values[name])
+                    pyro.factor("extra", weight, has_rsample=self.extra == "factor")
 
     def change_of_variables(self, site, fn):
         """A Delta of another site: z = exp(u) above zero, z = 2 u on the line."""
         u = pyro.sample(f"{site.name}_u", fn, infer={"is_auxiliary": True})
-        value, log_density = (u.exp(), -u) if site.family in PRIORS_ABOVE_ZERO else (2 * u, 0 * u - LOG_2)
+        value, log_density = (u.exp(), -u) if site.family in ABOVE_ZERO else (2 * u, 0 * u - LOG_2)
         return pyro.sample(site.name, dist.Delta(value, log_density=log_density))
 
-
-LOG_2 = 0.6931471805599453
-PRIORS_ABOVE_ZERO = ("lognormal", "gamma", "exponential", "halfnormal")
-ON_THE_LINE = ("normal", "laplace", "student")
-
-
-def make_pair(seed: int) -> Pair:
-    """The pair of this seed."""
-    r = random.Random(seed)
-    pair = Pair(seed, dtype=torch.float32 if r.random() < 0.15 else torch.float64)
-    pair.v = torch.tensor([r.uniform(-1, 1) for _ in range(r.randint(2, 3))], dtype=pair.dtype)
-    for i in range(r.choice([0, 1, 1, 1, 2, 2, 3])):
-        size = r.choice([1, 2, 2, 3])
-        subsample = r.randint(1, size) if r.random() < 0.25 else None
-        pair.plates.append(Plate(f"p{i}", size, subsample, -1 - i))
-    r.shuffle(pair.plates)
-    everywhere = tuple(i for i in range(len(pair.plates)) if r.random() < 0.7)
-    latents = r.choice([1, 1, 2, 2, 3, 3, 4, 5, 6])
-    discrete = r.random() < 0.4  # whether some of the guide's sites have no path
-    enumerate_some = r.random() < 0.2
-    for i in range(latents + r.choice([1, 1, 2, 3])):
-        more = [j for j in range(len(pair.plates)) if j not in everywhere and r.random() < 0.5]
-        where = tuple(sorted({*everywhere, *more} if r.random() < 0.85 else more))
-        site = Site(f"z{i}" if i < latents else f"x{i}", "", where)
-        known = [s for s in pair.sites if s.role in ("latent", "enumerated") and set(s.plates) <= set(where)]
-        site.parents = tuple(s.name for s in known if r.random() < 0.6)
-        pair.sites.append(site)
-        if i < latents:
-            add_latent(r, pair, site, discrete, enumerate_some)
-        else:
-            add_observed(r, pair, site)
-    order_guide(r, pair)
-    add_handlers(r, pair)
-    add_numbers(r, pair)
-    return pair
-
-
-def add_latent(r, pair, site, discrete, enumerate_some):
-    families = DISCRETE + CONTINUOUS if discrete else CONTINUOUS
-    site.family = r.choice(families)
-    chain = [s for s in pair.sites if s.role == "enumerated"]
-    nested = all(set(site.plates) <= set(s.plates) or set(s.plates) <= set(site.plates) for s in chain)
-    if enumerate_some and len(chain) < 2 and nested and r.random() < 0.6:
-        site.family, site.role = r.choice(ENUMERABLE), "enumerated"
-        return
-    site.guide_family = r.choice(PRIORS[site.family])
-    if site.family == "normal" and r.random() < 0.03:
-        site.guide_family = "interval"
-        pair.improper |= dict.fromkeys(["stl", "dreg"], f"the support of {site.name!r} moves")
-    if site.family == "onehot" and r.random() < 0.3:
-        site.guide_family = "through"
-    changeable = site.family in (*PRIORS_ABOVE_ZERO, *ON_THE_LINE)
-    if changeable and r.random() < 0.12:
-        site.auxiliary, site.guide_family = True, r.choice(["normal", "laplace"])
-
-
-def add_observed(r, pair, site):
-    site.role = "observed"
-    kind = r.random()
-    if kind < 0.2 and site.parents:
-        site.role, site.family = r.choice(["factor", "deterministic"]), "normal"
-    else:
-        site.family = r.choice(OBSERVED)
-
-
-def order_guide(r, pair):
-    """The guide's sites in an order of their own, and what each depends on."""
-    latents = [s for s in pair.sites if s.role == "latent"]
-    if not latents:  # all of them enumerated
-        site = Site("z", "normal", pair.sites[0].plates, guide_family="normal")
-        pair.sites.insert(0, site)
-        latents = [site]
-    r.shuffle(latents)
-    pair.guide_order = [site.name for site in latents]
-    for i, site in enumerate(latents):
-        known = [s for s in latents[:i] if set(s.plates) <= set(site.plates)]
-        site.guide_parents = tuple(s.name for s in known if r.random() < 0.5)
-    if r.random() < 0.05:
-        pair.guide_factor = r.choice(["path", "none"])
-
-
-def add_handlers(r, pair):
-    tempered = r.random() < 0.1
-    for site in pair.sites:
-        shape = _shape(pair, site)
-        if site.role in ("latent", "observed", "factor") and r.random() < 0.12:
-            mask = [r.random() < 0.6 for _ in range(torch.Size(shape).numel())]
-            site.mask = torch.tensor(mask).reshape(shape)
-        if tempered and not pair.enumerated and r.random() < 0.4:
-            site.scale = r.choice([0.5, 2.0])
-            site.guide_scale = r.choice([1.0, site.scale])
-        site.shared = site.role == "latent" and r.random() < 0.15
-    if r.random() < 0.12:
-        pair.scale = r.choice([0.5, 3.0])
-
-
-def _shape(pair, site):
-    rank = max((-pair.plates[i].dim for i in site.plates), default=0)
-    shape = [1] * rank
-    for i in site.plates:
-        shape[pair.plates[i].dim] = pair.plates[i].size
-    return shape
-
-
-def add_numbers(r, pair):
-    """Parameters' initial values, what varies over the cells, and data."""
-
-    def numbers(*shape, spread=0.7):
-        count = torch.Size(shape).numel()
-        return torch.tensor([r.gauss(0, spread) for _ in range(count)], dtype=pair.dtype).reshape(shape)
-
-    for site in pair.sites:
-        shape = _shape(pair, site)
-        for role, parents in (("model", site.parents), ("guide", site.guide_parents)):
-            prefix = f"{role}.{site.name}"
-            pair.offsets[prefix] = numbers(*shape)
-            pair.values |= {f"{prefix}.b": r.gauss(0, 0.5), f"{prefix}.s": r.uniform(-0.7, 0.2)}
-            pair.values |= {f"{prefix}.{parent}": r.gauss(0, 0.7) for parent in parents}
-        if site.role == "observed":
-            state = torch.get_rng_state()
-            torch.manual_seed(r.randrange(2**31))
-            eta = numbers(*shape)
-            site.data = BUILD[site.family](eta, torch.ones((), dtype=pair.dtype), pair.v).sample()
-            torch.set_rng_state(state)
-    pair.values["guide.factor"] = r.gauss(0, 0.5)
+    def shape(self, site):
+        """The sizes of all plates of a site, at their dims."""
+        shape = [1] * max((-self.plates[i].dim for i in site.plates), default=0)
+        for i in site.plates:
+            shape[self.plates[i].dim] = self.plates[i].size
+        return shape
