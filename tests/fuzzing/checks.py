@@ -18,7 +18,7 @@ from .bounds import BOUNDS
 from .draw import make_pair
 from .families import DISCRETE
 from .reference import Reference, Refuse
-from .replay import Fix, log_prob, plates, run
+from .replay import log_prob, plates, run
 
 ESTIMATORS = ["reparam", "stl", "dreg", "score", "vimco", "rws"]
 WAYS = ["vectorized", "vectorized", "one by one", "chunks", "subset"]
@@ -213,7 +213,8 @@ def check_arviz(pair, samples, minibatch, truth):
             if site["is_observed"] and type(site["fn"]).__name__ != "Unit":
                 wanted = log_prob(site, [site["mask"]])
                 got = torch.as_tensor(data.log_likelihood[name].values)[0, i]
-                same(pair, f"log_likelihood of {name}", got, wanted.reshape(got.shape), 1 + wanted.abs().max())
+                size = 1 + wanted.abs().max().item()
+                same(pair, f"log_likelihood of {name}", got, wanted.reshape(got.shape), size)
                 dims = [frame.name for frame in sorted(plates(site).values(), key=lambda f: f.dim)]
                 found = [dim for dim in data.log_likelihood[name].dims[2:] if dim in dims]
                 if found != dims:

@@ -90,9 +90,8 @@ def _handlers(r, pair):
             if not pair.auto:
                 site.guide_family = "normal"
                 pair.guide_order.append(site.name)
-        elif site.role in ("latent", "observed", "factor") and r.random() < 0.12:
-            if site.role != "latent" or not pair.auto:
-                site.mask = _bits(r, shape)
+        elif (site.role == "latent" and not pair.auto) or site.role in ("observed", "factor"):
+            site.mask = _bits(r, shape) if r.random() < 0.12 else None
         if tempered and site.role != "enumerated" and r.random() < 0.4:
             number = r.choice([0.5, 2.0])
             scale = number if r.random() < 0.7 else torch.full(shape, number, dtype=pair.dtype)
@@ -143,9 +142,8 @@ def _oddities(r, pair):
     elif odd < 0.11 and site.family == "normal" and not site.auxiliary:
         site.guide_family = "interval"
         pair.improper |= dict.fromkeys(["stl", "dreg"], f"the support of {site.name!r} moves")
-    elif odd < 0.14 and site.family in ("normals", "mvn") and len(site.plates) == 1:
-        if pair.plates[site.plates[0]].dim == -1:
-            pair.left = site.name
+    elif odd < 0.14 and site.family in ("normals", "mvn") and pair.shape(site) and len(pair.shape(site)) == 1:
+        pair.left = site.name
     if r.random() < 0.05:
         pair.validate = False
 

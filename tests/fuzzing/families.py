@@ -61,10 +61,10 @@ EVENT_DIM = {"normals": 1, "mvn": 1, "matrix": 2, "dirichlet": 1, "onehot": 1, "
 
 #: Priors, and the guide distributions that reach over the same values.
 PRIORS = {
-    **dict.fromkeys(["normal", "laplace", "student"], ["normal", "normal", "laplace", "student"]),
-    **dict.fromkeys(["lognormal", "gamma", "exponential", "halfnormal"], ["lognormal", "gamma", "exponential"]),
-    **dict.fromkeys(["beta", "uniform"], ["beta", "logitnormal", "uniform"]),
-    **dict.fromkeys(["normals", "mvn"], ["normals", "mvn"]),
+    "normal": ["normal", "normal", "laplace", "student"],
+    "lognormal": ["lognormal", "gamma", "exponential"],
+    "beta": ["beta", "logitnormal", "uniform"],
+    "normals": ["normals", "mvn"],
     "matrix": ["matrix"],
     "dirichlet": ["dirichlet"],
     "bernoulli": ["bernoulli"],
@@ -74,6 +74,9 @@ PRIORS = {
     "onehot": ["onehot"],
     "bits": ["bits"],
 }
+PRIORS |= dict.fromkeys(("laplace", "student"), PRIORS["normal"])
+PRIORS |= dict.fromkeys(("gamma", "exponential", "halfnormal"), PRIORS["lognormal"])
+PRIORS |= {"uniform": PRIORS["beta"], "mvn": PRIORS["normals"]}
 DISCRETE = ["bernoulli", "poisson", "geometric", "categorical", "onehot", "bits"]
 CONTINUOUS = [name for name in PRIORS if name not in DISCRETE]
 ENUMERABLE = ["bernoulli", "categorical"]

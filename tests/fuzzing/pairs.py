@@ -64,7 +64,8 @@ class Pair:
     conditioned: str = ""  # the latent that the model conditions away
     left: str = ""  # the site whose children count its dims from the left
     validate: bool = True
-    improper: dict[str, str] = field(default_factory=dict)  # by estimator, "" for all: must not pass in silence
+    # Why it must not pass in silence, by estimator; "" for all.
+    improper: dict[str, str] = field(default_factory=dict)
 
     @property
     def traits(self):

@@ -50,9 +50,9 @@ class Reference:
 
     def runs(self, values, **options):
         """The model's sites at every combination of the enumerated sites' values."""
-        found = {}
+        found, names = {}, list(self.enumerated)
         for key in itertools.product(*(range(size) for size in self.enumerated.values())):
-            chosen = {n: lambda fn, i=i: fn.enumerate_support()[i] for n, i in zip(self.enumerated, key)}
+            chosen = {n: lambda fn, i=i: fn.enumerate_support()[i] for n, i in zip(names, key, strict=True)}
             found[key] = run(self.model, {**values, **chosen}, **options)
         return found
 
@@ -112,39 +112,41 @@ class Reference:
         levels = sorted({*where.values(), frozenset()}, key=len, reverse=True)
         left, found = list(self.enumerated), {key: torch.zeros(()) for key in runs}
         frames = {name: frame for site in sites.values() for name, frame in plates(site).items()}
-        for level, above in zip(levels, [*levels[1:], frozenset()]):
+        for level, above in zip(levels, [*levels[1:], frozenset()], strict=True):
             keep = {*self.dims, *(frames[name].dim for name in level)}
             scale = math.prod(frames[n].full_size / frames[n].size for n in level - above if n in self.lost)
             mine = [n for n in sites if level == next(x for x in levels if x <= plates(sites[n]).keys())]
             summed = {}
             for key, value in found.items():
                 at = runs[tuple(key[left.index(n)] if n in left else 0 for n in self.enumerated)]
-                value = self.reduce(value, keep)
-                value = value + sum(self.reduce(self.density(n, at[n], "model", level=level), keep) for n in mine)
-                rest = tuple(i for i, n in zip(key, left) if where[n] != level)
+                terms = [value, *(self.density(n, at[n], "model", level=level) for n in mine)]
+                value = sum(self.reduce(term, keep) for term in terms)
+                rest = tuple(i for i, n in zip(key, left, strict=True) if where[n] != level)
                 summed.setdefault(rest, []).append(value)
             left = [n for n in left if where[n] != level]
-            add = lambda terms: scale * torch.logsumexp(torch.stack(torch.broadcast_tensors(*terms)), 0)
-            found = {key: add(terms) for key, terms in summed.items()}
+            stacked = {key: torch.stack(torch.broadcast_tensors(*v)) for key, v in summed.items()}
+            found = {key: scale * torch.logsumexp(terms, 0) for key, terms in stacked.items()}
         return self.cells(found[()])
 
     def loss(self, bound):
         return -(self.scale * bound.value(self.log_w.reshape(bound.M, bound.K, *self.sizes))).sum()
 
+    def flat(self, weights):
+        return weights.reshape(self.log_w.shape)
+
     def gradients(self, bound, estimator, leaves):
         """Gradients of the loss as the estimator defines them."""
         log_w, t = self.log_w.reshape(bound.M, bound.K, *self.sizes), self.terms
-        flat = lambda weights: weights.reshape(self.log_w.shape)
         a, _ = derivatives(bound.value, log_w)
         b, curvature = derivatives(bound.guide_value, log_w)
         b = b - self.kl_weight * self.guide_scale * curvature if estimator == "dreg" else b
-        guide = flat(b) * (t["path"] - t["q"])
+        guide = self.flat(b) * (t["path"] - t["q"])
         if estimator in ("stl", "dreg"):
-            guide = guide + flat(b) * t["score"]
+            guide = guide + self.flat(b) * t["score"]
         elif estimator in ("score", "vimco"):
-            guide = guide + flat(signal(bound, log_w, estimator)) * t["discrete"]
+            guide = guide + self.flat(signal(bound, log_w, estimator)) * t["discrete"]
         elif estimator == "rws":
-            guide = flat(torch.softmax(log_w, 1) / bound.M) * t["wake"]
-        total = -(self.scale * (flat(a) * t["p"] + guide)).sum()
+            guide = self.flat(torch.softmax(log_w, 1) / bound.M) * t["wake"]
+        total = -(self.scale * (self.flat(a) * t["p"] + guide)).sum()
         found = torch.autograd.grad(total, leaves, allow_unused=True)
-        return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves)]
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
