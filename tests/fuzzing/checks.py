@@ -140,12 +140,12 @@ def check_loss(outcome, pair, r, way):
         params = leaves()
         grads = {name: leaf.grad for name, leaf in params.items()}
         truth = Reference(pair, particles, kl_weight, bound.linear, keep)
-        size = 1 + truth.log_w.abs().max().item()
+        size = largest(truth.log_w)
         same(pair, "loss", torch.tensor(second, dtype=torch.float64), truth.loss(bound), size)
         right = truth.gradients(bound, estimator, list(params.values()))
         if way == "subset" and some < S:
             return
-        size = size * (1 + max((grad.abs().max().item() for grad in right), default=0.0))
+        size = max(map(largest, right), default=1.0)
         for (name, grad), wanted in zip(grads.items(), right, strict=True):
             same(pair, f"d loss / d {name}", wanted * 0 if grad is None else grad, wanted, size)
 
@@ -171,7 +171,7 @@ def check_sampler(outcome, pair, r):
         particles = guide.particles(sizes, vectorize)
         truth = Reference(pair, particles, keep=keep)
         log_w = truth.log_w
-        size = 1 + log_w.abs().max().item()
+        size = largest(log_w)
         same(pair, "log_weights", samples.log_weights, log_w, size)
         same(pair, "log_marginal", marginal, torch.logsumexp(log_w, 0) - math.log(S), size)
         weights = torch.softmax(log_w, 0)
@@ -188,7 +188,7 @@ def check_sampler(outcome, pair, r):
         placed = weights.reshape(S, *shape, *[1] * event_dim)
         got = samples.expectation(name)
         wanted = (placed * values).sum(0)
-        same(pair, f"expectation of {name}", got, wanted.reshape(got.shape), 1 + values.abs().max().item())
+        same(pair, f"expectation of {name}", got, wanted.reshape(got.shape), largest(values))
         if arviz:
             check_arviz(pair, samples, particles[0], truth)
 
@@ -213,7 +213,7 @@ def check_arviz(pair, samples, minibatch, truth):
             if site["is_observed"] and type(site["fn"]).__name__ != "Unit":
                 wanted = log_prob(site, [site["mask"]])
                 got = torch.as_tensor(data.log_likelihood[name].values)[0, i]
-                size = 1 + wanted.abs().max().item()
+                size = largest(wanted)
                 same(pair, f"log_likelihood of {name}", got, wanted.reshape(got.shape), size)
                 dims = [frame.name for frame in sorted(plates(site).values(), key=lambda f: f.dim)]
                 found = [dim for dim in data.log_likelihood[name].dims[2:] if dim in dims]
@@ -223,6 +223,11 @@ def check_arviz(pair, samples, minibatch, truth):
 
 def leaves():
     return dict(sorted(pyro.get_param_store().named_parameters()))
+
+
+def largest(tensor):
+    """The order of magnitude that rounding is relative to."""
+    return 1 + torch.nan_to_num(tensor.abs(), posinf=0.0).max().item()
 
 
 def same(pair, what, got, wanted, size):

@@ -100,7 +100,7 @@ def _handlers(r, pair):
                 site.scales["guide"] = scale
     if r.random() < 0.12:
         pair.scale = r.choice([0.5, 3.0])
-    elif pair.plates and r.random() < 0.08:
+    elif pair.plates and r.random() < 0.05:
         _scale_cells(r, pair)
 
 

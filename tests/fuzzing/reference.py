@@ -6,6 +6,7 @@ all sites are scaled by, a minibatch or a common ``poutine.scale``, multiplies t
 
 import itertools
 import math
+from functools import partial
 
 import torch
 
@@ -28,7 +29,7 @@ class Reference:
         self.log_w = (self.terms["p"] - self.terms["q"]).detach()
 
     def particle(self, values):
-        drawn = run(self.guide, values, along_path=torch.is_grad_enabled())
+        drawn = run(self.guide, values, along_path=True)
         z = {**values, **{name: site["value"] for name, site in drawn.items() if not site["is_observed"]}}
         stopped = {name: value.detach() for name, value in z.items()}
         live = self.runs(stopped)
@@ -131,22 +132,20 @@ class Reference:
     def loss(self, bound):
         return -(self.scale * bound.value(self.log_w.reshape(bound.M, bound.K, *self.sizes))).sum()
 
-    def flat(self, weights):
-        return weights.reshape(self.log_w.shape)
-
     def gradients(self, bound, estimator, leaves):
         """Gradients of the loss as the estimator defines them."""
         log_w, t = self.log_w.reshape(bound.M, bound.K, *self.sizes), self.terms
+        flat = partial(torch.reshape, shape=self.log_w.shape)
         a, _ = derivatives(bound.value, log_w)
         b, curvature = derivatives(bound.guide_value, log_w)
         b = b - self.kl_weight * self.guide_scale * curvature if estimator == "dreg" else b
-        guide = self.flat(b) * (t["path"] - t["q"])
+        guide = flat(b) * (t["path"] - t["q"])
         if estimator in ("stl", "dreg"):
-            guide = guide + self.flat(b) * t["score"]
+            guide = guide + flat(b) * t["score"]
         elif estimator in ("score", "vimco"):
-            guide = guide + self.flat(signal(bound, log_w, estimator)) * t["discrete"]
+            guide = guide + flat(signal(bound, log_w, estimator)) * t["discrete"]
         elif estimator == "rws":
-            guide = self.flat(torch.softmax(log_w, 1) / bound.M) * t["wake"]
-        total = -(self.scale * (self.flat(a) * t["p"] + guide)).sum()
+            guide = flat(torch.softmax(log_w, 1) / bound.M) * t["wake"]
+        total = -(self.scale * (flat(a) * t["p"] + guide)).sum()
         found = torch.autograd.grad(total, leaves, allow_unused=True)
         return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
