@@ -11,9 +11,11 @@ PYTEST_ARGS ?=
 # Test processes at a time; 0 for one in the foreground.
 JOBS ?= 2
 BENCH_ARGS ?=
+FUZZ_PAIRS ?= 20000
+FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types docs check bench clean
+.PHONY: help venv demo test fuzz lint types docs check bench clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +44,10 @@ demo: $(BASE)  ## Train a VAE with five bounds on real images (under two minutes
 # One thread: the tests' tensors are tiny, and on a busy machine idle threads spin on one another's cores.
 test: $(FULL)  ## Run the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=10 $(PYTEST_ARGS)
+
+# A failure prints the seed of its pair, to be run alone: make fuzz FUZZ_ARGS="--seed 123".
+fuzz: $(FULL)  ## Compare random model/guide pairs with a slow reference (hours; FUZZ_PAIRS=300: a minute)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --pairs $(FUZZ_PAIRS) --jobs $(JOBS) --refusals $(FUZZ_ARGS)
 
 lint: $(FULL)  ## Check style and formatting with ruff
 	@$(BIN)/ruff check .

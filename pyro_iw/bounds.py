@@ -95,12 +95,12 @@ class Bound:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the bound is the plain mean of the log-weights, as the ELBO is.
+        """Whether the bound is the plain mean of the log-weights, as the ELBO is; False unless overridden.
 
         Only then is it unbiased under a scale inside the logarithm, such as that of a subsampled plate
         below a global latent.
         """
-        return self.num_particles == 1
+        return False  # not even with one particle, of whose log-weight a value may be any function
 
     @property
     def guide_bound(self) -> Bound:
@@ -324,6 +324,10 @@ class PIWAE(Bound):
 
     def __init__(self, M: int, K: int) -> None:
         super().__init__(M, K)
+
+    @property
+    def is_linear(self) -> bool:
+        return self.num_particles == 1
 
     @property
     def guide_bound(self) -> Bound:

@@ -121,3 +121,17 @@ def test_weights_too_small_to_matter_are_zero(dtype):
     weights = torch.tensor([1.0, 1e-20, -1e-25, 1e-30, -1e-38], dtype=dtype)
     expected = torch.tensor([1.0, 1e-20, -1e-25, 0.0, 0.0], dtype=dtype)
     assert torch.equal(_without_dust(weights), expected)
+
+
+class Square(Bound):
+    """No bound, but a function whose curvature is known, of one particle too."""
+
+    def value(self, log_w):
+        return log_w.square().mean((0, 1))
+
+
+def test_a_bound_of_ones_own_need_not_be_linear_for_one_particle():
+    log_w = torch.tensor([[[0.5, -2.0]]])
+    weights = get_estimator("dreg").weights(Square(), log_w[0], log_q_weight=0.5)
+    # V = l ** 2: the weight 2 l less 0.5 times the curvature 2.
+    torch.testing.assert_close(weights.path, 2 * log_w[0] - 1)

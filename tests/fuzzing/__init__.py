@@ -1,0 +1,1 @@
+"""Random model/guide pairs against a slow and simple reference: ``python -m tests.fuzzing --help``."""
