@@ -6,10 +6,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI
+from pyro.optim import Adam
 from truth import normal
 
+import pyro_iw.compiled as compiled
 from pyro_iw import ImportanceWeightedELBO
-from pyro_iw.bounds import IWAE, MIWAE, VR, Bound
+from pyro_iw.bounds import CIWAE, IWAE, MIWAE, TVO, VR, Bound
 
 X = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
 NOISE, PRIOR = torch.tensor([0.8, 0.4], dtype=torch.float64)
@@ -194,14 +197,38 @@ def test_backward_on_a_few_particles(outer, inner):
         assert off.abs().max() < 0.1 * len(x)
 
 
-@pytest.mark.parametrize("estimator", ["reparam", "dreg"])
-def test_compiled(estimator):
-    bound = Split(IWAE(8), MIWAE(4, 2))
-    problem = Switched(X)
-    expected = problem.gradients(ImportanceWeightedELBO(bound, estimator=estimator))
-    found = problem.gradients(ImportanceWeightedELBO(bound, estimator=estimator, compile=True))
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+def plain_model(x):
+    with pyro.plate("data", 3):
+        y = pyro.sample("y", dist.Bernoulli(0.4))
+        z = pyro.sample("z", dist.Normal(pyro.param("w", torch.tensor(0.4)) + y, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.8), obs=x)
+
+
+def plain_guide(x):
+    a = pyro.param("a", torch.tensor(-0.3))
+    with pyro.plate("data", 3):
+        y = pyro.sample("y", dist.Bernoulli(logits=a + x))
+        pyro.sample("z", dist.Normal(0.5 * x + a + 0.2 * y, 0.7))
+
+
+@pytest.mark.parametrize("estimator", ["score", "vimco", "rws"])
+@pytest.mark.parametrize(
+    "bound",
+    [Split(IWAE(8), MIWAE(2, 4)), IWAE(8), CIWAE(8, 0.3), VR(0.5, 8), VR(1 - 1e-8, 8), TVO(8, 4)],
+    ids=repr,
+)
+def test_compiled(bound, estimator, monkeypatch):
+    monkeypatch.setattr(compiled, "_inductor", lambda graph, inputs, exclusive: lambda args: graph(*args))
+    found = {}
+    for compile in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        loss = ImportanceWeightedELBO(bound, estimator=estimator, compile=compile)
+        svi = SVI(plain_model, plain_guide, Adam({"lr": 0.01}), loss=loss)
+        losses = [svi.step(X.float()) for _ in range(5)]
+        found[compile] = [*losses, pyro.param("w").item(), pyro.param("a").item()]
+    assert any(isinstance(program, compiled._Program) for program in loss._compiler._programs.values())
+    assert found[True] == pytest.approx(found[False], rel=1e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
