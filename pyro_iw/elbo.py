@@ -25,6 +25,7 @@ from . import chunked, resampled
 from .bounds import Bound, positive_integer
 from .chunked import Chunks
 from .compiled import CompiledStep, Compiler
+from .counterparts import check_guide
 from .estimators import get_estimator
 from .particles import Particles, as_plate_names, collect
 from .runner import Runner
@@ -134,7 +135,13 @@ class ImportanceWeightedELBO(ELBO):
         #: of ``differentiable_loss``. Set it to go on with a ``kl_weight`` schedule.
         self.steps = 0
         self._estimator = get_estimator(estimator)
-        self._runner = Runner(vectorize_particles, max_plate_nesting, check=read_sites)
+        self._runner = Runner(
+            vectorize_particles,
+            max_plate_nesting,
+            check=read_sites,
+            look=partial(check_guide, strict=False),
+            warn=self._warn_once,
+        )
         self._warned: set[str] = set()
         self.compile = compile
         self._compiler = Compiler()
