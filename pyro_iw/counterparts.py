@@ -8,14 +8,17 @@ is drawn from it.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pyro.distributions import Unit
+from pyro.util import check_model_guide_match
 
 from .change_of_variables import Verdict, change_of_variables, deltas, points
 from .sites import has_no_density
-from .traces import Pair, PairTraces
+from .traces import Pair, PairTraces, plate_nesting
 
 __all__ = ["Pattern", "check_guide", "pattern_of"]
 
@@ -65,11 +68,13 @@ def check_guide(pair: Pair, traces: PairTraces, *, strict: bool) -> list[str]:
         Warnings to give.
 
     Raises:
-        ValueError: if the guide samples what the model observes, or, if ``strict``, its sites without a
-            counterpart are no change of variables; naming the sites.
+        ValueError: if the guide samples what the model observes, or a site has more values in one of them
+            than in the other, or, if ``strict``, the sites without a counterpart are no change of variables;
+            naming the sites.
     """
     pattern = pattern_of(traces)
     _refuse_observed_in_model(pattern, traces)
+    _check_shapes(traces)
     messages = [_observed(pattern.observed)] if pattern.observed and not strict else []
     verdict = Verdict()
     if pattern.unmatched:
@@ -97,6 +102,16 @@ def _refuse_observed_in_model(pattern: Pattern, traces: PairTraces) -> None:
                 f"the same value: poutine.block(poutine.condition(guide, data={{{name!r}: ...}}), "
                 f"hide=[{name!r}])."
             )
+
+
+def _check_shapes(traces: PairTraces) -> None:
+    """Refuse a site of another shape in the guide, whose density would count another number of times."""
+    nesting: Any = math.inf
+    if any("_enumerate_dim" in site.get("infer", {}) for site in dict[str, Any](traces.model.nodes).values()):
+        nesting = max(plate_nesting(traces.model), plate_nesting(traces.guide))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of which names are where, something is said elsewhere
+        check_model_guide_match(traces.model, traces.guide, nesting)
 
 
 def _observed(names: Sequence[str]) -> str:
