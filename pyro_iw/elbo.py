@@ -25,6 +25,7 @@ from . import chunked, resampled
 from .bounds import Bound, positive_integer
 from .chunked import Chunks
 from .compiled import CompiledStep, Compiler
+from .counterparts import check_guide
 from .estimators import get_estimator
 from .particles import Particles, as_plate_names, collect
 from .runner import Runner
@@ -68,6 +69,9 @@ class ImportanceWeightedELBO(ELBO):
             once if infinite.
         strict_enumeration_warning: whether to warn of sites marked for sequential enumeration, which are
             sampled.
+        retain_graph: as of ``Tensor.backward``, in :meth:`loss_and_grads`: True for a model that keeps a part
+            of the graph from one step to the next, as GPyTorch's do. It goes together neither with
+            ``chunk_size`` nor with ``compile=True``, whose graphs are no such thing.
         compile: compile gradient steps, see :mod:`~pyro_iw.compiled`. The first step on arguments of new
             shapes runs eagerly and the second takes some seconds to compile; from then on Pyro's handlers no
             longer run. What cannot be compiled runs eagerly, after a warning. :meth:`recompile` starts
@@ -96,6 +100,7 @@ class ImportanceWeightedELBO(ELBO):
         backward_particles: int | None = None,
         max_plate_nesting: float = math.inf,
         strict_enumeration_warning: bool = True,
+        retain_graph: bool | None = None,
         compile: bool = False,
     ) -> None:
         if not isinstance(bound, Bound):
@@ -105,6 +110,7 @@ class ImportanceWeightedELBO(ELBO):
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
             strict_enumeration_warning=strict_enumeration_warning,
+            retain_graph=retain_graph,
         )
         if not callable(kl_weight):
             _check_kl_weight(kl_weight)
@@ -124,6 +130,12 @@ class ImportanceWeightedELBO(ELBO):
                 "compile=True makes one program of a whole step, and chunk_size takes the step apart to save "
                 "memory. Pass one of them; compile=True goes together with backward_particles."
             )
+        if retain_graph and (compile or chunk_size is not None):
+            other = "compile=True" if compile else "chunk_size"
+            raise ValueError(
+                f"retain_graph=True keeps the graph of a step for the next one, but {other} leaves none to "
+                "keep. Pass one of them."
+            )
         self.bound = bound
         self.estimator = estimator
         self.plates = as_plate_names(plates)
@@ -134,7 +146,13 @@ class ImportanceWeightedELBO(ELBO):
         #: of ``differentiable_loss``. Set it to go on with a ``kl_weight`` schedule.
         self.steps = 0
         self._estimator = get_estimator(estimator)
-        self._runner = Runner(vectorize_particles, max_plate_nesting, check=read_sites)
+        self._runner = Runner(
+            vectorize_particles,
+            max_plate_nesting,
+            check=read_sites,
+            look=partial(check_guide, strict=False),
+            warn=self._warn_once,
+        )
         self._warned: set[str] = set()
         self.compile = compile
         self._compiler = Compiler()
@@ -182,7 +200,7 @@ class ImportanceWeightedELBO(ELBO):
             loss = estimate.loss.item()
             self._check_finite(loss, particles, estimate)
         if estimate.loss.requires_grad:
-            estimate.loss.backward()
+            estimate.loss.backward(retain_graph=self.retain_graph)
         if not early:
             loss = estimate.loss.item()
             self._check_finite(loss, particles, estimate)
@@ -339,6 +357,7 @@ class ImportanceWeightedELBO(ELBO):
             "vectorize_particles",
             "chunk_size",
             "backward_particles",
+            "retain_graph",
             "compile",
         )
         values = {name: getattr(self, name) for name in names}

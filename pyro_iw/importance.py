@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .bounds import Bound, positive_integer
+from .counterparts import check_guide
 from .latents import Latent, enumerated_sites, join, read_latents
 from .particles import Particles, as_plate_names, collect
 from .progress import progress_bar
@@ -183,7 +185,13 @@ class ImportanceSampler:
             raise ValueError("jackknife=True leaves out one particle in turn, which needs num_particles > 1.")
         self.check_support = check_support
         self.progress = progress
-        self._runner = Runner(vectorize_particles, max_plate_nesting, check=read_sites)
+        self._runner = Runner(
+            vectorize_particles,
+            max_plate_nesting,
+            check=read_sites,
+            look=partial(check_guide, strict=True),
+            warn=self._warn_once,
+        )
         self._warned: set[str] = set()
 
     def log_marginal(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -18,11 +18,15 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from .counterparts import Pattern, pattern_of
 from .enumeration import is_enumerated
 from .random_state import RandomState
-from .traces import Pair, Traces, trace_pair
+from .traces import Pair, PairTraces, Traces, trace_pair
 
-__all__ = ["Probe", "watch_batch_norm"]
+__all__ = ["Look", "Probe", "watch_batch_norm"]
+
+#: Looks at one particle of a pair, to refuse it or return warnings.
+Look = Callable[[Pair, PairTraces], list[str]]
 
 
 class Probe:
@@ -34,6 +38,7 @@ class Probe:
         normalised: how many values each BatchNorm in train mode sees at once.
         enumerates: whether the model has sites that are to be enumerated in parallel.
         watched: whether batch normalisation has been looked at in a pass with gradients.
+        patterns: what has been looked at of the guide's sites without a counterpart in the model.
     """
 
     def __init__(self, model: Callable[[], Any] | None = None) -> None:
@@ -42,20 +47,46 @@ class Probe:
         self.normalised: dict[_BatchNorm, int] = {}
         self.enumerates = False
         self.watched = False
+        self.patterns: set[Pattern] = set()
 
-    def run(self, pair: Pair, check: Callable[[Traces], Any] | None = None) -> None:
+    def run(
+        self, pair: Pair, check: Callable[[Traces], Any] | None = None, look: Look | None = None
+    ) -> list[str]:
         """One pass that leaves nothing behind but lazily made parameters.
 
         Arguments:
             pair: the pair and its arguments.
             check: called with the traces, to refuse the pair.
+            look: as in :meth:`look_at_guide`, whose warnings are returned.
         """
         with _fork_rng(), watch_batch_norm(restore=True) as seen:
             traces = Traces([trace_pair(pair)], 1, None)
             if check is not None:
                 check(traces)
+            messages = self.look_at_guide(pair, traces, look)
         self.learn(traces)
         self.normalised.update(seen)
+        return messages
+
+    def look_at_guide(self, pair: Pair, traces: Traces, look: Look | None) -> list[str]:
+        """Look at the guide's sites without a counterpart, where they are others than before.
+
+        Arguments:
+            pair: the pair and its arguments.
+            traces: those of a run.
+            look: called with the pair and the traces of one particle; refuses it, or returns warnings.
+        """
+        messages: list[str] = []
+        if look is None:
+            return messages
+        for run in traces.pairs:
+            pattern = pattern_of(run)
+            if pattern in self.patterns:
+                continue
+            with _fork_rng(), watch_batch_norm(restore=True):
+                messages += look(pair, run if traces.particle_dim is None else trace_pair(pair))
+            self.patterns.add(pattern)
+        return messages
 
     def learn(self, traces: Traces) -> bool:
         """Take note of what further traces show; whether that is news."""

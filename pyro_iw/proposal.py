@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .latents import enumerated_sites, read_latents
+from .latents import enumerated_sites
 from .masks import warn_of_masks
 from .particles import Particles
 from .sites import Site
@@ -46,23 +46,8 @@ def check_proposal(
         )
     warn_of_masks(sites, warn)
     for name, site in latent.items():
-        if not isinstance(_base(guide[name]), dist.Delta):
-            if check_support:
-                _check_support(name, site, guide[name])
-        elif _is_one_point(name, guide, traces):
-            warn(
-                f"Guide site {name!r} is a point estimate (a Delta), so what is estimated is the density "
-                f"of the data together with that point, not the evidence with {name!r} integrated out. "
-                "Take a guide with a density, such as AutoNormal, to integrate over it."
-            )
-
-
-def _is_one_point(name: str, guide: dict[str, Site], traces: Traces) -> bool:
-    """Whether a Delta is a point estimate, and not a value that was computed from an auxiliary site's."""
-    if traces.num_particles == 1:
-        return not any(site.message["infer"].get("is_auxiliary") for site in guide.values())
-    values = read_latents(traces)[name].values
-    return bool((values == values[:1]).all())
+        if check_support and not isinstance(_base(guide[name]), dist.Delta):
+            _check_support(name, site, guide[name])
 
 
 def _base(site: Site) -> Any:

@@ -12,7 +12,7 @@ import pyro
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .probe import Probe, watch_batch_norm
+from .probe import Look, Probe, watch_batch_norm
 from .traces import (
     PARTICLE_PLATE,
     OneMinibatch,
@@ -43,6 +43,9 @@ class Runner:
             infinite.
         check: called with the traces of a new pair's probe, to refuse it before the particle dim obscures
             why.
+        look: called once for each pair and pattern of guide sites that the model does not have, see
+            :mod:`~pyro_iw.counterparts`.
+        warn: called with a message.
     """
 
     def __init__(
@@ -50,16 +53,20 @@ class Runner:
         vectorize: bool = True,
         max_plate_nesting: float = math.inf,
         check: Callable[[Traces], Any] | None = None,
+        look: Look | None = None,
+        warn: Callable[[str], None] = warn,
     ) -> None:
         self.vectorize = vectorize
         self.max_plate_nesting = max_plate_nesting
         self.check = check
+        self.look = look
+        self.warn = warn
         self._probes: weakref.WeakKeyDictionary[Any, Probe] = weakref.WeakKeyDictionary()
         self._warned_modules: weakref.WeakSet[_BatchNorm] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         # What was learnt about a pair holds weak references, which do not pickle, and is soon relearnt.
-        names = ("vectorize", "max_plate_nesting", "check")
+        names = ("vectorize", "max_plate_nesting", "check", "look", "warn")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -98,6 +105,8 @@ class Runner:
             enumerated = probe.enumerates
             news = probe.learn(traces)
             if not news or not (dims_matter or enumerated != probe.enumerates):
+                for message in probe.look_at_guide(pair, traces, self.look):
+                    self.warn(message)
                 return traces
 
     def prepare(self, pair: Pair) -> int:
@@ -179,7 +188,8 @@ class Runner:
         except TypeError:  # not hashable or not weakly referable: probed at every call
             reference = guide = None
         probe = Probe(reference)
-        probe.run(pair, self.check)
+        for message in probe.run(pair, self.check, self.look):
+            self.warn(message)
         if self.max_plate_nesting != math.inf:
             probe.nesting = max(probe.nesting, int(self.max_plate_nesting))
         if guide is not None:

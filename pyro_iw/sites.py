@@ -26,7 +26,7 @@ from .paths import class_name, draws_hard_values, has_biased_path, has_path
 from .supports import is_discrete, support_moves
 from .traces import PARTICLE_PLATE, Traces
 
-__all__ = ["Site", "plate_key", "read_sites"]
+__all__ = ["Site", "has_no_density", "plate_key", "read_sites"]
 
 
 class Site(NamedTuple):
@@ -122,14 +122,18 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
             with warnings.catch_warnings():
                 # Said better by the error above, and of a site to be enumerated there is nothing to say.
                 warnings.filterwarnings("ignore", "Found vars in model but not guide")
+                # Marked or not, these are looked at in counterparts.py.
+                warnings.filterwarnings("ignore", "Found non-auxiliary vars in guide but not model")
                 check_model_guide_match(model_trace, guide_trace, nesting)
         for role, trace in (("guide", guide_trace), ("model", model_trace)):
             if role not in roles:
                 continue
             found = []
             for name, message in trace.nodes.items():
-                if message["type"] != "sample" or _has_no_density(message):
+                if message["type"] != "sample" or has_no_density(message):
                     continue
+                if role == "guide" and message["is_observed"] and not isinstance(message["fn"], Unit):
+                    continue  # no particle is drawn from it
                 site = Site.read(role, name, message, index)
                 if role == "guide" and rescored is not None:
                     site = site._replace(rescored=rescored.nodes[name])
@@ -142,6 +146,7 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
                 found = with_masks_of_model(found, model_trace)
             if role == "model" and traces.enum_dim is not None:
                 found = _marginalized(found, model_trace, guide_trace)
+                found = [_without_enum_dims(site, nesting) for site in found]
             for site in found:
                 _check_particle_dim(site, traces)
             sites += found
@@ -165,7 +170,16 @@ def _marginalized(sites: list[Site], model_trace: Any, guide_trace: Any) -> list
     ]
 
 
-def _has_no_density(message: Any) -> bool:
+def _without_enum_dims(site: Site, nesting: int) -> Site:
+    """A site that is not absorbed, though a site of a single value has a dim of size 1 in it."""
+    shape = site.log_prob.shape
+    extra = len(shape) - nesting
+    if extra > 0 and all(size == 1 for size in shape[:extra]):
+        return site._replace(log_prob=site.log_prob.reshape(shape[extra:]))
+    return site
+
+
+def has_no_density(message: Any) -> bool:
     """Whether an observed site is there for the record only, as those of ``pyro.deterministic`` are."""
     return message["is_observed"] and (
         message["mask"] is False or getattr(message["fn"], "_mask", None) is False

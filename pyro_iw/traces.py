@@ -32,6 +32,7 @@ __all__ = [
     "Through",
     "Traces",
     "plate_nesting",
+    "trace_guide_given",
     "trace_model_again",
     "trace_pair",
 ]
@@ -153,6 +154,9 @@ class Progress:
 class OneMinibatch(Messenger):
     """Gives every run inside it the subsample that the first one drew.
 
+    A model's plate that declares no subsample gets the guide's, as under ``poutine.replay``, also when the
+    model runs alone.
+
     Arguments:
         indices: subsamples known beforehand, by the name of their plate.
 
@@ -163,21 +167,25 @@ class OneMinibatch(Messenger):
     def __init__(self, indices: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.indices: dict[str, Any] = dict(indices or {})
+        self._full_sizes: dict[str, int] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        if _is_minibatch(msg) and msg["value"] is None and msg["name"] in self.indices:
-            msg["value"] = self.indices[msg["name"]]
+        name = msg["name"]
+        if not site_is_subsample(msg) or msg["value"] is not None or name not in self.indices:
+            return
+        # A plate that takes all of its indices may have others than before: it is on other data then.
+        if _is_minibatch(msg) or self._full_sizes.get(name) == msg["fn"].size:
+            msg["value"] = self.indices[name]
             msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if _is_minibatch(msg):
+        if site_is_subsample(msg) and (_is_minibatch(msg) or len(msg["value"]) < msg["fn"].size):
             self.indices.setdefault(msg["name"], msg["value"])
+            self._full_sizes.setdefault(msg["name"], msg["fn"].size)
 
 
 def _is_minibatch(msg: Any) -> bool:
-    """Whether a plate draws from its indices, rather than take them all (of as many as there may be now)."""
-    if not site_is_subsample(msg):
-        return False
+    """Whether a plate draws from its indices, rather than take them all."""
     size, subsample_size = msg["fn"].size, msg["fn"].subsample_size
     return subsample_size is not None and subsample_size < size
 
@@ -199,6 +207,19 @@ class _CutPaths(Messenger):
             return
         if self.everywhere or not has_path(msg["fn"], msg["infer"]):
             msg["value"] = carried(value, Tensor.detach)
+
+
+class _Given(Messenger):
+    """Gives latent sites their values."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
 
 
 def trace_pair(
@@ -255,6 +276,12 @@ def trace_model_again(
     guided = _with_values(traces.guide, through)
     model_trace = _trace_model(pair, guided, enclose, enum_dim, Progress())
     return traces._replace(model=prune_subsample_sites(model_trace))
+
+
+def trace_guide_given(pair: Pair, values: Mapping[str, Tensor]) -> Trace:
+    """Run the guide alone, with given values of some of its latent sites; without subsample sites."""
+    with _Given(values):
+        return _trace_guide(pair, pair.guide, Progress())[1]
 
 
 def _trace_model(

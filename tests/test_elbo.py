@@ -359,6 +359,49 @@ class TestUnevenWeights:
         torch.testing.assert_close(got["a"].double(), a_grad, rtol=2e-6, atol=1e-7)
 
 
+class TestRetainGraph:
+    """A model that keeps a part of its graph, as the prior of GPyTorch's variational GPs is kept."""
+
+    def pair(self):
+        kept = []
+
+        def model(x):
+            if not kept:
+                kept.append(pyro.param("w", torch.tensor(0.7)).exp().sin())
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(kept[0], 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x):
+            a = pyro.param("a", torch.tensor(0.3))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(a * x, 1.0))
+
+        return model, guide
+
+    @pytest.mark.parametrize("run", [{}, {"vectorize_particles": False}, {"backward_particles": 2}])
+    def test_a_second_step(self, run):
+        x = torch.tensor([0.3, -0.5])
+        loss, (model, guide) = IWAE_ELBO(K=3, **run), self.pair()
+        loss.loss_and_grads(model, guide, x)
+        with pytest.raises(RuntimeError, match="retain_graph"):
+            loss.loss_and_grads(model, guide, x)
+        pyro.clear_param_store()
+        loss, gradients = IWAE_ELBO(K=3, retain_graph=True, **run), []
+        model, guide = self.pair()
+        for _ in range(2):
+            torch.manual_seed(0)
+            loss.loss_and_grads(model, guide, x)
+            gradients.append([pyro.param(name).grad.item() for name in "wa"])
+        assert gradients[1] == pytest.approx([2 * gradient for gradient in gradients[0]])
+        assert "retain_graph=True" in repr(loss)
+
+    @pytest.mark.parametrize("other", [{"chunk_size": 2}, {"compile": True}])
+    def test_what_leaves_no_graph(self, other):
+        with pytest.raises(ValueError, match=f"retain_graph=True .* {next(iter(other))}"):
+            IWAE_ELBO(K=3, retain_graph=True, **other)
+
+
 class TestKLWeight:
     def log_terms(self, case, noise):
         likelihood, kl = [], []

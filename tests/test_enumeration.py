@@ -10,7 +10,7 @@ import torch
 from pyro.infer import TraceEnum_ELBO
 from truth import normal
 
-from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO
+from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, ImportanceSampler
 
 PARALLEL = {"enumerate": "parallel"}
 LOSSES = {
@@ -209,6 +209,44 @@ def test_the_kept_plates_are_those_of_the_summed_model():
     assert IWAE_ELBO(K=3).particles(Mixture().model, Mixture().guide).log_weights.shape == (3, 5)
     switch = GlobalSwitch()
     assert IWAE_ELBO(K=3).particles(switch.model, switch.guide).log_weights.shape == (3,)
+
+
+@pytest.mark.parametrize("place", ["inside", "above"])
+@pytest.mark.parametrize(
+    "run", [{}, {"vectorize_particles": False}, {"chunk_size": 2}, {"backward_particles": 2}]
+)
+def test_a_single_value(run, place):
+    """A sum of one term: the same as the site's only value."""
+
+    def model(enumerate_it=True):
+        weights = torch.ones(1)
+
+        def site():
+            return 1.0 * pyro.sample("c", dist.Categorical(weights), infer=PARALLEL) if enumerate_it else 0.0
+
+        above = site() if place == "above" else None
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0 if above is None else above, 1.0))
+            c = site() if above is None else above
+            pyro.sample("x", dist.Normal(z + c, pyro.param("s", torch.tensor(0.8))), obs=torch.arange(4.0))
+
+    def guide(enumerate_it=True):
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.4)) * torch.arange(4.0), 1.0))
+
+    found = []
+    for enumerate_it in (True, False):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        loss = IWAE_ELBO(K=5, plates=(), **run)
+        value = loss.loss_and_grads(model, guide, enumerate_it)
+        found.append([value, *(pyro.param(name).grad.item() for name in "sa")])
+        torch.manual_seed(0)
+        sampler = ImportanceSampler(
+            model, guide, 10, plates=(), chunk_size=4, vectorize_particles="vectorize_particles" not in run
+        )
+        found[-1].append(sampler.log_marginal(enumerate_it).item())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_pair_that_begins_to_enumerate_later():

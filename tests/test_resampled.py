@@ -330,12 +330,14 @@ class TestRefused:
             IWAE_ELBO(K=4, backward_particles=2).loss_and_grads(pair.model, pair.guide)
 
 
-def test_both_runs_of_the_model_see_one_minibatch():
+@pytest.mark.parametrize("declared", [{"subsample_size": 5}, {}])
+def test_both_runs_of_the_model_see_one_minibatch(declared):
+    """That of the guide, where the model declares none."""
     data, drawn = torch.randn(50), []
     w = torch.tensor(0.5, requires_grad=True)
 
     def model():
-        with pyro.plate("data", 50, subsample_size=5) as index:
+        with pyro.plate("data", 50, **declared) as index:
             drawn.append(index)
             z = pyro.sample("z", dist.Normal(w, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=data[index])
@@ -350,6 +352,7 @@ def test_both_runs_of_the_model_see_one_minibatch():
         drawn.clear()
         loss.loss_and_grads(model, guide)
         assert len(drawn) == 2
+        assert len(drawn[0]) == 5
         assert torch.equal(*drawn)
 
 

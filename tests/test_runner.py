@@ -88,7 +88,8 @@ class TestParticleDim:
                 pyro.sample("extra", dist.Normal(0.0, 1e-3), infer=auxiliary)
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
-        particles = IWAE_ELBO(K=4, vectorize_particles=False).particles(model, guide)
+        with pytest.warns(UserWarning, match="'extra'.*mixture"):
+            particles = IWAE_ELBO(K=4, vectorize_particles=False).particles(model, guide)
         extra = [log_q > 3 for log_q in particles.log_q - particles.log_p]
         assert extra == [False, True, False, True]  # after the probe
 

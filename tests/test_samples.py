@@ -357,23 +357,35 @@ class TestModelAgain:
         drawn = pyro.infer.Predictive(model, samples.posterior(5))(new=True)
         assert drawn["later"].shape[0] == 5
 
-    def test_the_model_runs_again_on_the_same_minibatch(self):
+    @pytest.mark.parametrize("vectorize", [True, False])
+    @pytest.mark.parametrize(
+        ("proposed", "declared"),
+        [
+            ({"subsample_size": 4}, {"subsample_size": 4}),
+            ({"subsample_size": 4}, {}),
+            ({"subsample": torch.tensor([2, 3, 5, 7])}, {}),
+        ],
+    )
+    def test_the_model_runs_again_on_the_same_minibatch(self, proposed, declared, vectorize):
         data = 100.0 * torch.arange(20.0)
 
         def model():
-            with pyro.plate("data", 20, subsample_size=4) as rows:
+            with pyro.plate("data", 20, **declared) as rows:
                 z = pyro.sample("z", dist.Normal(0.0, 1.0))
                 pyro.sample("x", dist.Normal(data[rows] + z, 1.0), obs=data[rows])
 
         def guide():
-            with pyro.plate("data", 20, subsample_size=4):
+            with pyro.plate("data", 20, **proposed):
                 pyro.sample("z", dist.Normal(0.0, 0.8))
 
-        samples = ImportanceSampler(model, guide, 50, chunk_size=20)()
+        samples = ImportanceSampler(model, guide, 50, chunk_size=20, vectorize_particles=vectorize)()
         rows = samples.rerun.minibatch.indices["data"]
         assert (samples.predictive(30)()["x"] - data[rows]).abs().max() < 20
         observed = samples.observed(samples.posterior(30))["x"]
         assert torch.equal(observed.values, data[rows])
+        draws = samples.posterior(30)
+        exact = dist.Normal(data[rows] + draws["z"], 1.0).log_prob(data[rows])
+        assert torch.allclose(samples.observed(draws)["x"].log_prob, exact, atol=1e-4)
 
     def test_a_deterministic_site_that_indexes_from_the_left(self):
         def model():
