@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .enumeration import is_enumerated
-from .random_state import RandomState
+from .random_state import fork_rng
 from .traces import Pair, Traces, trace_pair
 
 __all__ = ["Probe", "watch_batch_norm"]
@@ -34,6 +34,7 @@ class Probe:
         normalised: how many values each BatchNorm in train mode sees at once.
         enumerates: whether the model has sites that are to be enumerated in parallel.
         watched: whether batch normalisation has been looked at in a pass with gradients.
+        compared: the kinds of runs of which a particle has been run by itself, see :mod:`~pyro_iw.alone`.
     """
 
     def __init__(self, model: Callable[[], Any] | None = None) -> None:
@@ -42,6 +43,7 @@ class Probe:
         self.normalised: dict[_BatchNorm, int] = {}
         self.enumerates = False
         self.watched = False
+        self.compared: set[Any] = set()
 
     def run(self, pair: Pair, check: Callable[[Traces], Any] | None = None) -> None:
         """One pass that leaves nothing behind but lazily made parameters.
@@ -50,7 +52,7 @@ class Probe:
             pair: the pair and its arguments.
             check: called with the traces, to refuse the pair.
         """
-        with _fork_rng(), watch_batch_norm(restore=True) as seen:
+        with fork_rng(), watch_batch_norm(restore=True) as seen:
             traces = Traces([trace_pair(pair)], 1, None)
             if check is not None:
                 check(traces)
@@ -113,14 +115,3 @@ def watch_batch_norm(enabled: bool = True, restore: bool = False) -> Iterator[di
         if restore:
             for module in lazy:
                 module.reset_running_stats()
-
-
-@contextmanager
-def _fork_rng() -> Iterator[None]:
-    """Random draws that leave PyTorch's, NumPy's and Python's states as they were."""
-    state = RandomState.now()
-    try:
-        torch.manual_seed(int(torch.randint(2**62, ())))
-        yield
-    finally:
-        state.restore()

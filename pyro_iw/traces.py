@@ -32,6 +32,7 @@ __all__ = [
     "plate_nesting",
     "trace_model_again",
     "trace_pair",
+    "trace_particle",
 ]
 
 #: Name of the plate over particles; Pyro's own ELBOs use the same.
@@ -221,6 +222,22 @@ def trace_pair(
         with nullcontext() if route.model_gradients else torch.no_grad():
             model_trace = _trace_model(pair, guided, enclose, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace, rescored)
+
+
+def trace_particle(pair: Pair, latents: Trace, enum_dim: int | None = None) -> PairTraces:
+    """Run guide and model once on given values of their latents.
+
+    Arguments:
+        pair: the pair and its arguments.
+        latents: the guide's latent sites with their values, where those are given.
+        enum_dim: as in :func:`trace_pair`.
+    """
+    progress = Progress()
+    guide = poutine.replay(pair.guide, trace=latents)
+    guided, guide_trace, model_trace = _trace_guide(pair, guide, progress)
+    if model_trace is None or enum_dim is not None:
+        model_trace = _trace_model(pair, guided, lambda fn: fn, enum_dim, progress)
+    return PairTraces(prune_subsample_sites(model_trace), guide_trace)
 
 
 def trace_model_again(
