@@ -2,14 +2,14 @@ r"""One particle of a vectorised run once more, by itself: does it have the same
 
 Under particles a model that counts dims from the left, or by size, means something else than with one
 particle: ``softmax(h, 1)``, ``mean(0)``, ``z[:, 0]``, a bare ``squeeze()``. Where the shapes happen to fit,
-nothing fails and all log-weights are wrong. So one particle of a pair's first vectorised run is taken out, its
-latent values are given to guide and model without the particle dim, and the log densities of both runs are
-compared, site by site in the order in which they ran.
+nothing fails and all log-weights are wrong. So one particle of a pair's first vectorised run is taken out,
+its latent values are given to guide and model without the particle dim, and the log densities of both runs
+are compared, site by site in the order in which they ran.
 
 What differs by itself is no evidence: layers that draw their own noise (dropout), models that count their
-calls, computations so ill-conditioned that rounding shows. A difference is therefore held against that between
-two runs of the single particle, with other random numbers and with its values moved by a few roundings, and
-counts where it is a hundred times as large.
+calls, computations so ill-conditioned that rounding shows. A difference is therefore held against that
+between two runs of the single particle, with other random numbers and with its values moved by a few
+roundings, and counts where it is a hundred times as large.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import TransformedDistribution, constraints
+from torch.distributions import constraints
 
 from .latents import own_frames, own_shape
 from .sites import Site, read_sites
-from .traces import OneMinibatch, Pair, PairTraces, Traces, trace_particle
+from .traces import OneMinibatch, Pair, PairTraces, Traces, is_transformed, trace_particle
 
 __all__ = ["Alone"]
 
@@ -123,24 +123,22 @@ class Alone:
         self._fill_in(traced.guide)
         return _read(Traces([traced], 1, None, enum_dim))
 
-    def _latents(self, move: float) -> Trace:
+    def _latents(self, move: float) -> dict[str, Tensor]:
         """The particle's latent values, as they are without the particle dim.
 
         Those of a Delta are left to be computed: they would have to be met to the last bit.
         """
-        trace = Trace()
+        values = {}
         for name, site in _latent_sites(self._traces.pairs[0].guide):
             if isinstance(_base(site["fn"]), Delta):
                 continue
-            value = self._take(site, site["value"])
+            value: Any = self._take(site, site["value"])
             if move and _is_real(site["fn"]):
                 value = value * (1 + min(4 * torch.finfo(value.dtype).eps, move))
             if hasattr(site["value"], "_unquantize"):  # what a straight-through value is scored at
                 value._unquantize = self._take(site, site["value"]._unquantize)
-            message: Any = {**site, "value": value, "infer": dict(site["infer"])}
-            message.pop("unscaled_log_prob", None)
-            trace.nodes[name] = message
-        return trace
+            values[name] = value
+        return values
 
     def _take(self, site: Any, value: Tensor) -> Tensor:
         """A latent site's value, or a tensor of its shape, without the particle dim."""
@@ -150,10 +148,10 @@ class Alone:
         return own_shape(value, event_dim, own_frames(site), nesting, size)[self._particle].clone()
 
     def _fill_in(self, guide: Trace) -> None:
-        """Give sites that cannot be scored at these values (flows without an inverse) the density they had."""
+        """Give sites that cannot be scored here (flows without an inverse) the density that they had."""
         before = self._traces.pairs[0].guide.nodes
         for name, site in _latent_sites(guide):
-            if isinstance(site["fn"], TransformedDistribution) and name in before:
+            if is_transformed(site["fn"]) and name in before:
                 known: Any = before[name].get("unscaled_log_prob")
                 try:
                     site["unscaled_log_prob"] = site["fn"].log_prob(site["value"])
@@ -175,21 +173,18 @@ class Alone:
     def _difference(self, together: Site, alone: Site) -> _Difference | None:
         """Where a site's densities differ most, if by more than rounding explains."""
         one, other = self._values(together), self._values(alone)
-        event = (
-            together.message["value"].numel() / max(together.log_prob.numel(), 1)
-            if _has_value(together)
-            else 1
-        )
-        accuracy = _accuracy(one, other)
-        return _largest(one, other, (accuracy, math.sqrt(max(event, 1.0))))
+        value = together.message.get("value")
+        size = value.numel() / max(together.log_prob.numel(), 1) if isinstance(value, Tensor) else 1.0
+        # Rounding errors of as many terms as there are in an event.
+        return _largest(one, other, (_accuracy(one, other), math.sqrt(max(size, 1.0))))
 
     def _is_inverse_exact(self, site: Site) -> bool:
         """Whether a transformed distribution scores the values it has made as it does those it has not."""
-        fn, value = site.message["fn"], site.message["value"]
-        if site.role == "model" or not isinstance(fn, TransformedDistribution):
+        fn = site.message["fn"]
+        if site.role == "model" or not is_transformed(fn):
             return True
         try:
-            uncached = self._select(fn.log_prob(value.clone()))
+            uncached = self._select(fn.log_prob(site.message["value"].clone()))
         except _FAILURES:
             return False
         cached = self._select(site.log_prob)
@@ -199,12 +194,12 @@ class Alone:
         number, dim = self._traces.num_particles, self._traces.particle_dim
         return (
             f"Particles are not independent of one another at site {site}: the log density of one of them is "
-            f"{difference.together:.6g} when {number} run in one pass, but {difference.alone:.6g} when it runs "
-            "by itself, so the importance weights would be wrong. What is computed for that site counts dims "
-            "from the left or by size (softmax(h, 1), mean(0), cat(..., 0), z[:, 0], a bare squeeze()), which "
-            f"are other dims under particles (on dim {dim}), or takes statistics over all of a batch. Count "
-            "dims from the right (softmax(h, -1), z[..., 0]), or pass vectorize_particles=False to run the "
-            "particles one by one."
+            f"{difference.together:.6g} when {number} run in one pass, but {difference.alone:.6g} when it "
+            "runs by itself, so the importance weights would be wrong. What is computed for that site counts "
+            "dims from the left or by size (softmax(h, 1), mean(0), cat(..., 0), z[:, 0], a bare squeeze()), "
+            f"which under particles (on dim {dim}) are other dims, or takes statistics over all of a batch. "
+            "Count dims from the right (softmax(h, -1), z[..., 0]), or pass vectorize_particles=False to run "
+            "the particles one by one."
         )
 
 
@@ -223,8 +218,9 @@ def _copy(pair: PairTraces) -> PairTraces:
     copies = []
     for trace in (pair.model, pair.guide):
         copy = trace.copy()
-        nodes: Any = {name: dict(site) for name, site in trace.nodes.items()}
-        copy.nodes.update(nodes)
+        for name, site in trace.nodes.items():
+            message: Any = {**site, "infer": dict(site["infer"] or {})} if "infer" in site else dict(site)
+            copy.nodes[name] = message
         copies.append(copy)
     return PairTraces(*copies)
 

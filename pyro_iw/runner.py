@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -36,6 +37,10 @@ __all__ = ["Runner"]
 # What a computation raises that does not broadcast. Others (out of memory, a singular matrix, an error of the
 # user's own) keep their type.
 _ORDINARY = (ValueError, RuntimeError, IndexError, TypeError, AssertionError)
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+#: What PyTorch says of parameters and values that a distribution does not allow.
+_CONSTRAINTS = ("to satisfy the constraint", "to be within the support")
 
 #: Kinds of runs of a pair that are looked at closely; shapes may be new at every step.
 _MANY = 8
@@ -154,7 +159,7 @@ class Runner:
         try:
             traced = trace_pair(pair, None, route, plate, enum_dim, progress)
         except Exception as error:
-            if type(error) not in _ORDINARY:
+            if type(error) not in _ORDINARY or _speaks_for_itself(error):
                 raise
             nesting = _nesting_alone(pair)
             if nesting is None:
@@ -257,6 +262,20 @@ def _is_new(pair: Pair, probe: Probe) -> bool:
         return False
     kinds = (_kind(pair, probe, gradients) for gradients in (None, torch.is_grad_enabled()))
     return probe.compared.isdisjoint(kinds)
+
+
+def _speaks_for_itself(error: Exception) -> bool:
+    """Whether an error says what is wrong, which then is not the particle dim.
+
+    That is so for what this package refuses, by a ``raise`` of its own, and for values that a distribution
+    does not allow.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is not None and last.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        return True
+    return isinstance(error, ValueError) and any(words in str(error) for words in _CONSTRAINTS)
 
 
 def _nesting_alone(pair: Pair) -> int | None:
