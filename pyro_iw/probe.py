@@ -20,7 +20,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .counterparts import Pattern, pattern_of
 from .enumeration import is_enumerated
-from .random_state import RandomState
+from .random_state import fork_rng
 from .traces import Pair, PairTraces, Traces, trace_pair
 
 __all__ = ["Look", "Probe", "watch_batch_norm"]
@@ -39,6 +39,7 @@ class Probe:
         enumerates: whether the model has sites that are to be enumerated in parallel.
         watched: whether batch normalisation has been looked at in a pass with gradients.
         patterns: what has been looked at of the guide's sites without a counterpart in the model.
+        compared: the kinds of runs of which a particle has been run by itself, see :mod:`~pyro_iw.alone`.
     """
 
     def __init__(self, model: Callable[[], Any] | None = None) -> None:
@@ -48,6 +49,7 @@ class Probe:
         self.enumerates = False
         self.watched = False
         self.patterns: set[Pattern] = set()
+        self.compared: set[Any] = set()
 
     def run(
         self, pair: Pair, check: Callable[[Traces], Any] | None = None, look: Look | None = None
@@ -59,7 +61,7 @@ class Probe:
             check: called with the traces, to refuse the pair.
             look: as in :meth:`look_at_guide`, whose warnings are returned.
         """
-        with _fork_rng(), watch_batch_norm(restore=True) as seen:
+        with fork_rng(), watch_batch_norm(restore=True) as seen:
             traces = Traces([trace_pair(pair)], 1, None)
             if check is not None:
                 check(traces)
@@ -83,7 +85,7 @@ class Probe:
             pattern = pattern_of(run)
             if pattern in self.patterns:
                 continue
-            with _fork_rng(), watch_batch_norm(restore=True):
+            with fork_rng(), watch_batch_norm(restore=True):
                 messages += look(pair, run if traces.particle_dim is None else trace_pair(pair))
             self.patterns.add(pattern)
         return messages
@@ -144,14 +146,3 @@ def watch_batch_norm(enabled: bool = True, restore: bool = False) -> Iterator[di
         if restore:
             for module in lazy:
                 module.reset_running_stats()
-
-
-@contextmanager
-def _fork_rng() -> Iterator[None]:
-    """Random draws that leave PyTorch's, NumPy's and Python's states as they were."""
-    state = RandomState.now()
-    try:
-        torch.manual_seed(int(torch.randint(2**62, ())))
-        yield
-    finally:
-        state.restore()

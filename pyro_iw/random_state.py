@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RandomState"]
+__all__ = ["RandomState", "fork_rng"]
 
 
 class RandomState(NamedTuple):
@@ -38,3 +40,14 @@ class RandomState(NamedTuple):
             torch.cuda.set_rng_state(state, device)
         np.random.set_state(self.numpy)  # noqa: NPY002
         random.setstate(self.python)
+
+
+@contextmanager
+def fork_rng() -> Iterator[None]:
+    """Random draws from a stream apart, which leave the states of all generators as they were."""
+    state = RandomState.now()
+    try:
+        torch.manual_seed(int(torch.randint(2**62, ())))
+        yield
+    finally:
+        state.restore()

@@ -82,4 +82,6 @@ def _invert(weights: Tensor, positions: Tensor) -> Tensor:
     indices = torch.searchsorted(total.contiguous(), targets.contiguous(), right=True)
     # Rounding can put the last position at the very end, behind all particles.
     last = torch.searchsorted(total.contiguous(), total[..., -1:].contiguous())
-    return torch.minimum(indices, last).movedim(-1, 0)
+    # A copy with strides of its own: torch 2.4's gather takes a transposed index of a single row for one that
+    # is expanded, and gives the first cell's particle to all.
+    return torch.minimum(indices, last).movedim(-1, 0).clone(memory_format=torch.contiguous_format)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
 import torch
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .alone import Alone
 from .probe import Look, Probe, watch_batch_norm
+from .random_state import fork_rng
 from .traces import (
     PARTICLE_PLATE,
     OneMinibatch,
@@ -32,6 +37,13 @@ __all__ = ["Runner"]
 # What a computation raises that does not broadcast. Others (out of memory, a singular matrix, an error of the
 # user's own) keep their type.
 _ORDINARY = (ValueError, RuntimeError, IndexError, TypeError, AssertionError)
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+#: What PyTorch says of parameters and values that a distribution does not allow.
+_CONSTRAINTS = ("to satisfy the constraint", "to be within the support")
+
+#: Kinds of runs of a pair that are looked at closely; shapes may be new at every step.
+_MANY = 8
 
 
 class Runner:
@@ -89,15 +101,21 @@ class Runner:
 
         Raises:
             ValueError: if the pair runs with one particle but not under the particle dim, naming the last
-                site that was reached.
+                site that was reached; or if a particle has other densities there than by itself, naming the
+                first site.
         """
         probe = self._probe(pair)
+        vectorized = self.vectorize and num_particles > 1
         while True:
             on_start()
-            if self.vectorize and num_particles > 1:
-                traces = self._run_vectorized(pair, num_particles, route, probe)
-            else:
-                traces = self._run_one_by_one(pair, num_particles, route, probe)
+            is_new = vectorized and _is_new(pair, probe)
+            watch = watch_batch_norm(enabled=is_new or (vectorized and not probe.watched))
+            minibatch = OneMinibatch()
+            with watch as seen, minibatch if is_new else nullcontext():
+                if vectorized:
+                    traces = self._one_pass(pair, num_particles, route, probe)
+                else:
+                    traces = self._run_one_by_one(pair, num_particles, route, probe)
             if traces is None:
                 continue
             # More plates than were known, or a site to enumerate: then the run was beside its dims.
@@ -107,6 +125,8 @@ class Runner:
             if not news or not (dims_matter or enumerated != probe.enumerates):
                 for message in probe.look_at_guide(pair, traces, self.look):
                     self.warn(message)
+                if vectorized:
+                    self._look_closer(pair, traces, probe, is_new, seen, minibatch)
                 return traces
 
     def prepare(self, pair: Pair) -> int:
@@ -139,16 +159,6 @@ class Runner:
                 pairs.append(trace_pair(pair, particle, route, enum_dim=enum_dim))
         return Traces(pairs, num_particles, None, enum_dim)
 
-    def _run_vectorized(
-        self, pair: Pair, num_particles: int, route: Route | None, probe: Probe
-    ) -> Traces | None:
-        with watch_batch_norm(enabled=not probe.watched) as seen:
-            traces = self._one_pass(pair, num_particles, route, probe)
-        if not probe.watched and traces is not None:
-            self._check_batch_norm(seen, probe, pair)
-            probe.watched = torch.is_grad_enabled()
-        return traces
-
     def _one_pass(self, pair: Pair, num_particles: int, route: Route | None, probe: Probe) -> Traces | None:
         """Traces under a plate left of the nesting known so far; None if that turned out too small."""
         dim = -1 - probe.nesting
@@ -158,7 +168,7 @@ class Runner:
         try:
             traced = trace_pair(pair, None, route, plate, enum_dim, progress)
         except Exception as error:
-            if type(error) not in _ORDINARY:
+            if type(error) not in _ORDINARY or _speaks_for_itself(error):
                 raise
             nesting = _nesting_alone(pair)
             if nesting is None:
@@ -196,12 +206,46 @@ class Runner:
             self._probes[guide] = probe
         return probe
 
-    def _check_batch_norm(self, seen: dict[_BatchNorm, int], probe: Probe, pair: Pair) -> None:
-        """Warn of batch normalisation in train mode that sees more than it would with one particle."""
-        if seen:
-            probe.run(pair)  # on these very arguments, and in train mode
-        for module, count in seen.items():
-            if count > probe.normalised.get(module, count) and module not in self._warned_modules:
+    def _look_closer(
+        self,
+        pair: Pair,
+        traces: Traces,
+        probe: Probe,
+        is_new: bool,
+        seen: dict[_BatchNorm, int],
+        minibatch: OneMinibatch,
+    ) -> None:
+        """Run one of the particles by itself, and see whether the others made a difference to it.
+
+        Arguments:
+            pair: the pair and its arguments.
+            traces: the traces of all particles.
+            probe: what is known of the pair.
+            is_new: whether a run of this kind has not been looked at yet.
+            seen: how many values each BatchNorm in train mode saw.
+            minibatch: the subsamples of a new run.
+        """
+        if is_new or seen:
+            with torch.no_grad(), fork_rng():
+                alone = Alone(pair, traces, minibatch.indices)
+                with watch_batch_norm(restore=True) as normalised:
+                    runs = alone.run()
+                mixed = self._check_batch_norm(seen, normalised, pair) if runs else True
+                # What a BatchNorm has mixed differs, as was said.
+                with watch_batch_norm(restore=True):
+                    known = is_new and not mixed and alone.compare()
+            torch.clear_autocast_cache()  # of casts made without gradients
+            if is_new:
+                probe.compared.add(_kind(pair, probe, None if known else torch.is_grad_enabled()))
+        probe.watched = probe.watched or torch.is_grad_enabled()
+
+    def _check_batch_norm(
+        self, seen: dict[_BatchNorm, int], normalised: dict[_BatchNorm, int], pair: Pair
+    ) -> bool:
+        """Warn of batch normalisation in train mode that saw more than with one particle; whether one did."""
+        mixed = [module for module, count in seen.items() if count > normalised.get(module, count)]
+        for module in mixed:
+            if module not in self._warned_modules:
                 self._warned_modules.add(module)
                 warn(
                     f"{_module_name(module, pair)} is in train mode and normalises over the particles as "
@@ -209,6 +253,39 @@ class Runner:
                     "weights are off. Put it in eval mode, replace it by a normalisation without batch "
                     "statistics (LayerNorm, GroupNorm), or pass vectorize_particles=False."
                 )
+        return bool(mixed)
+
+
+def _kind(pair: Pair, probe: Probe, gradients: bool | None) -> Any:
+    """What makes a run another one than those before: its plates and the shapes of its arguments.
+
+    Where nothing could be said with gradients (as of dropout in train mode), it may be without.
+    """
+    arguments = (*pair.args, *pair.kwargs.values())
+    shapes = tuple([argument.shape for argument in arguments if isinstance(argument, Tensor)])
+    return probe.nesting, probe.enumerates, shapes, gradients
+
+
+def _is_new(pair: Pair, probe: Probe) -> bool:
+    """Whether a run of this kind has not been looked at yet."""
+    if len(probe.compared) >= _MANY:
+        return False
+    kinds = (_kind(pair, probe, gradients) for gradients in (None, torch.is_grad_enabled()))
+    return probe.compared.isdisjoint(kinds)
+
+
+def _speaks_for_itself(error: Exception) -> bool:
+    """Whether an error says what is wrong, which then is not the particle dim.
+
+    That is so for what this package refuses, by a ``raise`` of its own, and for values that a distribution
+    does not allow.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is not None and last.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        return True
+    return isinstance(error, ValueError) and any(words in str(error) for words in _CONSTRAINTS)
 
 
 def _nesting_alone(pair: Pair) -> int | None:

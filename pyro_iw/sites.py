@@ -24,7 +24,7 @@ from .enumeration import is_enumerated, marginalize
 from .masks import fits, masked_value, with_masks_of_model
 from .paths import class_name, draws_hard_values, has_biased_path, has_path
 from .supports import is_discrete, support_moves
-from .traces import PARTICLE_PLATE, Traces
+from .traces import PARTICLE_PLATE, Traces, is_transformed
 
 __all__ = ["Site", "has_no_density", "plate_key", "read_sites"]
 
@@ -264,11 +264,17 @@ def _log_prob(role: str, name: str, message: Any) -> Tensor:
         if _is_bits(fn) and not (message["args"] or message["kwargs"]):
             return _log_prob_of_bits(fn, value)
         return fn.log_prob(value, *message["args"], **message["kwargs"])
-    except KeyError as error:
+    except (KeyError, NotImplementedError) as error:
+        said = str(error) or f"{type(fn).__name__} raises {type(error).__name__}"
+        if not is_transformed(fn):
+            raise ValueError(
+                f"The log density at site {name!r} ({role}) cannot be evaluated: {said}. Its distribution "
+                "has to have a log_prob."
+            ) from error
         raise ValueError(
-            f"The log density at site {name!r} ({role}) cannot be evaluated at this value: {error}. A "
-            "transform without an inverse can score only what it has just made; use it with "
-            "estimator='reparam' or 'score'."
+            f"The log density at site {name!r} ({role}) cannot be evaluated at this value: {said}. A "
+            "transform without an inverse can score only what it has just made (use it in the guide, with "
+            "estimator='reparam' or 'score'), and it has to have a log_abs_det_jacobian."
         ) from error
     except (ValueError, RuntimeError) as error:
         raise ValueError(

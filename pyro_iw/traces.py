@@ -31,10 +31,12 @@ __all__ = [
     "Route",
     "Through",
     "Traces",
+    "is_transformed",
     "plate_nesting",
     "trace_guide_given",
     "trace_model_again",
     "trace_pair",
+    "trace_particle",
 ]
 
 #: Name of the plate over particles; Pyro's own ELBOs use the same.
@@ -222,6 +224,19 @@ class _Given(Messenger):
             msg["done"] = True
 
 
+class _GivenValues(Messenger):
+    """Gives latent sites their values, and leaves all else as it is (unlike a replay, their ``infer``)."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+
 def trace_pair(
     pair: Pair,
     particle: int | None = None,
@@ -255,6 +270,22 @@ def trace_pair(
         with nullcontext() if route.model_gradients else torch.no_grad():
             model_trace = _trace_model(pair, guided, enclose, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace, rescored)
+
+
+def trace_particle(pair: Pair, latents: Mapping[str, Tensor], enum_dim: int | None = None) -> PairTraces:
+    """Run guide and model once on given values of their latents.
+
+    Arguments:
+        pair: the pair and its arguments.
+        latents: values of the guide's latent sites, of those where they are given.
+        enum_dim: as in :func:`trace_pair`.
+    """
+    progress = Progress()
+    with _GivenValues(latents):
+        guided, guide_trace, model_trace = _trace_guide(pair, pair.guide, progress)
+    if model_trace is None or enum_dim is not None:
+        model_trace = _trace_model(pair, guided, lambda fn: fn, enum_dim, progress)
+    return PairTraces(prune_subsample_sites(model_trace), guide_trace)
 
 
 def trace_model_again(
@@ -319,10 +350,17 @@ def _score_transformed(trace: Trace) -> None:
     """Evaluate transformed distributions at once: one without an inverse knows its last value alone."""
     site: Any
     for site in trace.nodes.values():
-        if site["type"] == "sample" and isinstance(site["fn"], TransformedDistribution):
+        if site["type"] == "sample" and is_transformed(site["fn"]):
             with suppress(ValueError, RuntimeError, KeyError):  # raised again, with a name, when it is read
                 log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
                 site["unscaled_log_prob"] = log_prob
+
+
+def is_transformed(fn: Any) -> bool:
+    """Whether a distribution is made by transforms, its event dims aside."""
+    while not isinstance(fn, TransformedDistribution) and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, TransformedDistribution)
 
 
 def _with_values(trace: Trace, change: Through, particle: int | None = None) -> Trace:

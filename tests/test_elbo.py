@@ -329,7 +329,9 @@ class TestUnevenWeights:
         def guide():
             slope = pyro.param("a", a)
             with pyro.plate("data", 2):
-                loc = slope * x + (shift if len(pyro.poutine.runtime.get_plates()) > 1 else 0.0)
+                loc = slope * x + (
+                    shift if len(pyro.poutine.runtime.get_plates()) > 1 else shift[3]
+                )  # by itself
                 pyro.sample("z", RecordedNormal(loc, torch.tensor(0.7)))
 
         loss = PIWAE_ELBO(M=2, K=3)

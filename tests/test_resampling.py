@@ -137,3 +137,12 @@ def test_bad_numbers_of_samples_are_refused(scheme, num_samples):
 def test_no_particles_are_refused(scheme, shape):
     with pytest.raises(ValueError, match="with S >= 1"):
         scheme(torch.ones(shape), 2)
+
+
+@pytest.mark.parametrize("resample", [systematic, multinomial])
+def test_a_single_draw_can_be_gathered_with(resample):
+    """torch 2.4's gather takes strides (1, 1) of a single row for those of an expanded index."""
+    weights, values = torch.rand(4, 5), torch.arange(20.0).reshape(4, 5)
+    indices = resample(weights, 1)
+    assert indices.stride() == (5, 1)
+    assert torch.equal(values.gather(0, indices)[0], values[indices[0], torch.arange(5)])

@@ -34,19 +34,21 @@ class TestParticleDim:
 
         def model():
             with pyro.plate("a", 2, dim=-3), pyro.plate("b", 4, dim=-1):
-                shapes["z"] = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1)).shape
+                z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+                shapes[len(z.shape)] = z.shape
 
         IWAE_ELBO(K=5).loss(model, model)
-        assert shapes["z"] == (5, 2, 1, 4, 3)
+        assert shapes == {4: (2, 1, 4, 3), 5: (5, 2, 1, 4, 3)}  # one particle, all of them
 
     def test_a_given_nesting_is_used(self):
         shapes = {}
 
         def model():
-            shapes["z"] = pyro.sample("z", dist.Normal(0.0, 1.0)).shape
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            shapes[len(z.shape)] = z.shape
 
         IWAE_ELBO(K=5, max_plate_nesting=2).loss(model, model)
-        assert shapes["z"] == (5, 1, 1)
+        assert shapes == {0: (), 3: (5, 1, 1)}
 
     def test_one_instance_serves_pairs_of_any_nesting(self):
         def deep():
@@ -105,7 +107,7 @@ class TestProbe:
         loss = IWAE_ELBO(K=3)
         for _ in range(3):
             loss.loss(model, data_guide, torch.zeros(2))
-        assert len(calls) == 1 + 3
+        assert len(calls) == 1 + 3 + 1  # and one particle by itself
 
     def test_bound_methods_are_known_by_their_owner(self):
         class Pair:
@@ -121,7 +123,7 @@ class TestProbe:
         pair, loss = Pair(), IWAE_ELBO(K=3)
         for _ in range(3):
             loss.loss(pair.model, pair.guide, torch.zeros(2))
-        assert pair.calls == 1 + 3
+        assert pair.calls == 1 + 3 + 1
 
     def test_it_sees_what_the_handlers_around_the_loss_do(self):
         def model():
@@ -262,6 +264,51 @@ class TestBreaking:
 
         with pytest.raises(Mine, match="for many particles only"):
             IWAE_ELBO(K=4).loss(model, data_guide, torch.zeros(5))
+
+    def test_what_this_package_refuses_is_said_as_it_is(self):
+        with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=r"^Particle weights that"):
+            IWAE_ELBO(K=4, estimator="dreg").loss_and_grads(data_model, data_guide, torch.zeros(5))
+
+    def test_values_that_a_distribution_does_not_allow(self):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                scale = 1.0 if z.dim() == 1 else -z.abs()
+                pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+        with pytest.raises(ValueError, match=r"^Expected parameter scale"):
+            IWAE_ELBO(K=4).loss(model, data_guide, torch.zeros(5))
+
+    @pytest.mark.parametrize("keywords", [{}, {"vectorize_particles": False}, {"chunk_size": 2}])
+    def test_a_flow_without_an_inverse(self, keywords):
+        class Doubling(torch.distributions.transforms.Transform):
+            domain = codomain = dist.constraints.real
+            bijective = True
+
+            def _call(self, x):
+                return 2 * x
+
+            def log_abs_det_jacobian(self, x, y):
+                return torch.full_like(x, math.log(2.0))
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                base = dist.Normal(pyro.param("loc", torch.zeros(2)), 1.0)
+                flow = dist.TransformedDistribution(base, [Doubling(cache_size=1)])
+                pyro.sample("z", flow.to_event(1))
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+        message = (
+            r"site 'z' \(guide\) cannot be evaluated at this value: .*NotImplementedError.*without an inverse"
+        )
+        with pytest.raises(ValueError, match=message):
+            IWAE_ELBO(K=4, estimator="dreg", **keywords).loss_and_grads(model, guide, torch.zeros(5))
+        loss = IWAE_ELBO(K=4, estimator="reparam", **keywords)  # as the message advises
+        assert math.isfinite(loss.loss_and_grads(model, guide, torch.zeros(5)))
 
     def test_a_failing_step_leaves_pyro_clean_for_the_next(self):
         loss, x = IWAE_ELBO(K=4), torch.zeros(5)

@@ -1,0 +1,326 @@
+"""One particle by itself: pairs that run under the particle dim but mean something else there."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+from pyro.distributions import transforms
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoNormalMessenger
+from torch import nn
+
+from pyro_iw import IWAE_ELBO, ImportanceSampler
+
+X = torch.linspace(-1.0, 1.0, 16).reshape(4, 4)
+W = torch.linspace(-1.0, 1.5, 12).reshape(3, 4)
+REFUSED = r"Particles are not independent of one another at site '{}' \({}\)"
+
+
+def guide(x):
+    with pyro.plate("data", len(x)):
+        loc = pyro.param("loc", torch.zeros(3))
+        pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+
+def decoding(decoder):
+    """A model whose observation has the mean ``decoder(z)``."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    return model
+
+
+FROM_THE_LEFT = {
+    "softmax": lambda z: torch.softmax(z @ W, 1),
+    "mean": lambda z: z @ W - 0.1 * (z @ W).mean(0),
+    "cumsum": lambda z: (z @ W).cumsum(0),
+    "roll": lambda z: (z @ W).roll(1, 0),
+    "flip": lambda z: (z @ W).flip(0),
+    "norm": lambda z: nn.functional.normalize(z @ W, dim=1),
+    "first": lambda z: z @ W - (z @ W)[:1],
+    "std": lambda z: z @ W / (z @ W).std(),
+}
+WAYS = {
+    "one pass": {},
+    "chunks": {"chunk_size": 3},
+    "backward subset": {"backward_particles": 2},
+    "compiled": {"compile": True},
+}
+
+
+class TestRefused:
+    @pytest.mark.parametrize("name", FROM_THE_LEFT)
+    def test_dims_from_the_left(self, name):
+        model = decoding(FROM_THE_LEFT[name])
+        with pytest.raises(ValueError, match=REFUSED.format("x", "model")):
+            IWAE_ELBO(K=5).loss(model, guide, X)
+        # The way out that the message gives, and the other one.
+        assert math.isfinite(IWAE_ELBO(K=5, vectorize_particles=False).loss(model, guide, X))
+        IWAE_ELBO(K=5).loss(decoding(lambda z: torch.softmax(z @ W, -1)), guide, X)
+
+    @pytest.mark.filterwarnings("ignore:compile=True is left aside")  # by a second step after the error
+    @pytest.mark.parametrize("way", WAYS)
+    def test_however_the_particles_run(self, way):
+        model, loss = decoding(FROM_THE_LEFT["softmax"]), IWAE_ELBO(K=5, **WAYS[way])
+        for evaluate in (loss.loss_and_grads, loss.loss, loss.differentiable_loss):  # and again
+            with pytest.raises(ValueError, match=REFUSED.format("x", "model")):
+                evaluate(model, guide, X)
+        assert pyro.param("loc").grad is None
+
+    def test_in_the_sampler(self):
+        sampler = ImportanceSampler(decoding(FROM_THE_LEFT["softmax"]), guide, 20, chunk_size=7)
+        with pytest.raises(ValueError, match=REFUSED.format("x", "model")):
+            sampler.log_marginal(X)
+
+    def test_the_values_are_those_of_the_two_runs(self):
+        """log N(x; h) of a particle whose mean is its own value alone, and all particles' in one pass."""
+        values = []
+
+        def model():
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            values.append(z.detach())
+            pyro.sample("x", dist.Normal(z - z[:1].sum(), 1.0).to_event(1), obs=torch.zeros(3))
+
+        def guide():
+            pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+        with pytest.raises(ValueError, match=REFUSED.format("x", "model")) as caught:
+            IWAE_ELBO(K=5).loss(model, guide)
+        particles = next(value for value in values if value.shape == (5, 3))
+        own = particles[2]
+        together, alone = (
+            dist.Normal(own - shift, 1.0).to_event(1).log_prob(torch.zeros(3)).item()
+            for shift in (particles[0].sum(), own[0])
+        )
+        assert f"is {together:.6g} when 5 run in one pass, but {alone:.6g} when" in str(caught.value)
+
+    def test_the_first_site_is_named_and_the_guide_comes_first(self):
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                loc = pyro.param("loc", torch.zeros(4))
+                y = pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), infer={"is_auxiliary": True})
+                pyro.sample("z", dist.Normal(y.softmax(1)[..., :3], 1.0).to_event(1))
+
+        with pytest.raises(ValueError, match=REFUSED.format("z", "guide")):
+            IWAE_ELBO(K=5).loss(decoding(FROM_THE_LEFT["softmax"]), guide, X)
+
+    def test_a_guide_that_is_a_messenger(self):
+        model = decoding(FROM_THE_LEFT["roll"])
+        with pytest.raises(ValueError, match=REFUSED.format("x", "model")):
+            IWAE_ELBO(K=5).loss(model, AutoNormalMessenger(model), X)
+
+    @pytest.mark.parametrize("auto", [AutoNormal, AutoDiagonalNormal])
+    def test_global_latents_beside_sites_summed_out(self, auto):
+        def model(right):
+            w = pyro.sample("w", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+            with pyro.plate("data", 4):
+                c = pyro.sample("c", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+                shift = w.softmax(-1 if right else 0)[..., 0]
+                pyro.sample("x", dist.Normal(shift + c, 1.0), obs=X[0])
+
+        pyro.set_rng_seed(1)
+        hidden = poutine.block(model, hide=["c"])
+        IWAE_ELBO(K=5).loss_and_grads(model, auto(hidden), True)
+        with pytest.raises(ValueError, match=REFUSED.format(r"c \+ x", "model")):
+            IWAE_ELBO(K=5).loss(model, auto(hidden), False)
+
+    def test_a_subsampled_plate_keeps_its_minibatch(self):
+        data = torch.linspace(-3.0, 3.0, 40)
+
+        def pair(mixes):
+            def model():
+                with pyro.plate("data", 40, subsample_size=5) as index:
+                    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                    z = z - z.mean(0) if mixes else z
+                    pyro.sample("x", dist.Normal(z, 0.1), obs=data[index])
+
+            def guide():
+                with pyro.plate("data", 40, subsample_size=5) as index:
+                    pyro.sample("z", dist.Normal(data[index], 1.0))
+
+            return model, guide
+
+        for keywords in WAYS.values():
+            IWAE_ELBO(K=5, **keywords).loss_and_grads(*pair(mixes=False))
+            with pytest.raises(ValueError, match=REFUSED.format("x", "model")):
+                IWAE_ELBO(K=5, **keywords).loss_and_grads(*pair(mixes=True))
+
+    def test_arguments_of_another_shape_are_looked_at_again(self):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+                shift = z.squeeze().cumsum(-2)[..., :1] if z.dim() == 3 else z[:, :1].cumsum(0)
+                shift = shift.reshape(*z.shape[:-1], 1)  # right but for a single datapoint
+                pyro.sample("x", dist.Normal(shift, 1.0).to_event(1), obs=x)
+
+        loss = IWAE_ELBO(K=3)
+        loss.loss(model, guide, X[:, :1])
+        with pytest.raises(ValueError, match=REFUSED.format("x", "model")):
+            loss.loss(model, guide, X[:1, :1])
+
+    def test_small_differences_in_double(self):
+        pyro.get_param_store().clear()
+        torch.set_default_dtype(torch.float64)
+        try:
+            wrong = decoding(lambda z: z @ W.double() + 1e-4 * (z @ W.double()).mean(0))
+            with pytest.raises(ValueError, match=REFUSED.format("x", "model")):
+                IWAE_ELBO(K=5).loss(wrong, guide, X.double())
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def test_batch_norm_is_named_where_it_is_the_cause(self):
+        norm = nn.BatchNorm1d(4)
+        model = decoding(lambda z: norm((z @ W).reshape(-1, 4)).reshape(*z.shape[:-1], 4))
+        loss = IWAE_ELBO(K=5)
+        with pytest.warns(UserWarning, match="BatchNorm1d"):
+            loss.loss_and_grads(model, guide, X)
+        loss.loss_and_grads(model, guide, X)
+        assert int(norm.num_batches_tracked) == 2
+        norm.eval()
+        loss.loss(model, guide, X)
+
+
+class Counting:
+    """A decoder that is another one at each call."""
+
+    calls = 0
+
+    def __call__(self, z):
+        self.calls += 1
+        return self.calls * (z @ W)
+
+
+class Rough:
+    """A decoder in which rounding grows to the size of the result: 1600 steps of a chaotic flow."""
+
+    def __call__(self, z):
+        for _ in range(1600):
+            x, y, u = z.unbind(-1)
+            z = z + 0.02 * torch.stack([10 * (y - x), x * (28 - u) - y, x * y - 8 / 3 * u], -1)
+        return z @ W
+
+
+OTHER_BY_ITSELF = {
+    "its own randomness": lambda: lambda z: nn.functional.dropout(z @ W),
+    "a count of its calls": Counting,
+    "rounding": Rough,
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)),
+}
+
+
+class TestSound:
+    @pytest.mark.parametrize("name", OTHER_BY_ITSELF)
+    def test_what_differs_by_itself_is_no_evidence(self, name):
+        model, loss = decoding(OTHER_BY_ITSELF[name]()), IWAE_ELBO(K=5)
+        for evaluate in (loss.loss_and_grads, loss.loss):
+            assert math.isfinite(evaluate(model, guide, X))
+
+    def test_dropout_hides_a_mistake_only_until_it_is_off(self):
+        class Decoder(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.dropout = nn.Dropout()
+
+            def forward(self, z):
+                return torch.softmax(self.dropout(z @ W), 1)
+
+        decoder = Decoder()
+        model, loss = decoding(decoder), IWAE_ELBO(K=5)
+        loss.loss_and_grads(model, guide, X)
+        decoder.eval()
+        with pytest.raises(ValueError, match=REFUSED.format("x", "model")):
+            loss.loss(model, guide, X)
+
+    def test_a_random_encoder_does_not_hide_a_wrong_decoder(self):
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                loc = nn.functional.dropout(pyro.param("loc", torch.ones(3)).expand(len(x), 3))
+                pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+        with pytest.raises(ValueError, match=REFUSED.format("x", "model")):
+            IWAE_ELBO(K=5).loss(decoding(FROM_THE_LEFT["softmax"]), guide, X)
+
+    @pytest.mark.parametrize("flow", [transforms.planar, transforms.radial, transforms.spline])
+    def test_flows_with_an_inverse_and_without(self, flow):
+        flow = flow(3)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+                pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+        IWAE_ELBO(K=5).loss_and_grads(decoding(lambda z: z @ W), guide, X)
+        with pytest.raises(ValueError, match=REFUSED.format("x", "model")):
+            IWAE_ELBO(K=5).loss(decoding(FROM_THE_LEFT["softmax"]), guide, X)
+
+    def test_inverses_that_lose_digits(self):
+        """tanh near 1 has lost what its inverse would need; the sampled value is scored without it."""
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                base = dist.Normal(3.5 * torch.ones(3), 0.5).to_event(1)
+                pyro.sample("z", dist.TransformedDistribution(base, [transforms.TanhTransform(cache_size=1)]))
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Uniform(-torch.ones(3), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z @ W, 1.0).to_event(1), obs=x)
+
+        with pyro.validation_enabled(False):
+            IWAE_ELBO(K=50).loss(model, guide, X)
+
+    def test_zero_densities_on_both_sides(self):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+                pyro.factor("positive", torch.where(z[..., 0] > 0, 0.0, -math.inf))
+
+        IWAE_ELBO(K=50).loss(model, guide, X)
+
+
+class TestCost:
+    def test_one_more_run_of_one_particle_once(self):
+        sizes = []
+
+        def decoder(z):
+            sizes.append(z.shape[0] if z.dim() == 3 else 1)
+            return z @ W
+
+        model, loss = decoding(decoder), IWAE_ELBO(K=5)
+        for _ in range(3):
+            loss.loss_and_grads(model, guide, X)
+        loss.loss(model, guide, X)
+        assert sizes == [1, 5, 1, 5, 5, 5]
+
+    def test_none_where_the_particles_run_one_by_one(self):
+        calls = []
+        model = decoding(lambda z: calls.append(1) or z @ W)
+        IWAE_ELBO(K=3, vectorize_particles=False).loss(model, guide, X)
+        assert len(calls) == 1 + 3
+
+    def test_a_bounded_number_where_shapes_are_always_new(self):
+        calls = []
+        model = decoding(lambda z: calls.append(z.dim()) or z @ W)
+        loss = IWAE_ELBO(K=3)
+        for size in range(1, 21):
+            loss.loss(model, guide, torch.zeros(size, 4))
+        assert calls.count(2) == 1 + 8
+
+    def test_it_leaves_the_random_state_and_the_gradients_alone(self):
+        results = []
+        for vectorised_before in (False, True):
+            pyro.clear_param_store()
+            loss, model = IWAE_ELBO(K=5), decoding(lambda z: z @ W)
+            if vectorised_before:
+                loss.loss(model, guide, X)
+            pyro.set_rng_seed(0)
+            value = loss.loss_and_grads(model, guide, X)
+            results.append((value, pyro.param("loc").grad.clone(), torch.rand(())))
+        assert results[0][0] == results[1][0]
+        assert torch.equal(results[0][1], results[1][1])
+        assert torch.equal(results[0][2], results[1][2])
