@@ -23,7 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from .enumeration import is_enumerated, marginalize
 from .traces import PARTICLE_PLATE, Traces
 
-__all__ = ["Site", "plate_key", "read_sites"]
+__all__ = ["Site", "has_no_density", "plate_key", "read_sites"]
 
 
 class Site(NamedTuple):
@@ -114,7 +114,7 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
                 continue
             found = []
             for name, message in trace.nodes.items():
-                if message["type"] != "sample" or _has_no_density(message):
+                if message["type"] != "sample" or has_no_density(message):
                     continue
                 site = Site.read(role, name, message, index)
                 if role == "guide" and rescored is not None:
@@ -149,7 +149,7 @@ def _marginalized(sites: list[Site], model_trace: Any, guide_trace: Any) -> list
     ]
 
 
-def _has_no_density(message: Any) -> bool:
+def has_no_density(message: Any) -> bool:
     """Whether an observed site is there for the record only, as those of ``pyro.deterministic`` are."""
     return message["is_observed"] and (
         message["mask"] is False or getattr(message["fn"], "_mask", None) is False
