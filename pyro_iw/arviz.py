@@ -2,9 +2,9 @@ r"""Importance samples as ArviZ knows posteriors: named dims, groups, one file.
 
 The draws of the posterior are resampled by weight, so that what ArviZ computes from equally weighted draws
 (summaries, PSIS-LOO, predictive checks) holds for them. The copies of a particle stand side by side, the
-particles themselves in random order: ``ess_bulk`` and ``mcse_mean`` of ``az.summary`` then see the copies as the
-correlation of a chain, and fall with the ESS of the weights. They see nothing of what no particle has reached;
-k̂ may. R̂ needs a second chain: ``az.concat`` of several runs by ``dim="chain"``.
+particles themselves in random order: ``ess_bulk`` and ``mcse_mean`` of ``az.summary`` then see the copies as
+the correlation of a chain, and follow the ESS of the weights. They see nothing of what no particle has
+reached; k̂ may. R̂ needs a second run, joined as a second chain.
 
 =====================  =========================================================================
 group                  variables

@@ -4,8 +4,8 @@ Where sites c of the model are enumerated, and x are the data that depend on the
 
 .. math:: \log p(x \mid z) = \log \sum_c p(c, z, x) - \log \sum_c p(c, z),
 
-one number for each index of the plates that c and x share. The second term is zero unless a sampled latent or a
-``pyro.factor`` depends on c.
+one number for each index of the plates that c and x share. The second term is zero unless a sampled latent
+or a ``pyro.factor`` depends on c.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class FusedOptim(PyroOptim):
         clip_args: ``clip_norm`` and ``clip_value`` as in ``PyroOptim``, for each parameter by itself.
 
     Raises:
-        ValueError: if ``optim_constructor`` does not make an optimiser (but is one, or makes a scheduler or one
-            of Pyro's wrappers), or ``optim_args`` is neither a dict nor a function.
+        ValueError: if ``optim_constructor`` does not make an optimiser (but is one, or makes a scheduler or
+            one of Pyro's wrappers), or ``optim_args`` is neither a dict nor a function.
 
     Example:
         >>> optim = FusedOptim(torch.optim.Adam, {"lr": 1e-3})
@@ -196,8 +196,8 @@ class FusedOptim(PyroOptim):
 
 @contextmanager
 def _unfused(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Without the fused kernel of SGD, which takes a momentum either of all parameters or of none: in a step in
-    which some get their first.
+    """Without SGD's fused kernel, in a step in which some parameters get their first momentum: that kernel
+    takes one either of all parameters or of none.
     """
     groups = [
         group
@@ -221,7 +221,9 @@ def _check_constructor(given: Any) -> None:
             "keywords apart: FusedOptim(torch.optim.Adam, {'lr': 1e-3})."
         )
     if not callable(given):
-        raise ValueError(f"optim_constructor must be an optimiser class, such as torch.optim.Adam; got {given!r}")
+        raise ValueError(
+            f"optim_constructor must be an optimiser class, such as torch.optim.Adam; got {given!r}"
+        )
     name = getattr(given, "__name__", "")
     wrappers = [key for key, value in vars(pyro.optim).items() if value is given]
     if wrappers and not isinstance(given, type):
@@ -234,8 +236,8 @@ def _check_constructor(given: Any) -> None:
         )
     if isinstance(given, type) and issubclass(given, PyroOptim):
         raise ValueError(
-            f"{name} is one of Pyro's wrappers around an optimiser, as FusedOptim is. Pass what it wraps, such as "
-            "torch.optim.Adam."
+            f"{name} is one of Pyro's wrappers around an optimiser, as FusedOptim is. Pass what it wraps, "
+            "such as torch.optim.Adam."
         )
     if wrappers and not isinstance(given, type):
         raise ValueError(

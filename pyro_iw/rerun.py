@@ -223,7 +223,7 @@ class Rerun(NamedTuple):
             size = min(step, total - start)
             plate = pyro.plate(PARTICLE_PLATE, size, dim=-1 - self.nesting)
             padded = {name: _padded(latent, self.nesting) for name, latent in chunk.items()}
-            yield self._trace(padded, model, lambda model, plate=plate: around(plate(model))), size
+            yield self._trace(padded, model, around, plate), size
 
     def _single(self, draws: Mapping[str, Latent], index: int) -> dict[str, Any]:
         """The sites of the model on a single draw."""
@@ -234,9 +234,10 @@ class Rerun(NamedTuple):
         data: dict[str, Tensor],
         model: Callable | None = None,
         around: Callable[[Callable], Callable] = lambda model: model,
+        plate: Callable[[Callable], Callable] = lambda model: model,
     ) -> Trace:
-        # What is around may hide it from handlers further out: the minibatch is inside.
-        conditioned = self.minibatch(poutine.condition(model or self.pair.model, data=data))
+        # What is around may hide it from handlers further out: minibatch and plate are inside.
+        conditioned = plate(self.minibatch(poutine.condition(model or self.pair.model, data=data)))
         with torch.no_grad():
             trace = poutine.trace(around(conditioned)).get_trace(*self.pair.args, **self.pair.kwargs)
         return prune_subsample_sites(trace)

@@ -266,8 +266,8 @@ class ImportanceSamples:
     def posterior(self, num_samples: int, method: str = "systematic") -> dict[str, Tensor]:
         """Equally weighted draws from the posterior, by resampling (:math:`q^{(k)}` of Cremer et al., 2017).
 
-        Enumerated sites of the model are there as well, see :meth:`with_enumerated`. Arguments and errors are those of :meth:`resample`. Warns where the weights amount to fewer than 10
-        particles.
+        Enumerated sites of the model are there as well, see :meth:`with_enumerated`. Arguments and errors are
+        those of :meth:`resample`. Warns where the weights amount to fewer than 10 particles.
 
         Returns:
             Draws by site, each of shape ``[num_samples, *batch, *event]``.

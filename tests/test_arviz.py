@@ -237,9 +237,8 @@ class TestGroups:
         data = ImportanceSampler(model, guide, 1000)(x, Y).to_arviz(num_samples=500)
         draws = {"chain": 1, "draw": 500, "data": 3}
         for group in ("posterior", "prior"):
-            assert {str(n): sizes(v) for n, v in data[group].data_vars.items()} == {
-                name: draws for name in ("z", "c", "sum")
-            }
+            found = {str(name): sizes(values) for name, values in data[group].data_vars.items()}
+            assert found == {"z": draws, "c": draws, "sum": draws}
         posterior = data.posterior
         np.testing.assert_allclose(posterior["sum"], posterior["z"] + posterior["c"], rtol=1e-6)
         # c = 0 and c = 1 are symmetric about the middle datapoint: five standard errors.
