@@ -234,7 +234,9 @@ class TestSubsampling:
             for i in pyro.plate("loop", 100, subsample_size=2):
                 pyro.sample(f"z_{i}", normal(0.0, 1.0))
 
-        with pytest.raises(ValueError, match="'loop' is subsampled .*Python loop.* make it a vectorised plate"):
+        with pytest.raises(
+            ValueError, match=r"'loop' is subsampled .*Python loop.* make it a vectorised plate"
+        ):
             IWAE_ELBO(K=4).loss(model, guide)
 
         # The way out.
