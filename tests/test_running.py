@@ -188,7 +188,7 @@ def test_bars_are_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch)
         for _ in range(100):
             bar.set_postfix_str("bound", refresh=False)
             bar.update()
-    assert progress_bar(range(3), show=True).disable == (not terminal)
+    assert bool(progress_bar(range(3), show=True).disable) == (not terminal)
     assert progress_bar(range(3), show=False).disable
     assert bool(stream.getvalue()) == terminal
 
