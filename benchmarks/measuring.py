@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,8 +58,21 @@ def torch_device(text: str) -> torch.device:
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=torch_device, default="cpu", help="a torch device, such as cuda")
     parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads of every contestant")
-    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder for the JSON file")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results/bench"),
+        help="folder for the JSON file; of a smoke run, results/smoke/bench",
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, with a smoke run's results apart, to overwrite no others."""
+    args = parser.parse_args(argv)
+    if args.smoke and args.out is parser.get_default("out"):
+        args.out = Path("results/smoke/bench")
+    return args
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -207,9 +219,8 @@ def run_blocks(
 
 
 def progress(total: int, label: str) -> tqdm:
-    """A progress bar; in a log file it adds a line every ten seconds instead of ten a second."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=label, mininterval=interval, leave=False)
+    """A progress bar, on a terminal alone: a log file would get a line for each look of it."""
+    return tqdm(total=total, desc=label, leave=False, disable=None)
 
 
 # The roofline

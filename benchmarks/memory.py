@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--case", nargs=2, metavar=("WAY", "K"), help="measure this one in this process, and print JSON")
     measuring.add_common_arguments(parser)
-    args = parser.parse_args(argv)
+    args = measuring.parse(parser, argv)
     if args.smoke:
         args.particles, args.batch = [8, 64], 4
     args.particles = sorted(set(args.particles))

@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--block-seconds", type=float, default=0.3, help="how long a block lasts, about")
     add("--checks", type=measuring.positive_int, default=40, help="losses that are averaged and compared")
     measuring.add_common_arguments(parser)
-    args = parser.parse_args(argv)
+    args = measuring.parse(parser, argv)
     if args.smoke:
         args.models, args.sizes, args.rounds, args.block_seconds = args.models[:1], [(4, 3)], 2, 0.0
         args.checks = min(args.checks, 5)

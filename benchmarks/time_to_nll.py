@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=measuring.positive_int, default=3, help="runs of each, for the median")
     add("--nll-particles", type=measuring.positive_int, default=500, help="draws an image of the evaluator")
     measuring.add_common_arguments(parser)
-    args = parser.parse_args(argv)
+    args = measuring.parse(parser, argv)
     if args.smoke:
         args.particles, args.epochs, args.seeds, args.nll_particles = 4, 1, 1, 10
     return args

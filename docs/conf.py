@@ -2,13 +2,14 @@
 
 import doctest
 import os
-from importlib.metadata import version as installed_version
 from pathlib import Path
+
+import pyro_iw
 
 project = "pyro-iw"
 author = "The pyro-iw contributors"
 copyright = author
-release = version = installed_version("pyro-iw")
+release = version = pyro_iw.__version__
 
 extensions = [
     "myst_parser",

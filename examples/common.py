@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from options import add_loss_options, at_smoke_size, new_parser, positive_float, positive_int
 from pyro.infer import SVI
+from running import in_one_line, smoke_apart, step
 from torch import Tensor
 from vae import progress_bar
 
@@ -41,7 +42,9 @@ def training_parser(doc: str, out: str, minibatches: bool = True, **defaults: An
         add("--batch-size", type=positive_int, default=20, help="datapoints a gradient step")
     add("--learning-rate", type=positive_float, default=1e-3, help="at first; it falls to a tenth")
     add("--seed", type=int, default=0, help="of everything random")
-    add("--out", type=Path, default=Path(out), help="folder for the results")
+    add(
+        "--out", type=Path, default=Path(out), help="folder for the results; of a smoke run, in results/smoke"
+    )
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     parser.set_defaults(**defaults)
     return parser
@@ -51,7 +54,7 @@ def parse(
     parser: argparse.ArgumentParser, argv: list[str] | None, smoke: Mapping[str, int]
 ) -> argparse.Namespace:
     """Parse the command line; in a smoke run no size exceeds those of ``smoke``."""
-    return at_smoke_size(parser.parse_args(argv), smoke)
+    return smoke_apart(parser, at_smoke_size(parser.parse_args(argv), smoke))
 
 
 def fit(
@@ -80,12 +83,14 @@ def fit(
     steps = args.epochs * math.ceil(size / batch_size)
     optimiser = pyro.optim.ClippedAdam({"lr": args.learning_rate, "lrd": 0.1 ** (1 / steps)})
     svi = SVI(model, guide, optimiser, loss=loss)
-    history = []
+    history, done = [], 0
     with progress_bar(steps, description) as bar:
         for _ in range(args.epochs):
             total = 0.0
             for rows in torch.randperm(size).split(batch_size):
-                total -= svi.step(*(tensor[rows] for tensor in data))
+                batch = tuple(tensor[rows] for tensor in data)
+                total -= step(svi, batch, args.learning_rate, done)
+                done += 1
                 bar.update()
             history.append(total / size)
             bar.set_postfix_str(f"bound {history[-1]:.2f}", refresh=False)
@@ -114,7 +119,7 @@ def finish(
     start = time.perf_counter()
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
-    try:
+    with in_one_line():
         args.out.mkdir(parents=True, exist_ok=True)
         results = {"settings": {**vars(args), "out": str(args.out)}, **run(args)}
         results["seconds"] = time.perf_counter() - start
@@ -122,10 +127,6 @@ def finish(
         text = re.sub(r"-?\b(NaN|Infinity)\b", "null", json.dumps(results, indent=2))
         (args.out / f"{name}.json").write_text(text + "\n")
         draw(results).savefig(args.out / f"{name}.png", dpi=100)
-    except OSError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: nothing is saved before the end") from None
     print(table(results), f"Took {results['seconds']:.0f} s.", sep="\n")
     print(args.out / f"{name}.json", args.out / f"{name}.png", sep="\n")
     return results

@@ -15,11 +15,11 @@ All bounds are reported in nats per datapoint.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import vae
 from datasets import ImageData
 from options import at_smoke_size, positive_int
+from running import results_folder
 from torch import Tensor, nn
 from vae import VAE
 
@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--channels", type=positive_int, default=16, help="of the finer convolution")
     parser.set_defaults(**DEFAULTS)
     args = at_smoke_size(parser.parse_args(argv), vae.SMOKE)
-    args.out = args.out or Path("results") / f"conv-vae-{args.data}-{args.loss}"
+    args.out = args.out or results_folder(f"conv-vae-{args.data}-{args.loss}", args.smoke)
     return args
 
 

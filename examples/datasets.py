@@ -8,7 +8,9 @@ can be imported.
 from __future__ import annotations
 
 import gzip
+import io
 import math
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ IDX_STEMS = {
     "test_images": "t10k-images-idx3-ubyte",
     "test_labels": "t10k-labels-idx1-ubyte",
 }
+# As torchvision names what it downloads. Train on the one, hold out the other: other characters altogether.
+OMNIGLOT_STEMS = {"train": "images_background", "test": "images_evaluation"}
 
 
 @dataclass(frozen=True)
@@ -161,14 +165,81 @@ def _load_binarized_mnist(folder: Path) -> ImageData:
 
 def _load_omniglot(folder: Path) -> ImageData:
     path = folder / "omniglot_28x28.npz"
+    if path.is_file():
+        return _from_bytes("omniglot", _read_npz(path, tuple(IDX_STEMS)))
+    tried = [str(path)]
+    for root in (folder / "omniglot-py", folder):
+        parts = {part: _characters(root, stem) for part, stem in OMNIGLOT_STEMS.items()}
+        whole = {part: drawings for part, drawings in parts.items() if drawings is not None}
+        if len(whole) == len(parts):
+            return _from_bytes("omniglot", _omniglot_arrays(root, whole))
+        tried.append(f"{root / OMNIGLOT_STEMS['train']} and {OMNIGLOT_STEMS['test']}, as folders or .zip")
+    raise _missing(
+        "omniglot",
+        tried,
+        f"Put omniglot_28x28.npz (keys {', '.join(IDX_STEMS)}; uint8 ink [N, 28, 28]) or "
+        "images_background.zip and images_evaluation.zip into that folder, or name another one with "
+        "--data-dir. torchvision.datasets.Omniglot(root, background=..., download=True), once with True and "
+        "once with False, downloads both.",
+    )
+
+
+# A PNG file's name, for messages, and its content, by character (alphabet/character01).
+Drawings = dict[str, list[tuple[str, bytes]]]
+
+
+def _characters(root: Path, stem: str) -> Drawings | None:
+    """The drawings in a folder or its .zip; ``None`` where there is neither."""
+    found: Drawings = {}
+    if (root / stem).is_dir():
+        for path in sorted((root / stem).glob("*/*/*.png")):
+            found.setdefault(str(path.parent), []).append((str(path), path.read_bytes()))
+        return found
+    path = root / f"{stem}.zip"
     if not path.is_file():
-        raise _missing(
-            "omniglot",
-            [str(path)],
-            f"Put omniglot_28x28.npz (keys {', '.join(IDX_STEMS)}; uint8 ink [N, 28, 28]) into "
-            "that folder, or name another one with --data-dir.",
-        )
-    return _from_bytes("omniglot", _read_npz(path, tuple(IDX_STEMS)))
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in sorted(archive.namelist()):
+                if name.endswith(".png") and not name.startswith("__MACOSX"):
+                    drawing = f"{path}: {name}", archive.read(name)
+                    found.setdefault(str(Path(name).parent), []).append(drawing)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is no .zip file, or a damaged one ({error})") from error
+    return found
+
+
+def _omniglot_arrays(root: Path, parts: dict[str, Drawings]) -> dict[str, np.ndarray]:
+    """Ink 0..255 on 28 × 28 pixels, and the characters' numbers, which go on from training to held out."""
+    arrays, first = {}, 0
+    for part, characters in parts.items():
+        if not characters:
+            raise ValueError(f"{root / OMNIGLOT_STEMS[part]} holds no alphabet/character/*.png")
+        labels = [first + i for i, images in enumerate(characters.values()) for _ in images]
+        ink = [_ink(name, content) for images in characters.values() for name, content in images]
+        arrays[f"{part}_images"], arrays[f"{part}_labels"] = np.stack(ink), np.array(labels)
+        first += len(characters)
+    return arrays
+
+
+def _ink(name: str, content: bytes) -> np.ndarray:
+    """A drawing, black on white, as ink on 28 × 28 pixels: each the mean of the area that it covers."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            ink = 255.0 - np.asarray(image.convert("L"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name} is no image, or a damaged one ({error})") from error
+    rows, columns = (_shares(size) for size in ink.shape)
+    return (rows @ ink @ columns.T).round().astype(np.uint8)
+
+
+def _shares(size: int) -> np.ndarray:
+    """What each of that many pixels in a row has in the mean over each of 28 equal lengths."""
+    edges, pixels = np.linspace(0, size, 29)[:, None], np.arange(size)
+    overlap = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
+    return overlap.clip(0) * 28 / size
 
 
 def _missing(name: str, tried: list[str], advice: str) -> FileNotFoundError:

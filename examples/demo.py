@@ -6,6 +6,7 @@ and writes pictures, a table and a figure that compares the bounds.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import options
 import vae
 from matplotlib.figure import Figure
+from running import in_one_line, smoke_apart
 
 from pyro_iw import IWAE_ELBO
 
@@ -95,12 +97,22 @@ def save_comparison(metrics: dict[str, dict], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     parser = options.new_parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder for results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results/demo"),
+        help="folder for results; of a smoke run, in results/smoke",
+    )
     parser.add_argument("--epochs", type=options.positive_int, default=30, help="of every bound")
     parser.add_argument("--seed", type=int, default=0, help="of every bound")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: a check that it runs")
-    args = parser.parse_args(argv)
+    args = smoke_apart(parser, parser.parse_args(argv))
+    with in_one_line(OSError, ValueError, kept=f"the bounds that were finished are in {args.out}"):
+        return run(args)
 
+
+def run(args: argparse.Namespace) -> dict[str, dict]:
+    """Train with all bounds, and write and print how they compare."""
     start = time.perf_counter()
     metrics: dict[str, dict] = {}
     for number, loss in enumerate(LOSSES, 1):

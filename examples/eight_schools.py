@@ -31,6 +31,7 @@ from options import at_smoke_size, new_parser, positive_int
 from pyro.infer import MCMC, NUTS, SVI
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.ops.stats import effective_sample_size
+from running import in_one_line, smoke_apart
 from torch import Tensor
 from vae import progress_bar
 
@@ -171,22 +172,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-particles", type=positive_int, default=20_000, help="draws from the guide to be weighted")
     add("--nuts-samples", type=positive_int, default=3000, help="draws of NUTS, and of the resampling")
     add("--seed", type=int, default=0, help="of everything random")
-    add("--out", type=Path, default=Path("results/eight-schools"), help="folder for the results")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/eight-schools"),
+        help="folder for the results; of a smoke run, in results/smoke",
+    )
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
-    return at_smoke_size(parser.parse_args(argv), SMOKE)
+    return smoke_apart(parser, at_smoke_size(parser.parse_args(argv), SMOKE))
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    try:
+    with in_one_line(OSError, ImportError):
         require("arviz", "arviz", "posterior.nc")  # now, and not only after the fit
         args.out.mkdir(parents=True, exist_ok=True)
         results, posterior = run(args)
         (args.out / FILES[0]).write_text(json.dumps(results, indent=2) + "\n")
         posterior.to_netcdf(str(args.out / FILES[2]))
         save_figure(results, args.out / FILES[1])
-    except (ImportError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
     print(table(results), *(args.out / name for name in FILES), sep="\n")
     return results
 

@@ -179,7 +179,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options.new_parser(__doc__)
     add = parser.add_argument
     add("run", type=Path, help="folder that vae.py wrote, or its vae.pt")
-    add("--out", type=Path, help="folder for the results (default: evaluation, in the run's folder)")
+    add(
+        "--out",
+        type=Path,
+        help="folder for the results (default: evaluation, of a smoke run "
+        "evaluation-smoke, in the run's folder)",
+    )
     add("--num-particles", type=options.positive_int, default=1000, help="draws from the guide, an image")
     add("--chunk-size", type=options.positive_int, default=100, help="of them in memory at once")
     add("--batch-size", type=options.positive_int, default=100, help="images in memory at once")
@@ -194,7 +199,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.num_particles == 1:
         parser.error("argument --num-particles: must be at least 2, for there to be an error")
     if args.out is None:
-        args.out = (args.run if args.run.is_dir() else args.run.parent) / "evaluation"
+        folder = args.run if args.run.is_dir() else args.run.parent
+        args.out = folder / ("evaluation-smoke" if args.smoke else "evaluation")
     return args
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from datasets import ImageData
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from running import in_one_line, results_folder
 
 from pyro_iw import IWAE_ELBO, ImportanceSampler, active_units
 from pyro_iw.bounds import IWAE
@@ -156,9 +156,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     total = len(cells) * args.seeds
     # Seed by seed, so that the grid is whole from early on.
     jobs = [(seed, cell) for seed in range(args.seeds) for cell in cells]
-    for number, (seed, cell) in enumerate(jobs, 1):
-        path = folder / f"{cell.file}-seed-{seed}.json"
-        results = finished(path, settings)
+    paths = [folder / f"{cell.file}-seed-{seed}.json" for seed, cell in jobs]
+    # All of them before the first run: what is of other settings would stop the grid midway.
+    known = [finished(path, settings) for path in paths]
+    for number, ((seed, cell), path, results) in enumerate(zip(jobs, paths, known, strict=True), 1):
         if results is None:
             print(f"[{number}/{total}] {cell.name}, seed {seed}", flush=True)
             results = train_and_measure(cell, seed, data, args)
@@ -259,7 +260,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--nll-particles", type=options.positive_int, default=1000, help="draws an image for log p̂ and ESS")
     add("--train-size", type=options.positive_int, help="use that many training images")
     add("--test-size", type=options.positive_int, help="use that many held-out images")
-    add("--out", type=Path, help="folder for the results (default: results/mk-grid-<data>)")
+    add(
+        "--out",
+        type=Path,
+        help="folder for the results (default: results/mk-grid-<data>, of a smoke run in results/smoke)",
+    )
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     args = options.at_smoke_size(parser.parse_args(argv), SMOKE)
     if args.smoke:
@@ -267,25 +272,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.nll_particles < args.budget:
         parser.error(f"argument --nll-particles: must be at least the budget, {args.budget}")
     if args.out is None:
-        args.out = Path("results") / f"mk-grid-{args.data}"
+        args.out = results_folder(f"mk-grid-{args.data}", args.smoke)
     return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     start = time.perf_counter()
-    try:
+    with in_one_line(OSError, ValueError, kept=f"the finished runs are kept in {args.out / 'runs'}"):
         results = run(args)
         table = format_table(results)
         write_json(args.out / "grid.json", results)
         write_bytes(args.out / "grid.md", f"{table}\n".encode())
         save_figure(results, args.out / "grid.png")
         save_learning_curves(results, args.out / "learning_curves.png")
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        print(f"interrupted: the finished runs are kept in {args.out / 'runs'}", file=sys.stderr)
-        raise SystemExit(130) from None
     print(f"{table}\nTables and pictures are in {args.out}/. Took {time.perf_counter() - start:.0f} s.")
     return results
 

@@ -29,6 +29,7 @@ import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
 from options import new_parser, positive_int, torch_device
+from running import in_one_line, smoke_apart
 from torch import Tensor
 from vae import progress_bar
 
@@ -282,7 +283,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-draws", type=positive_int, default=4000, help="of a ratio too close to its floor")
     add("--max-k", type=positive_int, default=256, help="largest number of particles; powers of 4 up to it")
     add("--seed", type=int, default=0, help="of everything random")
-    add("--out", type=Path, default=Path("results/snr"), help="folder for the log and the figure")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/snr"),
+        help="folder for the results; of a smoke run, in results/smoke",
+    )
     add("--device", type=torch_device, default="cpu", help="a torch device, such as cuda")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     args = parser.parse_args(argv)
@@ -291,6 +297,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.smoke:
         for name, value in SMOKE.items():
             setattr(args, name, min(getattr(args, name), value))
+    smoke_apart(parser, args)
     # Each once, in the order given.
     args.bounds, args.estimators = list(dict.fromkeys(args.bounds)), list(dict.fromkeys(args.estimators))
     return args
@@ -299,15 +306,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     start = time.perf_counter()
-    try:
+    with in_one_line():
         args.out.mkdir(parents=True, exist_ok=True)
         results = run(args)
         # JSON knows no NaN, which the slope of a single point is.
         text = json.dumps(results, indent=2).replace("NaN", "null")
         (args.out / "snr.json").write_text(text + "\n")
         save_figure(results, args.out / "snr.png")
-    except OSError as error:
-        raise SystemExit(f"error: {error}") from None
     print(table(results))
     print(f"{args.out / 'snr.json'}\n{args.out / 'snr.png'}\nTook {time.perf_counter() - start:.0f} s.")
     return results

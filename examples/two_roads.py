@@ -297,7 +297,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add("--test-size", type=positive_int, default=10_000, help="held-out images, at most")
     add("--seeds", type=positive_int, default=3, help="runs of each")
     add("--seed", type=int, default=0, help="the first of them")
-    add("--out", type=Path, default=Path("results/two-roads"), help="folder for the results")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/two-roads"),
+        help="folder for the results; of a smoke run, in results/smoke",
+    )
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     return finish(parse(parser, argv, SMOKE), "two_roads", run, draw, table)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from options import (
     torch_device,
 )
 from pyro.infer import ELBO, SVI
+from running import in_one_line, results_folder, step
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -133,9 +133,8 @@ class VAE(nn.Module):
 
 
 def progress_bar(total: int, description: str) -> tqdm:
-    """A progress bar; in a log file it adds a line every ten seconds instead of ten a second."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=description, mininterval=interval, leave=False)
+    """A progress bar, on a terminal alone: a log file would get a line for each look of it."""
+    return tqdm(total=total, desc=description, leave=False, disable=None)
 
 
 def train(
@@ -177,6 +176,7 @@ def train(
     heldout_losses = {"heldout_bound": loss} if heldout_losses is None else heldout_losses
     generator = torch.Generator(images.device).manual_seed(seed)
     history: list[dict[str, float]] = []
+    done = 0
     with progress_bar(epochs * math.ceil(len(images) / batch_size), description) as bar:
         for epoch in range(1, epochs + 1):
             start = time.perf_counter()
@@ -184,7 +184,8 @@ def train(
             order = torch.randperm(len(images), generator=generator, device=images.device)
             for rows in order.split(batch_size):
                 batch = images[rows] if binary else binarize(images[rows], generator)
-                step_loss = svi.step(batch)
+                step_loss = step(svi, (batch,), learning_rate, done)
+                done += 1
                 total -= step_loss
                 postfix = f"epoch {epoch}/{epochs}, train bound {-step_loss / len(rows):.2f}"
                 bar.set_postfix_str(postfix, refresh=False)
@@ -315,7 +316,11 @@ def make_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add("--nll-particles", type=positive_int, default=1000, help="draws an image for the NLL")
     add("--train-size", type=positive_int, help="use that many training images")
     add("--test-size", type=positive_int, help="use that many held-out images")
-    add("--out", type=Path, help="folder for the results (default: results/vae-<data>-<loss>)")
+    add(
+        "--out",
+        type=Path,
+        help="folder for the results (default: results/vae-<data>-<loss>, of a smoke run in results/smoke)",
+    )
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     return parser
 
@@ -325,7 +330,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = at_smoke_size(parser.parse_args(argv), SMOKE)
     if args.out is None:
-        args.out = Path("results") / f"vae-{args.data}-{args.loss}"
+        args.out = results_folder(f"vae-{args.data}-{args.loss}", args.smoke)
     return args
 
 
@@ -374,6 +379,10 @@ def run(
         heldout_losses={"heldout_bound": loss, **(heldout_losses or {})},
         description=f"{args.loss} on {args.data}",
     )
+    settings = {**as_settings(args), "train_images": len(images), "heldout_images": len(heldout)}
+    # First what took longest to make, and from the CPU, so that a machine without this device can load it.
+    state = {name: tensor.cpu() for name, tensor in vae.state_dict().items()}
+    checkpoint.write_torch(args.out / "vae.pt", {"state_dict": state, "settings": settings})
     results: dict[str, float] = dict(
         evaluate(
             vae,
@@ -389,15 +398,10 @@ def run(
     results["training_seconds"] = training_seconds
     results["seconds_per_epoch"] = training_seconds / len(history)
 
-    save_pictures(vae, heldout, data, history, args)
     results["wall_seconds"] = time.perf_counter() - start
-
-    settings = {**as_settings(args), "train_images": len(images), "heldout_images": len(heldout)}
     metrics = {"settings": settings, "history": history, "results": results}
     checkpoint.write_json(args.out / "metrics.json", metrics)
-    # From the CPU, so that a machine without this device can load it.
-    state = {name: tensor.cpu() for name, tensor in vae.state_dict().items()}
-    checkpoint.write_torch(args.out / "vae.pt", {"state_dict": state, "settings": settings})
+    save_pictures(vae, heldout, data, history, args)
     return metrics
 
 
@@ -469,12 +473,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def report(args: argparse.Namespace, build: Callable[[ImageData, int], VAE] = fully_connected) -> dict:
     """:func:`run`, with its results printed and what is wrong with its data or files in one line."""
-    try:
+    with in_one_line(OSError, ValueError, kept="nothing is saved before the end of training"):
         metrics = run(args, build=build)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: nothing is saved before the end") from None
     print(f"{args.loss} on {args.data}, {args.epochs} epochs\n{summary(metrics)}")
     print("\n".join(str(path) for path in sorted(args.out.iterdir())))
     return metrics

@@ -1,16 +1,21 @@
 r"""Importance samples as ArviZ knows posteriors: named dims, groups, one file.
 
 The draws of the posterior are resampled by weight, so that what ArviZ computes from equally weighted draws
-(summaries, PSIS-LOO, predictive checks) holds for them. They are independent given the particles: their ESS
-and R̂ in ``az.summary`` say nothing of the weights, whose own diagnostics are in ``sample_stats``.
+(summaries, PSIS-LOO, predictive checks) holds for them. The copies of a particle stand side by side, the
+particles themselves in random order: ``ess_bulk`` and ``mcse_mean`` of ``az.summary`` then see the copies as
+the correlation of a chain, and follow the ESS of the weights. They see nothing of what no particle has
+reached; k̂ may. R̂ needs a second run, joined as a second chain.
 
 =====================  =========================================================================
 group                  variables
 =====================  =========================================================================
-posterior              latent and deterministic sites, resampled, ``[chain=1, draw, *batch, *event]``
-sample_stats           ``log_p``, ``log_q``, ``log_weight`` of each draw ``[chain, draw, *cells]`` and
-                       ``ess``, ``khat`` of each cell ``[*cells]``
-log_likelihood         observed sites, ``[chain, draw, *batch]``, in nats; 0 where masked
+posterior              latent, enumerated and deterministic sites, ``[chain=1, draw, *batch, *event]``
+sample_stats           of each draw, ``[chain, draw, *cells]``: ``lp``, the log joint density of latents
+                       and data, ``log_q``, the guide's, and ``log_weight``
+weight_stats           of the weights in each cell, ``[chain, *cells]``: ``ess``, ``khat``,
+                       ``log_marginal``
+log_likelihood         observed sites, ``[chain, draw, *batch]``, in nats; 0 where masked; enumerated
+                       sites summed out, see :meth:`~pyro_iw.ImportanceSamples.log_likelihood`
 posterior_predictive   observed sites sampled anew, ``[chain, draw, *batch, *event]``
 prior                  latent and deterministic sites drawn from the model
 prior_predictive       observed sites drawn from the model
@@ -28,7 +33,6 @@ from __future__ import annotations
 import datetime
 import inspect
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +41,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from .bounds import positive_integer
-from .optional import require
+from .optional import is_arviz_0, require
 from .psis import warn_of_khat
 
 if TYPE_CHECKING:
@@ -88,8 +92,6 @@ def to_arviz(
         ValueError: if ``dims`` names an unknown site or has too many names for one, two variables have a dim
             of one name and different sizes, ``coords`` names an unknown dim or has the wrong length, or a
             cell has no living particle.
-        NotImplementedError: if the model has enumerated sites; pass ``log_likelihood=False``,
-            ``predictive=False`` to do without these and the observed data.
 
     Example:
         >>> samples = ImportanceSampler(model, guide, num_particles=2000)(data)
@@ -102,13 +104,15 @@ def to_arviz(
     names = _Names(samples, dims or {})
     if not samples.is_smoothed:  # which has warned
         warn_of_khat(samples.khat, samples.num_particles)
-    indices = samples.resample(num_samples)
-    draws = samples.take(indices)
-    shown = _shown(samples, draws, needed=log_likelihood or predictive)
+    indices = _copies_together(samples.resample(num_samples), samples.num_particles)
+    draws = samples.complete(indices)
+    latents = samples.as_latents(draws)
+    shown = samples.rerun.observed(latents)
     data = {name: site for name, site in shown.items() if site.log_prob is not None}
     if constant_data is None:
         constant_data = _constants(samples, [site.values for site in data.values()])
-    names.check({*samples.latents, *shown, *constant_data})
+    likelihood = samples.rerun.log_likelihood(latents, shown) if log_likelihood else {}
+    names.check({*latents, *shown, *constant_data, *likelihood})
 
     def on_draws(values: Mapping[str, Tensor], sites: Mapping[str, Latent | Observed]) -> Variables:
         return {
@@ -119,10 +123,10 @@ def to_arviz(
     deterministic = {name: site for name, site in shown.items() if site.log_prob is None}
     groups: dict[str, Variables] = {
         "posterior": {
-            **on_draws(draws, samples.latents),
+            **on_draws(draws, latents),
             **on_draws({name: site.values for name, site in deterministic.items()}, deterministic),
         },
-        "sample_stats": _sample_stats(samples, indices, names),
+        **_stats(samples, indices, names),
         "observed_data": {
             name: names.variable(name, site.values, site.frames, site.event_dim)
             for name, site in data.items()
@@ -134,26 +138,35 @@ def to_arviz(
     }
     if log_likelihood:
         groups["log_likelihood"] = {
-            name: names.variable(name, site.log_prob, site.frames, site.event_dim, _DRAWS, is_density=True)
-            for name, site in data.items()
-            if site.log_prob is not None
+            name: names.variable(
+                name,
+                part.log_prob,
+                part.frames,
+                shown[name].event_dim if name in shown else 0,
+                _DRAWS,
+                is_density=True,
+            )
+            for name, part in likelihood.items()
         }
     if predictive and data:
-        new = samples.rerun.sample_given(samples.as_latents(draws), data)
+        new = samples.rerun.sample_given(latents, data)
         groups["posterior_predictive"] = on_draws(new, data)
     if prior:
-        unobserved: dict[str, Latent | Observed] = {**samples.latents, **deterministic}
+        unobserved: dict[str, Latent | Observed] = {**latents, **deterministic}
         new = samples.rerun.sample_prior(num_samples, {**unobserved, **data})
         groups |= {"prior": on_draws(new, unobserved), "prior_predictive": on_draws(new, data)}
     labels = names.labels(groups, coords or {})
-    return wrap({name: _dataset(group, labels, samples) for name, group in groups.items() if group})
+    data_sets = {name: _dataset(group, labels, samples) for name, group in groups.items() if group}
+    if samples.rerun.enumerated and "log_likelihood" in data_sets:
+        names_out = {name for part in likelihood.values() for name in part.summed_out}
+        data_sets["log_likelihood"].attrs["summed_out"] = ", ".join(sorted(names_out))
+    return wrap(data_sets)
 
 
-def _shown(samples: ImportanceSamples, draws: dict[str, Tensor], needed: bool) -> dict[str, Observed]:
-    """What the model shows on the draws; nothing where it cannot be run on them and need not be."""
-    if samples.rerun.enumerated and not needed:
-        return {}
-    return samples.observed(draws)
+def _copies_together(indices: Tensor, num_particles: int) -> Tensor:
+    """The indices ``[n, *cells]`` of resampled particles, in random order but for copies of the same one."""
+    order = torch.rand((num_particles, *indices.shape[1:]), dtype=torch.float64, device=indices.device)
+    return indices.gather(0, order.gather(0, indices).argsort(0))
 
 
 class _Names:
@@ -181,14 +194,14 @@ class _Names:
         leading: tuple[str, ...] = (),
         is_density: bool = False,
     ) -> tuple[tuple[str, ...], np.ndarray]:
-        """Dims and values of a variable, with a chain of its own in front of its draws.
+        """Dims and values of a variable, with a chain of its own in front.
 
         Arguments:
             name: of the site.
-            values: of shape ``[*batch, *event]``, behind the draws if there are ``leading`` dims.
+            values: of shape ``[*batch, *event]``, behind the draws if they are among the ``leading`` dims.
             frames: the plates around the site.
             event_dim: the site's number of event dims.
-            leading: ``("chain", "draw")``, or nothing for what is no draw.
+            leading: ``("chain", "draw")``, ``("chain",)`` for what is one number a run, or nothing.
             is_density: whether the values are log densities, without the event dims.
         """
         array = _as_array(values)
@@ -236,7 +249,11 @@ class _Names:
 
 
 def _as_array(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    # NumPy has no bfloat16, and netCDF no float16 either.
+    half = values.dtype in (torch.bfloat16, torch.float16)
+    return (values.float() if half else values).detach().cpu().numpy()
 
 
 def _over_plates(
@@ -257,24 +274,27 @@ def _over_plates(
     return array if expanded.shape == array.shape else expanded.copy()  # one that can be written to
 
 
-def _sample_stats(samples: ImportanceSamples, indices: Tensor, names: _Names) -> Variables:
-    stats: Variables = {}
+def _stats(samples: ImportanceSamples, indices: Tensor, names: _Names) -> dict[str, Variables]:
+    """The groups on draws, and on the weights they were drawn by."""
     # Cells have no dims but those of the kept plates, side by side.
     count = len(samples.frames)
     frames = [frame._replace(dim=i - count) for i, frame in enumerate(samples.frames)]
-    per_draw = {"log_p": samples.log_p, "log_q": samples.log_q, "log_weight": samples.log_weights}
-    for name, values in per_draw.items():
-        stats[name] = names.variable(name, values.gather(0, indices), frames, 0, _DRAWS)
-    for name, values in {"ess": samples.ess, "khat": samples.khat}.items():
-        stats[name] = names.variable(name, values, frames, 0)
-    return stats
+    per_draw = {"lp": samples.log_p, "log_q": samples.log_q, "log_weight": samples.log_weights}
+    per_cell = {"ess": samples.ess, "khat": samples.khat, "log_marginal": samples.log_marginal}
+    return {
+        "sample_stats": {
+            name: names.variable(name, values.gather(0, indices), frames, 0, _DRAWS)
+            for name, values in per_draw.items()
+        },
+        "weight_stats": {
+            name: names.variable(name, values, frames, 0, _DRAWS[:1]) for name, values in per_cell.items()
+        },
+    }
 
 
 def _constants(samples: ImportanceSamples, observed: Sequence[Tensor]) -> dict[str, Tensor]:
     """Tensors among the model's arguments, by the model's names for them, that are not observed."""
     pair = samples.rerun.pair
-    if samples.rerun.enumerated:
-        return {}  # the model has not been run again, so what is observed is not known
     model = pair.model.forward if isinstance(pair.model, torch.nn.Module) else pair.model
     bound = inspect.signature(model).bind(*pair.args, **pair.kwargs).arguments
     return {
@@ -288,16 +308,20 @@ def _constants(samples: ImportanceSamples, observed: Sequence[Tensor]) -> dict[s
 
 
 def _dataset(group: Variables, labels: Mapping[str, Any], samples: ImportanceSamples) -> Any:
+    from . import __version__  # which imports this module's users first
+
     xarray = require("xarray", "arviz", "to_arviz")
     used = {dim for dims, _ in group.values() for dim in dims}
     coords: dict[str, Any] = {dim: labels[dim] for dim in used if dim in labels}
     for dims, array in group.values():
-        if dims[:2] == _DRAWS:
-            coords |= {"chain": np.arange(1), "draw": np.arange(array.shape[1])}
+        if "chain" in dims:
+            coords["chain"] = np.arange(1)
+        if "draw" in dims:
+            coords["draw"] = np.arange(array.shape[1])
     attributes = {
         "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         "inference_library": "pyro_iw",
-        "inference_library_version": version("pyro-iw"),
+        "inference_library_version": __version__,
         "num_particles": samples.num_particles,
     }
     return xarray.Dataset(dict(group), coords=coords, attrs=attributes)
@@ -306,6 +330,6 @@ def _dataset(group: Variables, labels: Mapping[str, Any], samples: ImportanceSam
 def _container() -> Any:
     """What makes one object of the groups, in the installed ArviZ's own kind."""
     arviz = require("arviz", "arviz", "to_arviz")
-    if hasattr(arviz, "InferenceData"):
+    if is_arviz_0(arviz):
         return lambda groups: arviz.InferenceData(**groups)
     return require("xarray", "arviz", "to_arviz").DataTree.from_dict

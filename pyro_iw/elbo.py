@@ -14,7 +14,7 @@ import math
 import numbers
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, TypedDict, TypeGuard
 
 import torch
 from pyro.infer.elbo import ELBO
@@ -34,7 +34,21 @@ from .surrogate import Estimate
 from .traces import Pair, Route, Traces, trace_pair
 from .warn import warn
 
-__all__ = ["ImportanceWeightedELBO"]
+__all__ = ["ImportanceWeightedELBO", "Keywords"]
+
+
+class Keywords(TypedDict, total=False):
+    """The keywords of :class:`ImportanceWeightedELBO`, for its subclasses to pass on."""
+
+    estimator: str
+    plates: str | Iterable[str] | None
+    kl_weight: float | Callable[[int], float]
+    vectorize_particles: bool
+    chunk_size: int | None
+    backward_particles: int | None
+    max_plate_nesting: float
+    strict_enumeration_warning: bool
+    compile: bool
 
 
 class ImportanceWeightedELBO(ELBO):

@@ -129,6 +129,7 @@ def _contract(
             "scale": scale,
             "infer": {},
             "cond_indep_stack": tuple(frames[symbol] for symbol in ordinal),
+            "absorbed": names,
             # Sampled by the guide, but with a prior that depends on what is enumerated.
             "absorbed_latents": [name for name in names if name in guide_trace.nodes],
         }

@@ -17,7 +17,17 @@ from torch import Tensor
 from .enumeration import is_enumerated
 from .traces import PARTICLE_PLATE, Traces
 
-__all__ = ["Latent", "cat", "enumerated_sites", "join", "own_frames", "own_shape", "place", "read_latents"]
+__all__ = [
+    "Enumerated",
+    "Latent",
+    "cat",
+    "enumerated_sites",
+    "join",
+    "own_frames",
+    "own_shape",
+    "place",
+    "read_latents",
+]
 
 
 class Latent(NamedTuple):
@@ -55,10 +65,27 @@ def read_latents(traces: Traces) -> dict[str, Latent]:
     return join(found, traces.num_particles)
 
 
-def enumerated_sites(traces: Traces) -> list[str]:
-    """Names of the model's sites that are summed out."""
+class Enumerated(NamedTuple):
+    """A site that is summed out.
+
+    Attributes:
+        event_dim: its number of event dims.
+        frames: the plates around it.
+    """
+
+    event_dim: int
+    frames: tuple[CondIndepStackFrame, ...]
+
+
+def enumerated_sites(traces: Traces) -> dict[str, Enumerated]:
+    """The model's sites that are summed out."""
     pair = traces.pairs[0]
-    return [name for name, site in pair.model.nodes.items() if is_enumerated(name, site, pair.guide)]
+    sites: dict[str, Any] = dict(pair.model.nodes)
+    return {
+        name: Enumerated(site["fn"].event_dim, own_frames(site))
+        for name, site in sites.items()
+        if is_enumerated(name, site, pair.guide)
+    }
 
 
 def cat(parts: Sequence[Latent]) -> Latent:

@@ -2,17 +2,49 @@ r"""The losses by name: a bound of :mod:`~pyro_iw.bounds` each, built from the b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from . import bounds
-from .elbo import ImportanceWeightedELBO
+from .elbo import ImportanceWeightedELBO, Keywords
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
 
 __all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "TVO_ELBO", "VR_ELBO"]
 
 
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+
+def _spelled_out(init: _Init) -> _Init:
+    """Name the base class's keywords in a signature, for help and completion.
+
+    Type checkers read them off :class:`Keywords`.
+    """
+    *own, _ = inspect.signature(init).parameters.values()
+    keywords = inspect.signature(ImportanceWeightedELBO.__init__).parameters.values()
+    passed_on = [parameter for parameter in keywords if parameter.kind is parameter.KEYWORD_ONLY]
+    signature = inspect.Signature([*own, *passed_on], return_annotation=None)
+    init.__signature__ = signature  # type: ignore[attr-defined]
+    return init
+
+
 class _NamedELBO(ImportanceWeightedELBO):
     """A loss named after its bound and built from the bound's own arguments."""
+
+    def __init__(self, bound: bounds.Bound, **keywords: Unpack[Keywords]) -> None:
+        known = list(inspect.signature(type(self)).parameters)
+        for name in keywords:
+            if name not in Keywords.__annotations__:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"Did you mean {close[0]!r}?" if close else f"It takes {', '.join(known)}."
+                raise TypeError(
+                    f"{type(self).__name__}() got an unexpected keyword argument {name!r}. {hint}"
+                )
+        super().__init__(bound, **keywords)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({bounds.describe(self.bound)}{self._options()})"
@@ -44,7 +76,8 @@ class IWAE_ELBO(_NamedELBO):
         >>> loss = svi.step(data)
     """
 
-    def __init__(self, K: int, **keywords: Any) -> None:
+    @_spelled_out
+    def __init__(self, K: int, **keywords: Unpack[Keywords]) -> None:
         super().__init__(bounds.IWAE(K), **keywords)
 
 
@@ -74,7 +107,8 @@ class MIWAE_ELBO(_NamedELBO):
         >>> loss = svi.step(data)
     """
 
-    def __init__(self, M: int, K: int, **keywords: Any) -> None:
+    @_spelled_out
+    def __init__(self, M: int, K: int, **keywords: Unpack[Keywords]) -> None:
         super().__init__(bounds.MIWAE(M, K), **keywords)
 
 
@@ -103,7 +137,8 @@ class CIWAE_ELBO(_NamedELBO):
         >>> loss = svi.step(data)
     """
 
-    def __init__(self, K: int, beta: float, **keywords: Any) -> None:
+    @_spelled_out
+    def __init__(self, K: int, beta: float, **keywords: Unpack[Keywords]) -> None:
         super().__init__(bounds.CIWAE(K, beta), **keywords)
 
 
@@ -135,7 +170,8 @@ class PIWAE_ELBO(_NamedELBO):
         >>> loss = svi.step(data)
     """
 
-    def __init__(self, M: int, K: int, **keywords: Any) -> None:
+    @_spelled_out
+    def __init__(self, M: int, K: int, **keywords: Unpack[Keywords]) -> None:
         super().__init__(bounds.PIWAE(M, K), **keywords)
 
 
@@ -164,7 +200,8 @@ class VR_ELBO(_NamedELBO):
         >>> loss = svi.step(data)
     """
 
-    def __init__(self, alpha: float, K: int, **keywords: Any) -> None:
+    @_spelled_out
+    def __init__(self, alpha: float, K: int, **keywords: Unpack[Keywords]) -> None:
         super().__init__(bounds.VR(alpha, K), **keywords)
 
 
@@ -195,5 +232,6 @@ class TVO_ELBO(_NamedELBO):
         >>> loss = svi.step(data)
     """
 
-    def __init__(self, K: int, partitions: int | Sequence[float], **keywords: Any) -> None:
+    @_spelled_out
+    def __init__(self, K: int, partitions: int | Sequence[float], **keywords: Unpack[Keywords]) -> None:
         super().__init__(bounds.TVO(K, partitions), **keywords)

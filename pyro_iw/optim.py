@@ -8,7 +8,8 @@ or multi-tensor kernels do their work in one call.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -27,8 +28,10 @@ class FusedOptim(PyroOptim):
 
     Takes the same steps as ``PyroOptim`` with the same arguments, and reads and writes the same state; a
     scheduler of :mod:`torch.optim.lr_scheduler` goes on :attr:`optimizer`, once a step has made it.
-    Parameters that appear later join as they come. A step leaves ``.grad`` at None, as
-    :meth:`torch.optim.Optimizer.zero_grad` does, where Pyro leaves zeros.
+    Parameters that appear later join as they come, and those that model and guide leave out in a step rest. A
+    parameter that they use, but that the loss does not depend on, has a gradient of zero once it has had
+    another, as under Pyro: momentum and the running means of Adam move it on. A step leaves ``.grad`` at
+    None, as :meth:`torch.optim.Optimizer.zero_grad` does, where Pyro leaves zeros.
 
     Arguments:
         optim_constructor: an optimiser class of :mod:`torch.optim`, or a function that makes one from
@@ -38,6 +41,10 @@ class FusedOptim(PyroOptim):
             constructor has it and the parameters allow it, unless ``fused``, ``foreach`` or
             ``differentiable`` is among them.
         clip_args: ``clip_norm`` and ``clip_value`` as in ``PyroOptim``, for each parameter by itself.
+
+    Raises:
+        ValueError: if ``optim_constructor`` does not make an optimiser (but is one, or makes a scheduler or
+            one of Pyro's wrappers), or ``optim_args`` is neither a dict nor a function.
 
     Example:
         >>> optim = FusedOptim(torch.optim.Adam, {"lr": 1e-3})
@@ -53,6 +60,12 @@ class FusedOptim(PyroOptim):
         optim_args: dict[str, Any] | Callable[..., dict[str, Any]],
         clip_args: dict[str, float] | Callable[..., dict[str, float]] | None = None,
     ) -> None:
+        _check_constructor(optim_constructor)
+        if not (callable(optim_args) or isinstance(optim_args, dict)):
+            raise ValueError(
+                "optim_args must be a dict of the optimiser's keywords, such as {'lr': 1e-3}, or a function "
+                f"of a parameter's name that returns one; got {optim_args!r}"
+            )
         super().__init__(optim_constructor, optim_args, clip_args)
         self._make = optim_constructor
         #: The optimiser, None before the first step.
@@ -62,6 +75,8 @@ class FusedOptim(PyroOptim):
         # itself.
         self._shares_groups = getattr(optim_constructor, "__module__", "").startswith("torch.optim")
         self._known: set[Tensor] = set()
+        # Those that have had a gradient, which Pyro would fill with zeros.
+        self._moved: set[Tensor] = set()
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Take a step.
@@ -74,9 +89,15 @@ class FusedOptim(PyroOptim):
         params = set(params)
         if not params:
             return
-        if not params <= self._known:
+        new = not params <= self._known
+        if new:
             self._add(params - self._known)
         for param in params:
+            if param.grad is not None:
+                new = new or param not in self._moved
+                self._moved.add(param)
+            elif param in self._moved:
+                param.grad = torch.zeros_like(param)
             if self.grad_clip[param] is not None:
                 self.grad_clip[param](param)
         # Another loss may have left gradients in parameters that are none of this step's.
@@ -91,7 +112,8 @@ class FusedOptim(PyroOptim):
             for group in self.optimizer.param_groups
             if params.isdisjoint(group["params"])
         ]
-        self.optimizer.step(*args, **kwargs)
+        with _unfused(self.optimizer) if new else nullcontext():
+            self.optimizer.step(*args, **kwargs)
         for group, options in resting:
             group.update(options)
         for param in params:
@@ -111,6 +133,11 @@ class FusedOptim(PyroOptim):
             options = self._options(param)
             # An optimiser of its own fills in defaults, and casts the state to the parameter's dtype.
             alone = self._make([param], **options)
+            if not isinstance(alone, torch.optim.Optimizer):
+                raise ValueError(
+                    f"optim_constructor has made a {type(alone).__name__} of parameters, not a "
+                    "torch.optim.Optimizer. Pass an optimiser class, such as torch.optim.Adam."
+                )
             saved = self._state_waiting_to_be_consumed.pop(store.param_name(param), None)
             if saved is not None:
                 group = {**saved["param_groups"][0], **_kernel(options)}
@@ -165,6 +192,71 @@ class FusedOptim(PyroOptim):
         self._state_waiting_to_be_consumed = {**self.get_state(), **state_dict}
         self.optimizer = None
         self._known.clear()
+
+
+@contextmanager
+def _unfused(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Without SGD's fused kernel, in a step in which some parameters get their first momentum: that kernel
+    takes one either of all parameters or of none.
+    """
+    groups = [
+        group
+        for group in optimizer.param_groups
+        if isinstance(optimizer, torch.optim.SGD) and group.get("fused") and group["momentum"]
+    ]
+    for group in groups:
+        group["fused"] = False
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["fused"] = True
+
+
+def _check_constructor(given: Any) -> None:
+    """Refuse what makes no optimiser out of parameters, and say what does."""
+    if isinstance(given, PyroOptim | torch.optim.Optimizer):
+        raise ValueError(
+            f"optim_constructor is an object, a {type(given).__name__} made already. Pass the class and its "
+            "keywords apart: FusedOptim(torch.optim.Adam, {'lr': 1e-3})."
+        )
+    if not callable(given):
+        raise ValueError(
+            f"optim_constructor must be an optimiser class, such as torch.optim.Adam; got {given!r}"
+        )
+    name = getattr(given, "__name__", "")
+    wrappers = [key for key, value in vars(pyro.optim).items() if value is given]
+    if wrappers and not isinstance(given, type):
+        name = wrappers[0]
+    if _is_scheduler(given) or (wrappers and _is_scheduler(getattr(torch.optim.lr_scheduler, name, None))):
+        raise ValueError(
+            f"{name} is a scheduler of the learning rate, not an optimiser. Pass the optimiser, "
+            "FusedOptim(torch.optim.Adam, {'lr': 1e-3}); after the first step put the scheduler on its "
+            f"attribute optimizer: torch.optim.lr_scheduler.{name}(optim.optimizer, ...)."
+        )
+    if isinstance(given, type) and issubclass(given, PyroOptim):
+        raise ValueError(
+            f"{name} is one of Pyro's wrappers around an optimiser, as FusedOptim is. Pass what it wraps, "
+            "such as torch.optim.Adam."
+        )
+    if wrappers and not isinstance(given, type):
+        raise ValueError(
+            f"pyro.optim.{name} makes an optimiser for each parameter. Pass the class that it does so with: "
+            f"FusedOptim({_wrapped_by(name)}, ...)."
+        )
+
+
+def _is_scheduler(given: Any) -> bool:
+    kinds = (torch.optim.lr_scheduler.LRScheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    return isinstance(given, type) and issubclass(given, kinds)
+
+
+def _wrapped_by(name: str) -> str:
+    """The optimiser class behind a function of :mod:`pyro.optim`."""
+    if hasattr(torch.optim, name):
+        return f"torch.optim.{name}"
+    modules = {"ClippedAdam": "clipped_adam", "DCTAdam": "dct_adam", "AdagradRMSProp": "adagrad_rmsprop"}
+    return f"pyro.optim.{modules[name]}.{name}" if name in modules else "torch.optim.Adam"
 
 
 def _kernel(options: dict[str, Any]) -> dict[str, Any]:

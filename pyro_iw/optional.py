@@ -6,7 +6,7 @@ import importlib
 import warnings
 from typing import Any
 
-__all__ = ["require"]
+__all__ = ["is_arviz_0", "require"]
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
@@ -32,3 +32,11 @@ def require(module: str, extra: str, purpose: str) -> Any:
             f"{purpose} needs {module.partition('.')[0]}, which is not installed: "
             f"pip install 'pyro-iw[{extra}]'"
         ) from error
+
+
+def is_arviz_0(arviz: Any) -> bool:
+    """Whether this ArviZ is of version 0, with an ``InferenceData`` of its own.
+
+    Version 1 still has the name, for a ``DataTree`` and a warning.
+    """
+    return "InferenceData" in vars(arviz)

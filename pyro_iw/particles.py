@@ -307,7 +307,10 @@ def _check_subsampling(sites: list[Site], kept: tuple[CondIndepStackFrame, ...])
             if plate_key(frame) in keys or not _is_subsampled(frame):
                 continue
             outside = [other for other in sites if not other.inside(frame)]
-            if not outside:
+            if not frame.vectorized:
+                reason = "it is a Python loop, whose steps share one weight"
+                remedy = "make it a vectorised plate around all latents (with pyro.plate(...) as indices:)"
+            elif not outside:
                 reason, remedy = "plates= does not keep it", "let plates= keep it"
             else:
                 reason = f"site(s) {_names(outside)} lie outside it"

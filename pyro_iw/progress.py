@@ -1,4 +1,4 @@
-"""One look for all progress bars: on runs of more than two seconds, and gone when they end."""
+"""One look for all progress bars: on a terminal, on runs of more than two seconds, and gone when they end."""
 
 from __future__ import annotations
 
@@ -10,5 +10,8 @@ __all__ = ["progress_bar"]
 
 
 def progress_bar(iterable: Any = None, *, show: bool, **options: Any) -> tqdm:
-    """A progress bar, if it is to be shown at all; ``options`` are tqdm's."""
-    return tqdm(iterable, delay=2.0, leave=False, disable=not show, **options)
+    """A progress bar, if it is to be shown at all; ``options`` are tqdm's.
+
+    A log file would get a line for each look of it, ten a second, and so has none.
+    """
+    return tqdm(iterable, delay=2.0, leave=False, disable=None if show else True, **options)

@@ -12,14 +12,15 @@ import pyro.poutine as poutine
 import torch
 from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import Predictive
+from pyro.infer import Predictive, infer_discrete
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from .latents import Latent, own_frames, own_shape
+from .latents import Enumerated, Latent, own_frames, own_shape
+from .marginal import LogLikelihood, summed_out
 from .masks import masked_value
 from .traces import PARTICLE_PLATE, OneMinibatch, Pair
 
@@ -54,7 +55,8 @@ class Rerun(NamedTuple):
         vectorize: whether draws run in one pass, or one by one.
         chunk_size: number of draws in memory at once.
         minibatch: the subsample that all particles saw.
-        enumerated: the model's sites that are summed out.
+        enumerated: the model's sites that are summed out. Draws of all latents hold values of these as well,
+            as :meth:`draw_enumerated` gives them.
     """
 
     pair: Pair
@@ -63,15 +65,10 @@ class Rerun(NamedTuple):
     vectorize: bool
     chunk_size: int
     minibatch: OneMinibatch
-    enumerated: Sequence[str]
+    enumerated: Mapping[str, Enumerated]
 
     def observed(self, draws: Mapping[str, Latent]) -> dict[str, Observed]:
-        """The observed and deterministic sites of the model on draws of all its latents.
-
-        Raises:
-            NotImplementedError: if the model has enumerated sites, whose values are not known.
-        """
-        self._refuse_enumeration("log-likelihoods")
+        """The observed and deterministic sites of the model on draws of all its latents."""
         # One draw by itself shows the shapes that deterministic sites have without a dim for draws.
         first, last = (self._single(draws, index) for index in (0, -1))
         found: dict[str, list[Observed]] = {}
@@ -94,10 +91,8 @@ class Rerun(NamedTuple):
         """Samples the observed sites given draws of the latents.
 
         Raises:
-            NotImplementedError: as :meth:`observed`.
             ValueError: if the model has no site of one of these names, naming those it has.
         """
-        self._refuse_enumeration("predictions")
         known = [name for name, site in self._single(draws, 0).items() if site["type"] == "sample"]
         # Predictive would leave them out without a word; it calls the model's result a site, too.
         unknown = [name for name in return_sites if name not in (*known, "_RETURN")]
@@ -121,11 +116,62 @@ class Rerun(NamedTuple):
             parallel=self.vectorize,
         )
 
+    def draw_enumerated(self, draws: Mapping[str, Latent]) -> dict[str, Latent]:
+        """The enumerated sites, drawn jointly from their conditional given the data and each of some draws.
+
+        Arguments:
+            draws: of the latents that the guide samples.
+        """
+
+        def sampled(model: Callable) -> Callable:
+            return infer_discrete(model, first_available_dim=self._enum_dim)
+
+        found: dict[str, list[Tensor]] = {name: [] for name in self.enumerated}
+        for trace, size in self._traces(draws, around=sampled):
+            for name, (event_dim, frames) in self.enumerated.items():
+                value: Any = trace.nodes[name]["value"]
+                found[name].append(own_shape(value, event_dim, frames, self.nesting, size))
+        return {name: Latent(torch.cat(found[name]), *self.enumerated[name]) for name in found}
+
+    def log_likelihood(
+        self, draws: Mapping[str, Latent], shown: Mapping[str, Observed]
+    ) -> dict[str, LogLikelihood]:
+        """The log-likelihood of the data, by site, with enumerated sites summed out where each datapoint has
+        its own.
+
+        Arguments:
+            draws: of all latents.
+            shown: what :meth:`observed` gives on them.
+        """
+        given = [
+            LogLikelihood(site.log_prob, site.frames, (name,))
+            for name, site in shown.items()
+            if site.log_prob is not None
+        ]
+        if not self.enumerated:
+            return {part.name: part for part in given}
+        draws = {name: latent for name, latent in draws.items() if name not in self.enumerated}
+        data = {part.name for part in given}
+
+        def summed(model: Callable) -> Callable:
+            return poutine.enum(model, first_available_dim=self._enum_dim)
+
+        found: dict[str, list[LogLikelihood]] = {}
+        for trace, size in self._traces(draws, around=summed):
+            for part in summed_out(trace, data):
+                log_prob = own_shape(part.log_prob, 0, part.frames, self.nesting, size)
+                found.setdefault(part.name, []).append(part._replace(log_prob=log_prob))
+        joined = {
+            name: parts[0]._replace(log_prob=torch.cat([part.log_prob for part in parts]))
+            for name, parts in found.items()
+        }
+        done = {site for part in joined.values() for site in part.sites}
+        return {part.name: part for part in given if part.name not in done} | joined
+
     def sample_given(
         self, draws: Mapping[str, Latent], sites: Mapping[str, Latent | Observed]
     ) -> dict[str, Tensor]:
         """Observed sites given draws of the latents, a chunk at a time, each ``[n, *batch, *event]``."""
-        self._refuse_enumeration("predictions")
         drawn: dict[str, list[Tensor]] = {name: [] for name in sites}
         # The data are let go before the latents are held, which would be let go as well.
         for trace, size in self._traces(draws, _SampleData()(self.pair.model)):
@@ -164,9 +210,18 @@ class Rerun(NamedTuple):
         return on_the_same_minibatch
 
     def _traces(
-        self, draws: Mapping[str, Latent], model: Callable | None = None
+        self,
+        draws: Mapping[str, Latent],
+        model: Callable | None = None,
+        around: Callable[[Callable], Callable] = lambda model: model,
     ) -> Iterator[tuple[Trace, int | None]]:
-        """The model's traces on chunks of draws, with their number in each; None for a single one."""
+        """The model's traces on chunks of draws, with their number in each; None for a single one.
+
+        Arguments:
+            draws: of its latents.
+            model: another model in its place.
+            around: wraps the model on a chunk, with its plate.
+        """
         total = len(next(iter(draws.values())).values)
         step = self.chunk_size if self.vectorize else 1
         for start in range(0, total, step):
@@ -175,22 +230,29 @@ class Rerun(NamedTuple):
                 for name, latent in draws.items()
             }
             if not self.vectorize:
-                yield self._trace({name: latent.values[0] for name, latent in chunk.items()}, model), None
+                single = {name: latent.values[0] for name, latent in chunk.items()}
+                yield self._trace(single, model, around), None
                 continue
             size = min(step, total - start)
-            with pyro.plate(PARTICLE_PLATE, size, dim=-1 - self.nesting):
-                padded = {name: _padded(latent, self.nesting) for name, latent in chunk.items()}
-                trace = self._trace(padded, model)
-            yield trace, size
+            plate = pyro.plate(PARTICLE_PLATE, size, dim=-1 - self.nesting)
+            padded = {name: _padded(latent, self.nesting) for name, latent in chunk.items()}
+            yield self._trace(padded, model, around, plate), size
 
     def _single(self, draws: Mapping[str, Latent], index: int) -> dict[str, Any]:
         """The sites of the model on a single draw."""
         return dict(self._trace({name: latent.values[index] for name, latent in draws.items()}).nodes)
 
-    def _trace(self, data: dict[str, Tensor], model: Callable | None = None) -> Trace:
-        conditioned = poutine.condition(model or self.pair.model, data=data)
-        with torch.no_grad(), self.minibatch:
-            trace = poutine.trace(conditioned).get_trace(*self.pair.args, **self.pair.kwargs)
+    def _trace(
+        self,
+        data: dict[str, Tensor],
+        model: Callable | None = None,
+        around: Callable[[Callable], Callable] = lambda model: model,
+        plate: Callable[[Callable], Callable] = lambda model: model,
+    ) -> Trace:
+        # What is around may hide it from handlers further out: minibatch and plate are inside.
+        conditioned = plate(self.minibatch(poutine.condition(model or self.pair.model, data=data)))
+        with torch.no_grad():
+            trace = poutine.trace(around(conditioned)).get_trace(*self.pair.args, **self.pair.kwargs)
         return prune_subsample_sites(trace)
 
     def _read_data(self, site: Any, size: int | None) -> Observed:
@@ -200,13 +262,10 @@ class Rerun(NamedTuple):
         log_prob = own_shape(log_prob, 0, frames, self.nesting, size)
         return Observed(value, log_prob, fn.event_dim, frames)
 
-    def _refuse_enumeration(self, purpose: str) -> None:
-        if self.enumerated:
-            raise NotImplementedError(
-                f"Site(s) {', '.join(map(repr, self.enumerated))} of the model are summed out, so no draws "
-                f"of them are there for {purpose}. Sample them from their conditional by "
-                "pyro.infer.infer_discrete, or in the guide."
-            )
+    @property
+    def _enum_dim(self) -> int:
+        """The first dim for enumerated sites, left of the plates and the draws."""
+        return -1 - self.nesting - self.vectorize
 
 
 class _SampleData(UnconditionMessenger):

@@ -266,13 +266,13 @@ class ImportanceSamples:
     def posterior(self, num_samples: int, method: str = "systematic") -> dict[str, Tensor]:
         """Equally weighted draws from the posterior, by resampling (:math:`q^{(k)}` of Cremer et al., 2017).
 
-        Arguments and errors are those of :meth:`resample`. Warns where the weights amount to fewer than 10
-        particles.
+        Enumerated sites of the model are there as well, see :meth:`with_enumerated`. Arguments and errors are
+        those of :meth:`resample`. Warns where the weights amount to fewer than 10 particles.
 
         Returns:
             Draws by site, each of shape ``[num_samples, *batch, *event]``.
         """
-        return self.take(self.resample(num_samples, method))
+        return self.complete(self.resample(num_samples, method))
 
     def take(self, indices: Tensor) -> dict[str, Tensor]:
         """Latent values at the indices ``[n, *cells]`` of :meth:`resample`, each ``[n, *batch, *event]``."""
@@ -282,14 +282,55 @@ class ImportanceSamples:
             taken[name] = values.gather(0, placed.expand(len(indices), *values.shape[1:]))
         return taken
 
-    def observed(self, draws: Mapping[str, Tensor]) -> dict[str, Observed]:
-        """Run the model on draws: the log-likelihood of its observed sites, the value of deterministic ones.
+    def complete(self, indices: Tensor) -> dict[str, Tensor]:
+        """:meth:`take`, and the enumerated sites drawn given that."""
+        draws = self.take(indices)
+        return self.with_enumerated(draws) if self.rerun.enumerated else draws
+
+    def with_enumerated(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        r"""Draws of the enumerated sites beside those of the latents that the guide samples.
+
+        For each draw z, they are one joint draw from :math:`p(c \mid z, x)`, by Pyro's
+        :func:`~pyro.infer.infer_discrete`.
 
         Arguments:
-            draws: of all latent sites, as :meth:`posterior` gives them.
+            draws: of the latents that the guide samples, as :meth:`take` gives them. Values of enumerated
+                sites among them are replaced.
 
-        Raises:
-            NotImplementedError: if the model has enumerated sites.
+        Returns:
+            Draws by site, each of shape ``[n, *batch, *event]``.
+        """
+        sampled = {name: latent._replace(values=draws[name]) for name, latent in self.latents.items()}
+        drawn = self.rerun.draw_enumerated(sampled)
+        return {**draws, **{name: latent.values for name, latent in drawn.items()}}
+
+    def log_likelihood(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The log-likelihood of the data on draws, by site, in nats; each of shape ``[n, *batch]``, 0 where
+        masked.
+
+        An enumerated site that shares all its plates with the data that depend on it is summed out; data
+        that depend on the same one have a joint log-likelihood, called ``"x + y"``. Where it lies outside of
+        a plate of theirs, data depend on one another but for its value: their log-likelihood is then given
+        the draw of it.
+
+        Arguments:
+            draws: as :meth:`posterior` gives them.
+
+        Example:
+            >>> samples = ImportanceSampler(model, guide, num_particles=2000)(data)
+            >>> samples.log_likelihood(samples.posterior(500))["x"].shape
+            torch.Size([500, 3])
+        """
+        latents = self.as_latents(draws)
+        parts = self.rerun.log_likelihood(latents, self.rerun.observed(latents))
+        return {name: part.log_prob for name, part in parts.items()}
+
+    def observed(self, draws: Mapping[str, Tensor]) -> dict[str, Observed]:
+        """Run the model on draws: the density of its observed sites, the value of deterministic ones.
+
+        Arguments:
+            draws: of all latent sites, as :meth:`posterior` gives them. Enumerated ones that are missing are
+                drawn, see :meth:`with_enumerated`; the densities are given their values.
 
         Example:
             >>> samples = ImportanceSampler(model, guide, num_particles=2000)(data)
@@ -359,8 +400,12 @@ class ImportanceSamples:
         return to_arviz(self, **options)
 
     def as_latents(self, draws: Mapping[str, Tensor]) -> dict[str, Latent]:
-        """Draws with the plates and event dims of their sites."""
-        return {name: latent._replace(values=draws[name]) for name, latent in self.latents.items()}
+        """Draws with the plates and event dims of their sites; enumerated ones that are missing are drawn."""
+        if not self.rerun.enumerated.keys() <= draws.keys():
+            draws = self.with_enumerated(draws)
+        latents = {name: latent._replace(values=draws[name]) for name, latent in self.latents.items()}
+        enumerated = self.rerun.enumerated.items()
+        return latents | {name: Latent(draws[name], *site) for name, site in enumerated}
 
     def _check_event_dim(self, values: Tensor, event_dim: int) -> None:
         """Warn of a function's result that looks like a site's values with their event dims forgotten."""

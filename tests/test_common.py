@@ -75,7 +75,7 @@ def test_it_learns_and_its_steps_shrink() -> None:
 def test_options() -> None:
     parser = common.training_parser("First line.\n\nMore.", "results/x", K=3, epochs=50, loss="ciwae")
     args = common.parse(parser, ["--smoke", "-M", "2"], {"epochs": 2, "M": 7})
-    assert (args.M, args.K, args.epochs, args.out) == (2, 3, 2, Path("results/x"))
+    assert (args.M, args.K, args.epochs, args.out) == (2, 3, 2, Path("results/smoke/x"))
     assert parser.description == "First line."
     assert repr(loss_of(args)) == "CIWAE_ELBO(K=6, beta=0.5)"
     args = common.parse(parser, ["--loss", "miwae", "--estimator", "dreg"], {"epochs": 2})

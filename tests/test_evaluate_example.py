@@ -86,13 +86,13 @@ def test_numbers_are_consistent(report: dict[str, Any]) -> None:
 
 
 def test_report_is_what_main_returns(run: Path, report: dict[str, Any]) -> None:
-    assert json.loads((run / "evaluation" / "report.json").read_text()) == report
+    assert json.loads((run / "evaluation-smoke" / "report.json").read_text()) == report
     assert report["settings"]["num_particles"] == 50
     assert report["training"]["data"] == "digits"
 
 
 def test_files(run: Path, report: dict[str, Any]) -> None:
-    folder = run / "evaluation"
+    folder = run / "evaluation-smoke"
     assert files(folder) == FILES
     for name in PICTURES:
         picture = imread(folder / name)
@@ -115,7 +115,7 @@ def test_two_dimensional_latent_has_a_manifold(run: Path, tmp_path: Path, capsys
     figures = pyplot.get_fignums()
     report = evaluate.main(["--smoke", str(tmp_path), "--test-size", "10", "--chunk-size", "7"])
     assert pyplot.get_fignums() == figures
-    assert files(tmp_path / "evaluation") == FILES | {"manifold.png"}
+    assert files(tmp_path / "evaluation-smoke") == FILES | {"manifold.png"}
     assert report["images"] == 10
     assert report["results"]["khat_images"] == 10
     assert report["results"]["units"] == 2
@@ -197,7 +197,7 @@ def test_other_image_size(run: Path, tmp_path: Path) -> None:
 def test_failure_leaves_earlier_results(
     run: Path, report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(run / "evaluation", tmp_path / "out")
+    shutil.copytree(run / "evaluation-smoke", tmp_path / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
     def fail(*_: Any, **__: Any) -> None:

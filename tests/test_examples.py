@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import pyro
 import pytest
 import torch
 import vae
+from PIL import Image
 
 from pyro_iw import IWAE_ELBO, ImportanceSampler
 
@@ -309,13 +312,17 @@ def test_damaged_data(kind: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(vae, "train", interrupt)
-    with pytest.raises(SystemExit, match="interrupted: nothing is saved"):
+    with pytest.raises(SystemExit) as caught:
         vae.main(["--smoke", "--out", str(tmp_path)])
+    assert caught.value.code == 130
+    assert "interrupted: nothing is saved" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -496,3 +503,75 @@ def test_demo_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = json.loads((tmp_path / "comparison.json").read_text())
     assert all(finite(numbers) for numbers in results.values())
     assert all(demo.COMMON_BOUND in metrics[loss]["history"][0] for loss in demo.LOSSES)
+
+
+def drawing(seed: int) -> np.ndarray:
+    """Black strokes on white, 105 × 105, as Omniglot has them."""
+    ink = np.random.default_rng(seed).random((15, 15)) < 0.2
+    return np.where(np.kron(ink, np.ones((7, 7), bool)), 0, 255).astype(np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert("1").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def area_mean(ink: np.ndarray) -> np.ndarray:
+    """Means over 28 × 28 equal areas of 105 × 105 pixels: of 15 × 15 quarters of a pixel's side."""
+    return np.kron(ink, np.ones((4, 4))).reshape(28, 15, 28, 15).mean((1, 3))
+
+
+@pytest.mark.parametrize("archived", [False, True])
+@pytest.mark.parametrize("below", ["omniglot-py", "."])
+def test_omniglot_as_torchvision_keeps_it(archived: bool, below: str, tmp_path: Path) -> None:
+    seed = 0
+    for stem, alphabets in {
+        "images_background": ("Greek", "Latin"),
+        "images_evaluation": ("Tengwar",),
+    }.items():
+        files = {}
+        for alphabet in alphabets:
+            for character in ("character01", "character02"):
+                for drawer in (1, 2):
+                    files[f"{stem}/{alphabet}/{character}/{seed:04d}_{drawer:02d}.png"] = png(drawing(seed))
+                    seed += 1
+        root = tmp_path / below
+        root.mkdir(exist_ok=True)
+        if archived:
+            with zipfile.ZipFile(root / f"{stem}.zip", "w") as archive:
+                for name, content in reversed(files.items()):
+                    archive.writestr(name, content)
+        else:
+            for name, content in files.items():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).write_bytes(content)
+    data = datasets.load("omniglot", tmp_path)
+    assert data.train.shape == (8, 28, 28)
+    assert data.test.shape == (4, 28, 28)
+    assert data.train_labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert data.test_labels.tolist() == [4, 4, 5, 5]
+    assert not data.binary
+    for index, image in enumerate([*data.train, *data.test]):
+        expected = area_mean((drawing(index) == 0).astype(float))
+        np.testing.assert_allclose(image.numpy(), expected, atol=0.51 / 255)
+
+
+def test_omniglot_that_is_damaged_or_half_there(tmp_path: Path) -> None:
+    (tmp_path / "images_background").mkdir()
+    with pytest.raises(FileNotFoundError, match="images_background and images_evaluation, as folders or"):
+        datasets.load("omniglot", tmp_path)
+    (tmp_path / "images_background").rmdir()
+    (tmp_path / "images_background.zip").write_bytes(b"no archive")
+    (tmp_path / "images_evaluation").mkdir()
+    with pytest.raises(ValueError, match=r"images_background\.zip is no .zip file"):
+        datasets.load("omniglot", tmp_path)
+    (tmp_path / "images_background.zip").unlink()
+    (tmp_path / "images_background" / "Greek" / "character01").mkdir(parents=True)
+    drawn = tmp_path / "images_background" / "Greek" / "character01" / "0001_01.png"
+    drawn.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"0001_01\.png is no image"):
+        datasets.load("omniglot", tmp_path)
+    drawn.write_bytes(png(drawing(0)))
+    with pytest.raises(ValueError, match=r"images_evaluation holds no alphabet/character/\*\.png"):
+        datasets.load("omniglot", tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import random
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +209,108 @@ def test_with_a_scheduler_of_pytorch() -> None:
         svi.step(DATA)
         scheduler.step()
     assert optim.optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
+COMING_AND_GOING = [
+    (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9}),
+    (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "nesterov": True, "foreach": True}),
+    (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "fused": True}),
+    (torch.optim.Adam, {"lr": 0.1}),
+    (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.3}),
+    (torch.optim.RMSprop, {"lr": 0.02, "momentum": 0.5}),
+    (torch.optim.Adagrad, {"lr": 0.1}),
+    (pyro.optim.clipped_adam.ClippedAdam, {"lr": 0.1, "lrd": 0.9, "weight_decay": 0.1}),
+]
+
+
+def steps_of(optim: PyroOptim, pattern: list[dict[str, str]]) -> list[dict[str, torch.Tensor]]:
+    """All parameters after each step, in which some are absent, some are there without a gradient."""
+
+    def coming_and_going(how: dict[str, str]) -> None:
+        for name, start in {"a": 0.5, "b": -1.0, "c": 2.0}.items():
+            if how[name] == "absent":
+                continue
+            value = pyro.param(name, torch.tensor([start, 1.0], dtype=torch.float64))
+            if how[name] == "used":
+                pyro.factor(f"energy_{name}", -(value**2).sum())
+
+    pyro.clear_param_store()
+    svi = SVI(coming_and_going, lambda how: None, optim, loss=Trace_ELBO())
+    found = []
+    for how in pattern:
+        svi.step(how)
+        found.append({name: value.detach().clone() for name, value in pyro.get_param_store().items()})
+    return found
+
+
+@pytest.mark.parametrize(("constructor", "options"), COMING_AND_GOING)
+@pytest.mark.parametrize("seed", range(3))
+def test_parameters_that_come_and_go(constructor: type, options: dict[str, Any], seed: int) -> None:
+    """Each step is Pyro's: first gradients that come late, parameters unused, and left out altogether."""
+    draw = random.Random(seed)
+    kinds = ("used", "used", "unused", "absent")
+    pattern = [{name: draw.choice(kinds) for name in "abc"} for _ in range(30)]
+    pattern[:2] = [{"a": "used", "b": "unused", "c": "absent"}, {"a": "used", "b": "used", "c": "unused"}]
+    ours = steps_of(FusedOptim(constructor, dict(options)), pattern)
+    for one, other in zip(ours, steps_of(PyroOptim(constructor, dict(options)), pattern), strict=True):
+        assert_same(one, other)
+
+
+def test_momentum_after_a_state_that_lacks_some() -> None:
+    """The state of a checkpoint in which one parameter has a momentum and the other none yet."""
+    pattern = [{"a": "used", "b": "unused", "c": "absent"}, {"a": "used", "b": "used", "c": "used"}]
+    found = []
+    for kind in (FusedOptim, PyroOptim):
+        optim = kind(torch.optim.SGD, {"lr": 0.02, "momentum": 0.9})
+        steps_of(optim, pattern[:1])
+        state = optim.get_state()
+        again = kind(torch.optim.SGD, {"lr": 0.02, "momentum": 0.9})
+        again.set_state(state)
+        found.append(steps_of(again, pattern[1:] * 3)[-1])
+    assert_same(*found)
+
+
+def test_the_fused_kernel_is_used_again() -> None:
+    optim = FusedOptim(torch.optim.SGD, {"lr": 0.02, "momentum": 0.9})
+    steps_of(optim, [{"a": "used", "b": "unused", "c": "absent"}, {"a": "used", "b": "used", "c": "used"}])
+    assert all(group["fused"] for group in optim.optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("constructor", "message"),
+    [
+        (pyro.optim.Adam, r"pyro.optim.Adam makes .* FusedOptim\(torch.optim.Adam, ...\)"),
+        (pyro.optim.ClippedAdam, r"FusedOptim\(pyro.optim.clipped_adam.ClippedAdam, ...\)"),
+        (pyro.optim.AdagradRMSProp, r"FusedOptim\(pyro.optim.adagrad_rmsprop.AdagradRMSProp, ...\)"),
+        (pyro.optim.DCTAdam, r"FusedOptim\(pyro.optim.dct_adam.DCTAdam, ...\)"),
+        (pyro.optim.StepLR, r"StepLR is a scheduler .*lr_scheduler.StepLR\(optim.optimizer"),
+        (torch.optim.lr_scheduler.StepLR, r"StepLR is a scheduler .*lr_scheduler.StepLR\(optim.optimizer"),
+        (torch.optim.lr_scheduler.ReduceLROnPlateau, "is a scheduler"),
+        (PyroOptim, "PyroOptim is one of Pyro's wrappers"),
+        (pyro.optim.Adam({"lr": 0.1}), "is an object, a PyroOptim made already"),
+        (torch.optim.Adam([torch.zeros(1)]), "a Adam made already"),
+        ("Adam", "must be an optimiser class, such as torch.optim.Adam; got 'Adam'"),
+    ],
+)
+def test_what_makes_no_optimiser(constructor: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FusedOptim(constructor, {"lr": 0.1})
+
+
+def test_the_named_way_out_works() -> None:
+    for name in ("clipped_adam.ClippedAdam", "dct_adam.DCTAdam", "adagrad_rmsprop.AdagradRMSProp"):
+        module, kind = name.split(".")
+        constructor = getattr(importlib.import_module(f"pyro.optim.{module}"), kind)
+        train(FusedOptim(constructor, {}), steps=1)
+
+
+def test_a_function_that_makes_something_else() -> None:
+    optim = FusedOptim(lambda params, lr: list(params), {"lr": 0.1})
+    with pytest.raises(ValueError, match="has made a list of parameters"):
+        train(optim)
+
+
+def test_keywords_of_another_kind() -> None:
+    with pytest.raises(ValueError, match=r"optim_args must be a dict .* got 0.1"):
+        FusedOptim(torch.optim.Adam, 0.1)

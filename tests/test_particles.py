@@ -234,8 +234,19 @@ class TestSubsampling:
             for i in pyro.plate("loop", 100, subsample_size=2):
                 pyro.sample(f"z_{i}", normal(0.0, 1.0))
 
-        with pytest.raises(ValueError, match="'loop' is subsampled"):
+        with pytest.raises(
+            ValueError, match=r"'loop' is subsampled .*Python loop.* make it a vectorised plate"
+        ):
             IWAE_ELBO(K=4).loss(model, guide)
+
+        # The way out.
+        def vectorised(observe):
+            with pyro.plate("loop", 100, subsample_size=2) as indices:
+                z = pyro.sample("z", normal(0.0, 1.0))
+                if observe:
+                    pyro.sample("x", normal(z, 1.0), obs=torch.ones(len(indices)))
+
+        assert IWAE_ELBO(K=4).loss(lambda: vectorised(True), lambda: vectorised(False)) > 0
 
     def test_the_elbo_allows_it_as_pyro_does(self, x):
         def seeded(loss):

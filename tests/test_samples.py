@@ -451,22 +451,6 @@ class TestModelAgain:
         with pytest.raises(ValueError, match="only factors"):
             samples.predictive(5)
 
-    def test_enumerated_sites_are_refused(self):
-        def model():
-            with pyro.plate("data", 3):
-                z = pyro.sample("z", dist.Normal(0.0, 1.0))
-                c = pyro.sample("c", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
-                pyro.sample("x", dist.Normal(z + c, 1.0), obs=torch.zeros(3))
-
-        def guide():
-            with pyro.plate("data", 3):
-                pyro.sample("z", dist.Normal(0.0, 0.9))
-
-        samples = ImportanceSampler(model, guide, 50)()
-        assert set(samples.posterior(5)) == {"z"}
-        with pytest.raises(NotImplementedError, match=r"'c' of the model are summed out.*infer_discrete"):
-            samples.predictive(5)
-
 
 class TestMerge:
     def test_particles_of_both_runs(self):
