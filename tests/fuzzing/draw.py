@@ -90,6 +90,8 @@ def _handlers(r, pair):
             if not pair.auto:
                 site.guide_family = "normal"
                 pair.guide_order.append(site.name)
+            elif not site.obs_mask.all():
+                pair.improper[""] = f"'{site.name}_unobserved' is masked in the model alone"
         elif (site.role == "latent" and not pair.auto) or site.role in ("observed", "factor"):
             site.mask = _bits(r, shape) if r.random() < 0.12 else None
         if tempered and site.role != "enumerated" and r.random() < 0.4:

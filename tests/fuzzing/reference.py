@@ -1,7 +1,7 @@
 """Bound and gradients of a pair at given particles, one particle at a time; shares no code with the package.
 
-A *cell* is an index into the plates around all sites. A particle's density is summed within each cell; what
-all sites are scaled by, a minibatch or a common ``poutine.scale``, multiplies the bound.
+A *cell* is an index into the plates around all sites, in which a particle's density is summed. What all
+sites are scaled by, a minibatch or a common ``poutine.scale``, multiplies the bound.
 """
 
 import itertools
@@ -51,7 +51,7 @@ class Reference:
 
     def runs(self, values, **options):
         """The model's sites at every combination of the enumerated sites' values."""
-        found, names = {}, list(self.enumerated)
+        found, names = {}, [*self.enumerated]
         for key in itertools.product(*(range(size) for size in self.enumerated.values())):
             chosen = {n: lambda fn, i=i: fn.enumerate_support()[i] for n, i in zip(names, key, strict=True)}
             found[key] = run(self.model, {**values, **chosen}, **options)
@@ -97,14 +97,13 @@ class Reference:
         value = log_prob(site, masks if masked else ())
         if plain:
             return value
-        lost = [name for name in self.lost if name not in level]
-        value = value * (subsampling(site, lost) * (1.0 if self.shared else own_scale(site)))
+        value = value * subsampling(site, set(self.lost) - level) * (1.0 if self.shared else own_scale(site))
         prior = role == "guide" or not (site["is_observed"] or name in self.enumerated)
         return value * self.kl_weight if prior else value
 
     def total(self, sites, role, **options):
-        zero = torch.zeros(self.sizes)
-        return sum((self.cells(self.density(n, site, role, **options)) for n, site in sites.items()), zero)
+        found = [self.cells(self.density(name, site, role, **options)) for name, site in sites.items()]
+        return sum(found, torch.zeros(self.sizes))
 
     def sum_out(self, runs):
         """log p with the enumerated sites summed out, those in the most plates first."""
