@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import logging
 import os
 import re
@@ -66,7 +67,8 @@ _BY_STRING = frozenset(
 _ANY_GLOBAL = frozenset({"globals", "vars", "eval", "exec", "__dict__", "modules"})
 
 
-_LOGGING = logging.Handler.handle.__code__
+#: Code under which others' hooks run, which have no bearing on a step: handlers of the log, of imports.
+_ASIDE = (logging.Handler.handle.__code__, importlib._bootstrap._find_and_load.__code__)  # type: ignore[attr-defined]
 
 
 class Refused(Exception):
@@ -155,22 +157,22 @@ class Guards:
         frames: set[Any] = set()
         users: dict[Any, bool] = {}
 
-        logged: list[Any] = []
+        aside: list[Any] = []
 
         def look(frame: Any, event: str, _: Any) -> None:
             code = frame.f_code
-            if logged:  # what handlers of the log read has no bearing
-                if event == "return" and frame is logged[0]:
-                    logged.clear()
+            if aside:
+                if event == "return" and frame is aside[0]:
+                    aside.clear()
                 return
             if event != "call":
                 return
-            if code is _LOGGING:
-                logged.append(frame)
+            if code in _ASIDE:
+                aside.append(frame)
                 return
             known = users.get(code)
             if known is None:
-                known = users[code] = is_users(code.co_filename)
+                known = users[code] = is_users(_file_of_code(code, frame.f_globals))
             if not known:
                 return
             variables = frame.f_locals
@@ -261,9 +263,10 @@ class Guards:
     def _code(self, code: types.CodeType, variables: dict[str, Any]) -> None:
         """The names in code that runs."""
         names = list(code.co_names)
-        if is_own(code.co_filename):
+        own = is_own(_file_of_code(code, variables))
+        if own:
             self._name((*code.co_names, *code.co_freevars))
-        if is_own(code.co_filename) and _BY_STRING.intersection(names):
+        if own and _BY_STRING.intersection(names):
             strings = [text for text in code.co_consts if isinstance(text, str)]
             words = {word for text in strings for word in re.findall(r"\w+", text)}
             self._name(words)
@@ -450,6 +453,12 @@ class Guards:
 
 
 _ENVIRONMENT = Reading(lambda: dict(os.environ))
+
+
+def _file_of_code(code: types.CodeType, variables: dict[str, Any]) -> str:
+    """Where code is from; that of a string, as in the methods of a dataclass, from where its globals are."""
+    name = code.co_filename
+    return variables.get("__file__") or name if name == "<string>" else name
 
 
 def _was_cleared(cache: Any, misses: int) -> bool:
