@@ -349,8 +349,8 @@ class Guards:
         elif isinstance(value, functools._lru_cache_wrapper):
             self._once(value)
             self._unrun(value.__wrapped__)
-            self._states.append((label, lambda: _was_cleared(value, misses), False))
             misses = value.cache_info().misses
+            self._states.append((label, lambda: _was_cleared(value, misses), False))
         elif isinstance(value, (nn.Module, Messenger)):
             self._object(value)
         elif is_iterator(value):
@@ -431,7 +431,8 @@ class Guards:
 
     def _class(self, owner: type) -> None:
         """What stands in the bodies of a class, of those it derives from, and of its metaclass."""
-        for kind in (*owner.__mro__, *type(owner).__mro__):
+        metaclass: type = type(owner)
+        for kind in (*owner.__mro__, *metaclass.__mro__):
             if id(kind) not in self._owners and is_users(file_of(kind)):
                 same, equal = self._once(kind)
                 for name, value in vars(kind).items():
