@@ -354,12 +354,13 @@ def test_readings_that_do_not_depend_on_values(name):
 def test_a_class_out_of_range_is_an_error():
     labels = LABELS.clone()
     model = model_of(lambda z: z + (nn.functional.one_hot(labels, 3) * READOUT).sum(-1))
-    loss = IWAE_ELBO(K=3, compile=True)
+    guide, loss = guide_of(DATA), IWAE_ELBO(K=3, compile=True)
     for _ in range(2):
-        loss.loss_and_grads(model, guide_of(DATA))
+        loss.loss_and_grads(model, guide)
+    assert compiled_programs(loss)
     labels[0] = 3
     with pytest.raises(RuntimeError, match="out of bounds"):
-        loss.loss_and_grads(model, guide_of(DATA))
+        loss.loss_and_grads(model, guide)
 
 
 def circular():
@@ -1407,10 +1408,11 @@ def test_generators_of_numpy_and_python_are_not_advanced_by_a_failed_recording()
         own, pythons = np.random.default_rng(0), random.Random(0)
         loss = IWAE_ELBO(K=3, compile=compile)
         model = model_of(lambda z, own=own, pythons=pythons: z * own.random() * pythons.random())
+        guide = guide_of(torch.ones(4))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "compile=True is left aside")
             for _ in range(3):
-                loss.loss_and_grads(model, guide_of(torch.ones(4)))
+                loss.loss_and_grads(model, guide)
         draws.append((own.random(), pythons.random()))
     assert draws[0] == draws[1]
 
