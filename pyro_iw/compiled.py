@@ -3,7 +3,9 @@ r"""The compiled step: Pyro's handlers run once, and the tensor program they lea
 A gradient step of a pair is the same few hundred tensor operations every time: guide, model, log-weights,
 particle weights, backward pass. :class:`Compiler` records them once with PyTorch's ``make_fx``, has Inductor
 compile the lot into fused kernels, and runs those. The program draws its noise from PyTorch's own generators,
-operation by operation as the eager step does, so for one seed both see the same particles.
+and from the user's, operation by operation as the eager step does, so for one seed both see the same
+particles: on a CPU with every random operation of PyTorch's, in float32 and float64. That a compilation
+begins, and how long it took, is said in the log (logger ``pyro_iw``, at INFO) and on a terminal.
 
 **What is an input.** Every tensor that the pair reads without having made it is an input of the program,
 held by reference: arguments, parameters, buffers, tensors that a model closes over. Changes in place are
@@ -16,21 +18,33 @@ changed, the next step runs eagerly and the one after it is recorded afresh:
 * shapes, strides, dtypes and devices of tensors, whether they need gradients, other arguments' values;
 * which object a name stands for, in modules, the param store, closures, globals and default arguments: a
   tensor, a submodule, a function, a distribution;
-* plain Python values (numbers, strings, flags, and small containers of them) among the attributes of
-  modules and of objects of the user's own classes that the code that runs can reach: ``module.training``,
-  ``dropout.p``, a weight to anneal, settings of any kind;
+* plain Python values (numbers, strings, flags) among the attributes of modules, classes and objects of the
+  user's own that the code that runs can reach: ``module.training``, ``dropout.p``, a weight to anneal,
+  settings of any kind, by whatever way it gets at them (``globals()["beta"]`` and ``getattr`` too);
+* what is in containers, in containers of containers and so on; in NumPy arrays of up to 256 KiB, byte arrays,
+  distributions, optimisers, context variables; environment variables; what a function behind an
+  ``lru_cache`` reads, and whether that was cleared;
 * default dtype, autocast, float32 precision, Pyro's validation.
 
 **What is refused**, with one warning that says why, and runs eagerly: reading a tensor's value in Python
 (``if z.mean() > 0``, ``.item()``, ``.numpy()``), shapes that depend on values, random numbers from Python or
-NumPy, attributes that the run itself changes (a counter), anything that comes out differently when recorded
-twice, and whatever Inductor cannot compile, as for want of a C++ compiler.
+NumPy, a random generator that the run seeds or sets back (``torch.manual_seed``, ``fork_rng``,
+``poutine.seed``), iterators, NumPy arrays and containers (of more than 4096 entries) that are too large to be
+looked at each time, attributes that the run itself changes (a counter), anything that comes out differently
+when recorded twice, and whatever Inductor cannot compile, as for want of a C++ compiler. A tensor's value may
+be read where it follows from the code alone (``int(torch.tensor(4))``, a triangular mask). Recorded without a
+reading are ``F.one_hot(labels, num_classes)``, ``x[mask] = y[mask]``, draws of ``OneHotCategorical`` and
+``VonMises``, ``LKJCholesky`` and spline flows (a quadratic spline's inverse checks a value, and is refused).
+A refused recording puts random generators and buffers back; what else the pair does as it runs it has done
+two or three times more.
 
-**What cannot be seen** is baked in: the inside of objects of other libraries and of large containers, the
-state of files and clocks, and the effect of code that only runs sometimes. Nor do the pair's own side effects
-happen any more (a list it appends to, something it prints): it does not run. Call :meth:`Compiler.forget`
-after changing such a thing, or make it a tensor and change that in place. Checks of Pyro's validation take
-part in the eager step that precedes each recording, and not in those after it.
+**What cannot be seen** is baked in: objects that the standard library or C code keep to themselves (a
+``decimal`` context, a database), what is large inside objects of other libraries, Python attributes set on a
+tensor, the state of files and clocks, random numbers that an ``lru_cache`` holds, and the effect of code that
+only runs sometimes. Nor do the pair's own side effects happen any more (a list it appends to, something it
+prints): it does not run. Call :meth:`Compiler.forget` after changing such a thing, or make it a tensor and
+change that in place. Checks of Pyro's validation take part in the eager step that precedes each recording,
+and not in those after it.
 """
 
 from __future__ import annotations
@@ -52,8 +66,9 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
+from .announce import announced
 from .guards import PLAIN, Refused
-from .products import choose_products
+from .inductor import inductor as _inductor
 from .recording import Recorded, record
 from .surrogate import Estimate, refuse_second_derivative
 from .traces import Pair
@@ -150,6 +165,7 @@ class Compiler:
         self._stale: dict[Any, int] = {}
         self._new: dict[Any, int] = {}
         self._refused: dict[Any, Any] = {}
+        self._changed: dict[Any, str] = {}  # why a program of this key is made again
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,7 +227,8 @@ class Compiler:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the pair's own came from the eager step
-                    program = _compile(pair, tensors, kl_weight, estimate)
+                    with announced(_title(pair, tensors, self._changed.pop(key, None))):
+                        program = _compile(pair, tensors, kl_weight, estimate)
             except Exception as error:
                 reason = str(error) if isinstance(error, Refused) else _in_words(error)
                 self._refuse(identity, pair, reason)
@@ -221,6 +238,7 @@ class Compiler:
             changed = program.guards.changed()
             if changed is not None:
                 self._remember(key, (pair.model, pair.guide))
+                self._changed[key] = changed
                 self._stale[identity] = self._stale.get(identity, 0) + 1
                 if self._stale[identity] > _PATIENCE:
                     self._refuse(identity, pair, f"{changed} keeps changing; a tensor could, in place")
@@ -304,6 +322,13 @@ def _kind(kl_weight: float) -> float | None:
     return float(kl_weight) if kl_weight == 0 or kl_weight == 1 else None
 
 
+def _title(pair: Pair, tensors: Sequence[Tensor], changed: str | None) -> str:
+    """A step in words: the model, its tensors' dtypes and shapes, and what made it necessary again."""
+    name = getattr(pair.model, "__qualname__", type(pair.model).__name__).rpartition(".<locals>.")[2]
+    given = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
+    return f"a step of {name}({given})" + ("" if changed is None else f" again, for {changed} has changed")
+
+
 def _in_words(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
@@ -331,6 +356,7 @@ class _Program:
         self.leaves = recorded.leaves
         self.leaf_args = recorded.leaf_args
         self.guards = recorded.guards
+        self.generators = recorded.generators
         self.weight = weight
         self.messages = [_message(site) for site in recorded.params]
         # The next step's arguments are others.
@@ -352,12 +378,14 @@ class _Program:
 
     def snapshot(self) -> Callable[[], None]:
         """What puts the random state, and the tensors that the program writes to, back to now."""
-        state = torch.default_generator.get_state()
+        generators = [torch.default_generator, *self.generators]
+        states = [generator.get_state() for generator in generators]
         cuda = None if self.device is None else torch.cuda.get_rng_state(self.device)
         values = [tensor.clone() for tensor in self.written]
 
         def undo() -> None:
-            torch.default_generator.set_state(state)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
             if cuda is not None:
                 assert self.device is not None
                 torch.cuda.set_rng_state(cuda, self.device)
@@ -397,88 +425,6 @@ def _compile(
     plain = [tensor.detach() for tensor in example]
     function = _inductor(recorded.graph, plain, exclusive=not recorded.written)
     return _Program(function, recorded, args, weight)
-
-
-def _inductor(
-    graph: Any, inputs: list[Tensor], exclusive: bool
-) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-    """The graph compiled, as a function of a list of inputs, which it empties.
-
-    Arguments:
-        graph: the graph.
-        inputs: examples of its inputs.
-        exclusive: whether it writes to none of its inputs.
-    """
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    kernels: list[Any] = []
-
-    def inner(module: Any, examples: Any, **keywords: Any) -> Any:
-        if not cuda:
-            choose_products(module)
-        compiled = compile_fx_inner(module, examples, **keywords)
-        kernels.append((compiled, len(examples)))
-        return compiled
-
-    for node in graph.graph.nodes:
-        node.meta.clear()
-    cuda = any(tensor.device.type == "cuda" for tensor in inputs)
-    # Eager's own draws from eager's own generators, at no cost that could be measured.
-    options: dict[str, Any] = {"fallback_random": True}
-    if cuda:
-        options["triton.cudagraphs"] = True
-    with torch.no_grad(), config.patch(options):
-        table = None if cuda else _cpu_decompositions()
-        outer: Any = compile_fx(graph, list(inputs), inner_compile=inner, decompositions=table)
-        storages = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor.numel()}
-        apart = len(storages) == sum(tensor.numel() > 0 for tensor in inputs)
-        if exclusive and apart and not cuda and len(kernels) == 1 and kernels[0][1] == len(inputs):
-            # What lies around the kernels keeps track of aliases and writes; there are none to track.
-            return kernels[0][0]
-    return lambda args: outer(*args)
-
-
-def _cpu_decompositions() -> dict[Any, Callable]:
-    """Inductor's own, with float32's tanh and log-sigmoid in fewer operations, to the same accuracy.
-
-    Its vectorised ``log1p`` and ``tanh`` cost several times an ``exp``, and a Bernoulli likelihood over
-    particles and pixels spends most of its time in them.
-    """
-    from torch._inductor.decomposition import select_decomp_table
-
-    table = dict(select_decomp_table())
-    aten = torch.ops.aten
-    log_sigmoid = table[aten.log_sigmoid_forward.default]
-
-    def log1p_of_fraction(x: Tensor) -> Tensor:
-        """log(1 + x) for x in [0, 1], as 2 artanh(x / (2 + x)) by its series: 2e-7 relative."""
-        ratio = x / (2 + x)
-        square = ratio * ratio
-        series = square * (1 / 15) + 1 / 13
-        for odd in (11, 9, 7, 5, 3, 1):
-            series = series * square + 1 / odd
-        return 2 * ratio * series
-
-    def log_sigmoid_forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.dtype != torch.float32:
-            return log_sigmoid(x)
-        return x.clamp(max=0.0) - log1p_of_fraction(torch.exp(-x.abs())), x.new_zeros((0,))
-
-    def tanh(x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:
-            return NotImplemented
-        # Cephes' tanhf: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel; 1e-7 relative.
-        square = x * x
-        series = square * -5.70498872745e-3 + 2.06390887954e-2
-        for coefficient in (-5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
-            series = series * square + coefficient
-        far = (1 - 2 / (torch.exp(2 * x.abs()) + 1)).copysign(x)
-        return torch.where(x.abs() < 0.625, x + x * square * series, far)
-
-    table[aten.log_sigmoid_forward.default] = log_sigmoid_forward
-    table[aten.tanh.default] = tanh
-    return table
 
 
 def _message(site: Any) -> tuple[dict[str, Any], Any]:

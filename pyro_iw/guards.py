@@ -2,47 +2,73 @@ r"""What a recording of a step takes for granted of the Python world, looked at 
 
 Tensors are inputs of a recorded program and may change in place; what else a model reads in Python is frozen
 by a recording. :class:`Guards` notes it as the recorded code runs, and finds out later whether it changed.
+It begins at the names in the code that runs (globals, closures, attributes, modules) and goes on into what
+they stand for: containers in containers, objects of the user's classes, arrays, functions behind a cache.
+What it cannot look into, and the code names, is refused.
 """
 
 from __future__ import annotations
 
-import argparse
-import enum
 import functools
 import gc
+import importlib
+import logging
 import os
+import re
 import sys
-import sysconfig
 import types
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import opt_einsum  # type: ignore[import-untyped]
 import pyro
-import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .reachable import (
+    PLAIN,
+    Attributes,
+    Cell,
+    Items,
+    Reading,
+    Store,
+    codes_of,
+    contents,
+    file_of,
+    frozen,
+    has_dict,
+    indirect,
+    is_instance,
+    is_iterator,
+    is_own,
+    is_plain,
+    is_users,
+    is_users_module,
+    random_state,
+    reading,
+)
 from .traces import Pair
 
 __all__ = ["PLAIN", "Guards", "Refused"]
 
-#: Types whose values are compared.
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_COMPARED = (*PLAIN, np.generic, enum.Enum)
-#: Containers of more entries are not compared.
-_LARGEST = 64
-#: Containers in containers are looked into that deep.
-_DEEPEST = 3
-_LIBRARIES = tuple(
-    os.path.dirname(str(library.__file__)) + os.sep
-    for library in (sys.modules[__package__ or ""], pyro, torch, np, opt_einsum)
-)
-_STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
+#: Containers of more entries are not looked into.
+_LARGEST = 4096
+#: Entries that are looked at before each step, at about 0.1 microseconds each.
+_MOST = 20_000
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+#: Names by which code reads other names, which it then has as strings.
+_BY_STRING = frozenset(
+    {"globals", "vars", "eval", "exec", "getattr", "attrgetter", "methodcaller", "__dict__"}
+    | {"modules", "import_module", "__import__", "__getattribute__"}
+)
+#: Those of them that may read any global.
+_ANY_GLOBAL = frozenset({"globals", "vars", "eval", "exec", "__dict__", "modules"})
+
+
+#: Code under which others' hooks run, which have no bearing on a step: handlers of the log, of imports.
+_ASIDE = (logging.Handler.handle.__code__, importlib._bootstrap._find_and_load.__code__)  # type: ignore[attr-defined]
 
 
 class Refused(Exception):
@@ -54,24 +80,35 @@ class Guards:
 
     def __init__(self, pair: Pair) -> None:
         self._same: list[tuple[Any, Any, Any]] = []  # mapping, key, the very object
+        self._equal: list[tuple[Any, Any, Any, Any]] = []  # mapping, key, a plain value and it frozen
         self._sizes: list[tuple[Any, int]] = []  # containers and their lengths; what is in them is above
-        self._equal: list[tuple[Any, Any, Any]] = []  # mapping, key, an equal value
+        self._states: list[tuple[Any, Any, Any]] = []  # a name, a function that reads, what it read
         self._tensors: list[tuple[Tensor, tuple]] = []
-        self._owners: dict[int, tuple[Any, list, list]] = {}  # objects, each with entries of either kind
+        self._owners: dict[int, tuple[Any, list, list]] = {}  # objects, each with entries of the first kinds
+        self._random: list[tuple[str, Any, Any, Any]] = []  # a name, how to read and to set, the state
         self._pair = pair
+        self._pending: deque[tuple[Any, str]] = deque()
+        self._count = 0
+        self._named: set[str] = set()  # all names in the code that ran
+        self._unseen: dict[str, str] = {}  # names of what cannot be looked into, and why
 
     def changed(self) -> str | None:
         """The name of something that is no longer as it was; None if all is."""
         for mapping, key, value in self._same:
             if mapping.get(key) is not value:
                 return repr(key)
-        for mapping, key, value in self._equal:
+        for mapping, key, value, copy in self._equal:
             found = mapping.get(key, Guards)
-            if found is not value and found != value:
+            if found is value and isinstance(value, PLAIN):
+                continue
+            if type(found) is not type(value) or frozen(found) != copy:
                 return repr(key)
         for container, size in self._sizes:
             if len(container) != size:
                 return "what is in a container or an object"
+        for name, read, state in self._states:
+            if read() != state:
+                return repr(name)
         for tensor, facts in self._tensors:
             if _facts(tensor) != facts:
                 return "the shape, dtype, device or requires_grad of a tensor"
@@ -100,8 +137,19 @@ class Guards:
         store = pyro.get_param_store()
         for name, leaf in store._params.items():
             if id(leaf) in known:
-                self._same.append((_Store("_params"), name, leaf))
-                self._same.append((_Store("_constraints"), name, store._constraints.get(name)))
+                self._same.append((Store("_params"), name, leaf))
+                self._same.append((Store("_constraints"), name, store._constraints.get(name)))
+
+    def check_random(self) -> None:
+        """Refuse a run that has drawn from a generator of Python's or NumPy's that it can reach."""
+        for name, read, _, state in self._random:
+            if repr(read()) != repr(state):
+                raise Refused(f"it draws from the generator {name!r}, which would be drawn once and for all")
+
+    def rewind_random(self) -> None:
+        """Put the generators of Python's and NumPy's that the run can reach back to where they were."""
+        for _, _, write, state in self._random:
+            write(state)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -109,35 +157,49 @@ class Guards:
         frames: set[Any] = set()
         users: dict[Any, bool] = {}
 
+        aside: list[Any] = []
+
         def look(frame: Any, event: str, _: Any) -> None:
+            code = frame.f_code
+            if aside:
+                if event == "return" and frame is aside[0]:
+                    aside.clear()
+                return
             if event != "call":
                 return
-            code = frame.f_code
+            if code in _ASIDE:
+                aside.append(frame)
+                return
             known = users.get(code)
             if known is None:
-                known = users[code] = _is_users(code.co_filename)
+                known = users[code] = is_users(_file_of_code(code, frame.f_globals))
             if not known:
                 return
             variables = frame.f_locals
             for place, name in enumerate(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]):
                 value = variables.get(name)
-                if isinstance(value, nn.Module) or _is_instance(value) or (place == 0 and _has_dict(value)):
+                if isinstance(value, nn.Module) or is_instance(value):
+                    self._inside(value, name)
+                elif place == 0 and has_dict(value):
                     self._object(value)
             free = {name: variables.get(name) for name in code.co_freevars}
             met = (code, *map(id, free.values()))
             if met not in frames:
                 frames.add(met)
-                self._names(frame.f_globals, code.co_names)
+                self._code(code, frame.f_globals)
                 self._cells(code, free)
+            self._go_on()
 
         def called(module: nn.Module, _: Any) -> None:
             self._object(module)
+            self._go_on()
 
         for fn in (self._pair.model, self._pair.guide):
             self._callable(fn)
         for value in tree_leaves((self._pair.args, self._pair.kwargs)):
-            if isinstance(value, nn.Module):
-                self._object(value)
+            if isinstance(value, (nn.Module, type, types.FunctionType)):
+                self._inside(value, "an argument")
+        self._go_on()
         hook = nn.modules.module.register_module_forward_pre_hook(called)
         before: Any = sys.getprofile()
         sys.setprofile(look)
@@ -151,6 +213,8 @@ class Guards:
                 sys.setprofile(before)
             hook.remove()
 
+    # Code --------------------------------------------------------------------------------------------
+
     def _callable(self, fn: Any) -> None:
         if isinstance(fn, types.MethodType):
             self._object(fn.__self__)
@@ -160,36 +224,73 @@ class Guards:
             if wrapped is not None:
                 self._callable(wrapped)
         elif isinstance(fn, functools.partial):  # a model in a handler of Pyro's, too
-            self._callable(fn.func)
-            for items in (_Items(fn.args), fn.keywords):
-                for key, value in items.items():
-                    self._value(items, key, value, self._same, self._equal)
-                    if callable(value) and not isinstance(value, type):
-                        self._callable(value)
-        elif isinstance(fn, Messenger) or _has_dict(fn):
+            self._partial(fn)
+        elif isinstance(fn, Messenger) or has_dict(fn):
             self._object(fn)
+
+    def _partial(self, fn: functools.partial) -> None:
+        self._callable(fn.func)
+        for items in (Items(fn.args), fn.keywords):
+            for key, value in items.items():
+                self._note(items, key, value, self._same, self._equal)
+                if callable(value) and not isinstance(value, type):
+                    self._callable(value)
 
     def _function(self, fn: types.FunctionType) -> None:
         """Default arguments and attributes of a function."""
-        attributes = _Attributes(fn)
+        attributes = Attributes(fn)
         for name in ("__defaults__", "__kwdefaults__", "__code__"):
-            self._value(attributes, name, getattr(fn, name), self._same, self._equal)
+            self._note(attributes, name, getattr(fn, name), self._same, self._equal)
         for name, value in vars(fn).items():
-            self._value(vars(fn), name, value, self._same, self._equal)
+            self._note(vars(fn), name, value, self._same, self._equal)
 
-    def _names(self, mapping: dict[str, Any], names: Sequence[str]) -> None:
+    def _unrun(self, fn: Any) -> None:
+        """All that a function may read whose results are kept, so that its code need not run."""
+        if not isinstance(fn, types.FunctionType) or not is_users(fn.__code__.co_filename):
+            return
+        if id(fn.__code__) in self._owners:
+            return
+        self._owners[id(fn.__code__)] = fn.__code__, [], []
+        for code in codes_of(fn.__code__):
+            self._code(code, fn.__globals__)
+            for name in code.co_names:
+                self._unrun(fn.__globals__.get(name))
+        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+            value = Cell(cell).get(name)
+            self._note(Cell(cell), name, value, self._same, self._equal)
+            self._unrun(value)
+
+    def _code(self, code: types.CodeType, variables: dict[str, Any]) -> None:
+        """The names in code that runs."""
+        names = list(code.co_names)
+        own = is_own(_file_of_code(code, variables))
+        if own:
+            self._name((*code.co_names, *code.co_freevars))
+        if own and _BY_STRING.intersection(names):
+            strings = [text for text in code.co_consts if isinstance(text, str)]
+            words = {word for text in strings for word in re.findall(r"\w+", text)}
+            self._name(words)
+            if _ANY_GLOBAL.intersection(names) and words.isdisjoint(variables):
+                words = {name for name, value in variables.items() if is_plain(value) or contents(value)}
+            names += sorted(words)
+            names += [text for text in strings if text in sys.modules]
+        self._names(variables, names)
+        for name in names:  # imported as it runs
+            module = sys.modules.get(name)
+            if name not in variables and module is not None and is_users_module(module):
+                self._names(vars(module), names)
+        if {"environ", "getenv"}.intersection(names):
+            environment = dict(os.environ)
+            self._equal.append((_ENVIRONMENT, "os.environ", environment, frozen(environment)))
+
+    def _names(self, mapping: dict[str, Any], names: Sequence[str], within: tuple = ()) -> None:
         for name in names:
             if name not in mapping:
                 continue
             value = mapping[name]
-            self._value(mapping, name, value, self._same, self._equal)
-            if isinstance(value, types.FunctionType) and _is_users(value.__code__.co_filename):
-                self._function(value)
-            elif isinstance(value, types.ModuleType) and _is_users_module(value):
-                members = vars(value)
-                for member in names:
-                    if member in members:
-                        self._value(members, member, members[member], self._same, self._equal)
+            self._note(mapping, name, value, self._same, self._equal)
+            if isinstance(value, types.ModuleType) and is_users_module(value) and value not in within:
+                self._names(vars(value), names, (*within, value))
 
     def _cells(self, code: Any, free: dict[str, Any]) -> None:
         """The closure variables of the function that runs this code."""
@@ -199,30 +300,107 @@ class Guards:
             if isinstance(function, types.FunctionType) and function.__code__ is code:
                 _, same, equal = self._owners.setdefault(id(function), (function, [], []))
                 for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-                    value = _Cell(cell).get(name)
+                    value = Cell(cell).get(name)
                     if value is free.get(name):
-                        self._value(_Cell(cell), name, value, same, equal)
+                        self._note(Cell(cell), name, value, same, equal)
+
+    # Values ------------------------------------------------------------------------------------------
+
+    def _note(self, mapping: Any, name: Any, value: Any, same: list, equal: list, label: str = "") -> None:
+        """One name: a plain value by equality, all else by identity, and later what is in it."""
+        self._count += 1
+        if is_plain(value) and (contents(value) is None or len(value) <= _LARGEST):
+            equal.append((mapping, name, value, frozen(value)))
+            return
+        same.append((mapping, name, value))
+        self._inside(value, label or str(name))
+
+    def _inside(self, value: Any, label: str) -> None:
+        if isinstance(value, Tensor):
+            return
+        # What is close to the code comes first, should there be too much.
+        self._pending.append((value, label))
+
+    def _go_on(self) -> None:
+        """Look into what was noted, as far as that has not been done."""
+        while self._pending:
+            value, label = self._pending.popleft()
+            if id(value) in self._owners or isinstance(value, PLAIN):
+                continue
+            if self._count > _MOST:
+                self._cannot(label, "more than can be looked at before each step")
+            else:
+                self._look_into(value, label)
+
+    def _look_into(self, value: Any, label: str) -> None:
+        if isinstance(value, type):
+            self._class(value)
+        elif isinstance(value, types.FunctionType):
+            if is_own(value.__code__.co_filename):
+                self._once(value)
+                self._function(value)
+        elif isinstance(value, types.MethodType):
+            if is_own(getattr(getattr(value.__func__, "__code__", None), "co_filename", "")):
+                self._inside(value.__self__, label)
+                self._inside(value.__func__, label)
+        elif isinstance(value, functools.partial):
+            self._once(value)
+            self._partial(value)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self._once(value)
+            self._unrun(value.__wrapped__)
+            misses = value.cache_info().misses
+            self._states.append((label, lambda: _was_cleared(value, misses), False))
+        elif isinstance(value, (nn.Module, Messenger)):
+            self._object(value)
+        elif is_iterator(value):
+            self._cannot(label, "an iterator, which looking at would use up")
+        else:
+            self._data(value, label)
+
+    def _data(self, value: Any, label: str) -> None:
+        """Containers, arrays, generators and objects."""
+        try:
+            read = reading(value)
+        except ValueError as error:
+            self._cannot(label, str(error))
+            return
+        generator, referent, items = random_state(value), indirect(value), contents(value)
+        if read is not None:
+            self._once(value)
+            self._states.append((label, read, read()))
+        elif generator is not None:
+            self._once(value)
+            self._random.append((label, *generator, generator[0]()))
+        elif referent is not None:
+            same, equal = self._once(value)
+            self._note(Reading(referent), label, referent(), same, equal, label)
+        elif items is not None:
+            same, equal = self._once(value)
+            self._sizes.append((items if isinstance(items, dict) else value, len(items)))
+            if len(items) > _LARGEST:
+                self._cannot(label, f"a container of {len(items)} entries")
+            else:
+                if isinstance(value, (set, frozenset)):
+                    members = set(value)
+                    self._states.append((label, lambda: value == members, True))
+                for key, item in items.items():
+                    self._note(items, key, item, same, equal, label)
+            if is_instance(value):  # a dict or list of the user's own kind
+                self._attributes(value, same, equal)
+        elif is_instance(value):
+            self._object(value)
+
+    def _once(self, value: Any) -> tuple[list, list]:
+        _, same, equal = self._owners.setdefault(id(value), (value, [], []))
+        return same, equal
 
     def _object(self, owner: Any) -> None:
         """The attributes of an object whose code runs."""
         if id(owner) in self._owners or isinstance(owner, (type, types.ModuleType, Tensor)):
             return
-        same: list[Any] = []
-        equal: list[Any] = []
-        self._owners[id(owner)] = owner, same, equal
-        attributes = vars(owner) if _has_dict(owner) else {}
-        internals = _MODULE_INTERNALS if isinstance(owner, nn.Module) else frozenset()
-        for name, value in list(attributes.items()):
-            if name not in internals:
-                self._note(attributes, name, value, same, equal)
-        if _has_dict(owner) and not isinstance(owner, Messenger):
-            self._sizes.append((attributes, len(attributes)))
-        slots = _Attributes(owner)
-        for kind in type(owner).__mro__:
-            names = vars(kind).get("__slots__", ())
-            for name in (names,) if isinstance(names, str) else names:
-                if hasattr(owner, name):
-                    self._note(slots, name, getattr(owner, name), same, equal)
+        same, equal = self._once(owner)
+        self._attributes(owner, same, equal)
         if isinstance(owner, nn.Module):
             for members in (owner._parameters, owner._buffers, owner._modules):
                 same += [(members, name, value) for name, value in members.items()]
@@ -232,135 +410,61 @@ class Guards:
             for child in owner._modules.values():
                 if child is not None:
                     self._object(child)
+
+    def _attributes(self, owner: Any, same: list, equal: list) -> None:
+        attributes = vars(owner) if has_dict(owner) else {}
+        internals = _MODULE_INTERNALS if isinstance(owner, nn.Module) else frozenset()
+        users = is_users(file_of(type(owner)))
+        for name, value in list(attributes.items()):
+            if name not in internals and (users or not name.startswith("_cache")):
+                self._note(attributes, name, value, same, equal)
+        # What libraries add to their own objects are things worked out and kept.
+        if has_dict(owner) and (users or isinstance(owner, nn.Module)) and not isinstance(owner, Messenger):
+            self._sizes.append((attributes, len(attributes)))
+        slots = Attributes(owner)
         for kind in type(owner).__mro__:
-            if _is_users(_file_of(kind)):
-                self._class(kind, same, equal)
+            names = vars(kind).get("__slots__", ())
+            for name in (names,) if isinstance(names, str) else names:
+                if hasattr(owner, name):
+                    self._note(slots, name, getattr(owner, name), same, equal)
+        self._class(type(owner))
 
-    def _class(self, kind: type, same: list[Any], equal: list[Any]) -> None:
-        """What stands in the body of a class."""
-        for name, value in vars(kind).items():
-            if not name.startswith("__"):
-                self._note(vars(kind), name, value, same, equal)
+    def _class(self, owner: type) -> None:
+        """What stands in the bodies of a class, of those it derives from, and of its metaclass."""
+        metaclass: type = type(owner)
+        for kind in (*owner.__mro__, *metaclass.__mro__):
+            if id(kind) not in self._owners and is_users(file_of(kind)):
+                same, equal = self._once(kind)
+                for name, value in vars(kind).items():
+                    if not name.startswith("__"):
+                        self._note(vars(kind), name, value, same, equal)
 
-    def _value(self, mapping: Any, name: Any, value: Any, same: list[Any], equal: list[Any]) -> None:
-        """A global, a closure variable or what was given with a function."""
-        self._note(mapping, name, value, same, equal)
-        if isinstance(value, (nn.Module, Messenger)) or _is_instance(value):
-            self._object(value)
-        elif isinstance(value, type) and _is_users(_file_of(value)):
-            self._class(value, same, equal)
+    # What cannot be looked into ------------------------------------------------------------------------
 
-    def _note(
-        self, mapping: Any, name: Any, value: Any, same: list[Any], equal: list[Any], depth: int = 0
-    ) -> None:
-        """One name: a plain value by equality, all else by identity, and what is in a container likewise."""
-        if isinstance(value, np.ndarray):
-            raise Refused(f"it can read a NumPy array ({name!r}), whose changes would go unseen")
-        if _is_plain(value):
-            equal.append((mapping, name, _copy(value)))
-            return
-        same.append((mapping, name, value))
-        if _is_instance(value):
-            self._object(value)
-        elif isinstance(value, (list, tuple, dict)) and len(value) <= _LARGEST and depth < _DEEPEST:
-            items: Any = value if isinstance(value, dict) else _Items(value)
-            self._sizes.append((items, len(items)))
-            for key, item in items.items():
-                self._note(items, key, item, same, equal, depth + 1)
+    def _name(self, names: Any) -> None:
+        """Names in the code that runs; refuses them if they stand for what cannot be looked into."""
+        self._named.update(names)
+        for name in self._unseen.keys() & set(names):
+            self._cannot(name, self._unseen[name])
+
+    def _cannot(self, name: str, why: str) -> None:
+        if name in self._named:
+            raise Refused(f"it can read {name!r}, {why}: changes would go unseen; use a tensor")
+        self._unseen[name] = why
+
+
+_ENVIRONMENT = Reading(lambda: dict(os.environ))
+
+
+def _file_of_code(code: types.CodeType, variables: dict[str, Any]) -> str:
+    """Where code is from; that of a string, as in the methods of a dataclass, from where its globals are."""
+    name = code.co_filename
+    return variables.get("__file__") or name if name == "<string>" else name
+
+
+def _was_cleared(cache: Any, misses: int) -> bool:
+    return cache.cache_info().misses < misses
 
 
 def _facts(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, tensor.stride()
-
-
-class _Store:
-    """One of the param store's dicts as a mapping, which the store may replace by another."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return getattr(pyro.get_param_store(), self.name).get(key, default)
-
-
-class _Attributes:
-    """An object's attributes as a mapping."""
-
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return getattr(self.owner, name, default)
-
-
-class _Cell:
-    """A closure's cell as a mapping with one name."""
-
-    def __init__(self, cell: Any) -> None:
-        self.cell = cell
-
-    def get(self, name: str, default: Any = None) -> Any:
-        try:
-            return self.cell.cell_contents
-        except ValueError:
-            return default
-
-
-class _Items:
-    """A sequence as a mapping from indices."""
-
-    def __init__(self, sequence: Any) -> None:
-        self.sequence = sequence
-
-    def get(self, index: int, default: Any = None) -> Any:
-        return self.sequence[index] if index < len(self.sequence) else default
-
-    def items(self) -> list[tuple[int, Any]]:
-        return list(enumerate(self.sequence))
-
-    def __len__(self) -> int:
-        return len(self.sequence)
-
-
-def _is_users(filename: str) -> bool:
-    """Whether a file is neither of this package, its dependencies, nor of the standard library."""
-    if not filename or filename.startswith("<frozen") or filename.startswith(_LIBRARIES):
-        return False
-    return not filename.startswith(_STDLIB) or "site-packages" in filename
-
-
-def _has_dict(value: Any) -> bool:
-    # Not by hasattr, which runs what a class of the user's says of unknown attributes.
-    return not isinstance(value, Tensor) and type(value).__dictoffset__ != 0
-
-
-def _is_users_module(module: types.ModuleType) -> bool:
-    name = module.__name__.partition(".")[0]
-    path = getattr(module, "__file__", None)
-    return _is_users(path) if path else name not in sys.stdlib_module_names
-
-
-def _file_of(kind: type) -> str:
-    return getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-
-
-def _is_instance(value: Any) -> bool:
-    """Whether this is an object of a class of the user's, or one that is made to hold settings."""
-    kind = type(value)
-    if isinstance(value, (type, types.ModuleType, types.FunctionType, Tensor, *_COMPARED)):
-        return False
-    return kind in (types.SimpleNamespace, argparse.Namespace) or _is_users(_file_of(kind))
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, _COMPARED):
-        return True
-    if isinstance(value, (list, tuple, set, frozenset)) and len(value) <= _LARGEST:
-        return all(isinstance(item, _COMPARED) for item in value)
-    if isinstance(value, dict) and len(value) <= _LARGEST:
-        return all(isinstance(item, _COMPARED) for item in value.values())
-    return False
-
-
-def _copy(value: Any) -> Any:
-    return value.copy() if isinstance(value, (list, dict, set)) else value

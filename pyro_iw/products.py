@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["choose_products"]
+__all__ = ["choose_products", "library"]
 
 _aten = torch.ops.aten
 #: oneDNN has to be faster by this factor to be worth a call through Python.
@@ -24,16 +24,17 @@ _SMALL = 1_000_000
 _RUNS = 5
 
 _choices: dict[Any, bool] = {}
-_library = torch.library.Library("pyro_iw", "DEF")
-_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+#: The package's own operations.
+library = torch.library.Library("pyro_iw", "DEF")
+library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-_library.impl("linear", _linear, "CPU")
-_library.impl("linear", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]), "Meta")
+library.impl("linear", _linear, "CPU")
+library.impl("linear", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]), "Meta")
 
 
 def choose_products(module: Any) -> None:

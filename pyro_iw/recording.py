@@ -18,21 +18,13 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .guards import Guards, Refused
+from .observing import Observer
 from .surrogate import Estimate
 from .traces import Pair
 
 __all__ = ["Recorded", "record"]
-
-#: Ways to read a tensor's value in Python.
-_READS = frozenset(
-    {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__complex__", "__index__"}
-    | {"__dlpack__"}
-)
 
 
 class Recorded(NamedTuple):
@@ -45,6 +37,7 @@ class Recorded(NamedTuple):
         leaves: those of them that get gradients.
         leaf_args: indices of the arguments that do.
         written: those that the step writes to.
+        generators: random generators of the user's own that it draws from.
         params: the messages of its ``pyro.param`` statements.
         guards: what else it depends on.
     """
@@ -54,6 +47,7 @@ class Recorded(NamedTuple):
     leaves: list[Tensor]
     leaf_args: list[int]
     written: list[Tensor]
+    generators: list[torch.Generator]
     params: list[Any]
     guards: Guards
 
@@ -151,19 +145,18 @@ def record(
 
     weight = kl_weight if isinstance(kl_weight, Tensor) else None
     guards, guards_again = Guards(pair), Guards(pair)
-    observer = _Observer()
+    observer = Observer()
     first, second = _Recording(pair, estimate), _Recording(pair, estimate)
-    with _as_before(observer) as check_random, _without_validation():
-        with observer, guards.watch():
+    with _as_before(observer, guards) as check_random, _without_validation():
+        with observer.watching(), guards.watch():
             graph = first.run([], args, weight, kl_weight)
         fixed = _constants(graph)
         observer.restore()
         torch.manual_seed(1)  # other noise than before: what depends on it in Python shows
-        with observer, guards_again.watch():
+        with observer.watching(), guards_again.watch():
             again = second.run(fixed, args, weight, kl_weight)
         check_random()
-        if torch.initial_seed() != 1:
-            raise Refused("it seeds PyTorch's generator")
+        guards.check_random()
         guards.keep(guards_again)
         made = guards.changed()
         if made is not None:
@@ -174,7 +167,7 @@ def record(
             # Writing to a constant is recorded otherwise than writing to an input: compare like with like.
             observer.restore()
             torch.manual_seed(2)
-            with observer:
+            with observer.watching():
                 graph = _Recording(pair, estimate).run(fixed, args, weight, kl_weight)
             _compare(graph, again, fixed, len(fixed))
     placeholders = [node for node in again.graph.nodes if node.op == "placeholder"]
@@ -193,6 +186,7 @@ def record(
         leaf_args=[known[id(leaf)] for leaf in second.leaves if id(leaf) in known],
         written=observer.written,
         params=second.params,
+        generators=observer.generators,
         guards=guards,
     )
 
@@ -271,7 +265,8 @@ def _constants(graph: Any) -> list[Tensor]:
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             tensor = getattr(graph, node.target)
-            found[id(tensor)] = tensor
+            if isinstance(tensor, Tensor):  # and not a generator
+                found[id(tensor)] = tensor
     return list(found.values())
 
 
@@ -282,8 +277,10 @@ def _lift(graph: Any) -> list[Tensor]:
     for node in list(graph.graph.nodes):
         if node.op != "get_attr":
             continue
-        targets.add(node.target)
         tensor = getattr(graph, node.target)
+        if not isinstance(tensor, Tensor):
+            continue
+        targets.add(node.target)
         if id(tensor) not in constants:
             with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
                 constants[id(tensor)] = tensor, graph.graph.placeholder(f"constant_{len(constants)}")
@@ -352,7 +349,9 @@ def _canonical(graph: Any, persistent: dict[int, str], skip: int) -> tuple[list[
             position += 1
         elif node.op == "get_attr":
             tensor = getattr(graph, node.target)
-            if id(tensor) in persistent:
+            if not isinstance(tensor, Tensor):
+                names[node] = f"object {id(tensor)}"
+            elif id(tensor) in persistent:
                 names[node] = persistent[id(tensor)]
             else:
                 constants[id(tensor)] = tensor
@@ -374,7 +373,7 @@ class _Name(str):
 
 
 @contextmanager
-def _as_before(observer: _Observer) -> Iterator[Callable[[], None]]:
+def _as_before(observer: Observer, guards: Guards) -> Iterator[Callable[[], None]]:
     """Leave random states and the tensors that were written to as they are now.
 
     Gives a function that refuses a run that has drawn from Python's or NumPy's.
@@ -399,99 +398,7 @@ def _as_before(observer: _Observer) -> Iterator[Callable[[], None]]:
                 yield check
             finally:
                 observer.restore()
+                guards.rewind_random()
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-class _Observer:
-    """Sees every operation of a recording: refuses those that hand values to Python, notes writes.
-
-    Attributes:
-        written: tensors written to that the step did not make itself.
-    """
-
-    def __init__(self) -> None:
-        self.written: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self._made: dict[int, StorageWeakRef] = {}
-        self._found: dict[int, StorageWeakRef] = {}
-        self._modes: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._modes = [_Operations(self), _Reads()]
-        for mode in self._modes:
-            mode.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*exception)
-
-    def note(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Keep what an operation is about to write over."""
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            self._note_argument(argument, value)
-        for argument in func._schema.arguments:
-            if argument.name in kwargs:
-                self._note_argument(argument, kwargs[argument.name])
-
-    def _note_argument(self, argument: Any, value: Any) -> None:
-        values = value if isinstance(value, (list, tuple)) else [value]
-        for tensor in values:
-            if not isinstance(tensor, Tensor):
-                continue
-            storage = StorageWeakRef(tensor.untyped_storage())
-            if storage.cdata not in self._made:
-                self._found.setdefault(storage.cdata, storage)
-                # Batch normalisation's schema does not say that it updates these.
-                writes = argument.name in ("running_mean", "running_var")
-                writes = writes or (argument.alias_info is not None and argument.alias_info.is_write)
-                if writes and not any(tensor is other for other in self.written):
-                    self.written.append(tensor)
-                    self._values.append(tensor.detach().clone())
-
-    def made(self, out: Any) -> None:
-        """Note the memory that an operation made."""
-        for tensor in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(tensor, Tensor):
-                storage = StorageWeakRef(tensor.untyped_storage())
-                if storage.cdata not in self._found:
-                    self._made.setdefault(storage.cdata, storage)
-
-    def restore(self) -> None:
-        """Put the values of the tensors that were written to back."""
-        with torch.no_grad():
-            for tensor, value in zip(self.written, self._values, strict=True):
-                tensor.copy_(value)
-
-
-class _Operations(TorchDispatchMode):
-    def __init__(self, observer: _Observer) -> None:
-        super().__init__()
-        self.observer = observer
-
-    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.data_dependent_output in func.tags:
-            raise Refused(f"it reads a tensor's value in Python ({func})")
-        if torch.Tag.dynamic_output_shape in func.tags and not _is_gather(func, args):
-            raise Refused(f"it makes a tensor whose shape depends on values ({func})")
-        self.observer.note(func, args, kwargs)
-        out = func(*args, **kwargs)
-        self.observer.made(out)
-        return out
-
-
-def _is_gather(func: Any, args: Any) -> bool:
-    """Whether an operation indexes by integers, which gives a shape known beforehand."""
-    masks = (torch.bool, torch.uint8)
-    return func is torch.ops.aten.index.Tensor and not any(
-        index is not None and index.dtype in masks for index in args[1]
-    )
-
-
-class _Reads(TorchFunctionMode):
-    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _READS:
-            raise Refused(f"it reads a tensor's value in Python ({func.__name__})")
-        return func(*args, **(kwargs or {}))

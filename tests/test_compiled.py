@@ -5,12 +5,18 @@ is what was recorded. Those that ask for ``inductor`` run what Inductor makes of
 """
 
 import argparse
+import array
+import collections
+import contextvars
 import copy
 import dataclasses
 import enum
 import functools
+import itertools
+import os
 import pickle
 import random
+import sys
 import warnings
 
 import numpy as np
@@ -27,6 +33,7 @@ from pyro.optim import Adam
 from torch import nn
 from torch.distributions import constraints
 
+import pyro_iw.announce as announce
 import pyro_iw.compiled as compiled
 import pyro_iw.products as products
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, Bound, ImportanceWeightedELBO
@@ -319,6 +326,105 @@ def test_a_product_is_timed_once_for_its_shapes(monkeypatch):
     assert products._is_faster(x.double(), w.double()) is False
 
 
+# What reads values only to check them -------------------------------------------------------------
+
+
+LABELS = torch.tensor([0, 2, 1, 1])
+READOUT = torch.tensor([0.3, -1.0, 2.0])
+
+
+def reused(z):
+    mask, out = z > 0, torch.zeros_like(z)
+    out[mask] = (3 * z)[mask]
+    return out
+
+
+HARMLESS = {
+    "one_hot": lambda z: z + (nn.functional.one_hot(LABELS, 3) * READOUT).sum(-1),
+    "picked by one mask": reused,
+    "known mask": lambda z: z + READOUT[torch.arange(3) > 0].sum(),
+    "known number": lambda z: z * int(torch.tensor(4)) + sum(float(i) for i in torch.arange(3)),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_readings_that_do_not_depend_on_values(name):
+    check_same(LOSSES["iwae"], lambda: (model_of(HARMLESS[name]), guide_of(DATA)))
+
+
+def test_a_class_out_of_range_is_an_error():
+    labels = LABELS.clone()
+    model = model_of(lambda z: z + (nn.functional.one_hot(labels, 3) * READOUT).sum(-1))
+    guide, loss = guide_of(DATA), IWAE_ELBO(K=3, compile=True)
+    for _ in range(2):
+        loss.loss_and_grads(model, guide)
+    assert compiled_programs(loss)
+    labels[0] = 3
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        loss.loss_and_grads(model, guide)
+
+
+def circular():
+    def model():
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.VonMises(0.0, 1.0))
+            y = pyro.sample("y", dist.OneHotCategorical(torch.ones(3) / 3))
+            pyro.sample("x", dist.Normal(torch.cos(z) + (y * READOUT).sum(-1), 1.0), obs=DATA)
+
+    def guide():
+        a, c = pyro.param("a", torch.tensor(0.3)), pyro.param("c", torch.zeros(4, 3))
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.VonMises(a * DATA, a.exp()))
+            pyro.sample("y", dist.OneHotCategorical(logits=c))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("through", ["operations", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_von_mises_and_one_hot_categorical(through, request):
+    if through == "inductor":
+        from pyro_iw.inductor import inductor
+
+        request.getfixturevalue("monkeypatch").setattr(compiled, "_inductor", inductor)
+    check_same(LOSSES["score"], circular)
+
+
+def correlated():
+    def model():
+        tril = pyro.sample("tril", dist.LKJCholesky(3, 1.5))
+        with pyro.plate("data", 4):
+            pyro.sample("x", dist.MultivariateNormal(torch.zeros(3), scale_tril=tril), obs=torch.ones(4, 3))
+
+    return model, AutoNormal(model)
+
+
+def splined(order):
+    def make():
+        spline = dist.transforms.Spline(1, count_bins=4, order=order)
+
+        def model():
+            with pyro.plate("data", 4):
+                z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z.squeeze(-1), 1.0), obs=DATA)
+
+        def guide():
+            pyro.module("spline", spline)
+            base = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+            with pyro.plate("data", 4):
+                pyro.sample("z", dist.TransformedDistribution(base, [spline]))
+
+        return model, guide
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make", [correlated, splined("linear"), splined("quadratic")], ids=["lkj", "linear", "quadratic"]
+)
+def test_lkj_and_spline_flows(make):
+    check_same(LOSSES["iwae"], make)
+
+
 # Noise and state ---------------------------------------------------------------------------------
 
 
@@ -339,6 +445,46 @@ def test_inductor_draws_fresh_noise_that_a_seed_repeats():
     assert first == second
     assert len(set(first)) == 3
     assert first == pytest.approx(third, rel=1e-6)
+
+
+P = 0.2 + 0.6 * torch.rand(7, 5, generator=torch.Generator().manual_seed(0))
+DRAWS = {
+    "rand": lambda p: torch.rand(7, 5, dtype=p.dtype),
+    "randn": lambda p: torch.randn(7, 5, dtype=p.dtype),
+    "bernoulli": torch.bernoulli,
+    "expanded bernoulli": lambda p: torch.bernoulli(p[:, :1].expand(7, 5)),
+    "poisson": torch.poisson,
+    "binomial": lambda p: torch.binomial(torch.full_like(p, 9), p),
+    "gamma": torch._standard_gamma,
+    "dirichlet": torch._sample_dirichlet,
+    "exponential": lambda p: torch.empty_like(p).exponential_(2.0),
+    "cauchy": lambda p: torch.empty_like(p).cauchy_(),
+    "geometric": lambda p: torch.empty_like(p).geometric_(0.3),
+    "multinomial": lambda p: torch.multinomial(p, 9, True).to(p.dtype),
+    "dropout": lambda p: nn.functional.dropout(p, 0.3),
+    "permutation": lambda p: torch.randperm(9).to(p.dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.usefixtures("inductor")
+def test_every_draw_is_eagers_own(dtype):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    p = P.to(dtype)
+
+    def draws(p):
+        return [draw(p) for draw in DRAWS.values()]
+
+    with torch.no_grad():
+        program = compiled._inductor(make_fx(draws)(p), [p], exclusive=True)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            eager, after = draws(p), torch.rand(1)
+            torch.manual_seed(seed)
+            for name, ours, other in zip(DRAWS, program([p]), eager, strict=True):
+                torch.testing.assert_close(ours, other, msg=name)
+            assert torch.equal(torch.rand(1), after)
 
 
 def test_recording_leaves_the_random_states_alone():
@@ -759,6 +905,164 @@ def test_changes_wherever_a_model_reads_are_seen(name, where, monkeypatch):
     assert follows(IWAE_ELBO(K=3, compile=True), run_model, guide, lambda: change(settings))
 
 
+def prior_pair(scale):
+    """A pair whose prior's scale is what a function of nothing gives."""
+
+    def model():
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, scale()))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=DATA)
+
+    return model, guide_of(DATA)
+
+
+class Tagged(dict):
+    """A dict of the user's own."""
+
+
+class Shared(type):
+    beta = 1.0
+
+
+class OfShared(metaclass=Shared):
+    pass
+
+
+class Outer:
+    class Inner:
+        beta = 1.0
+
+
+TABLE = {"scale": 1.0}
+LEVEL = 1.0
+
+
+def of_default(nested=([1.0],)):
+    return nested[0][0]
+
+
+@functools.lru_cache
+def cached_scale():
+    return TABLE["scale"]
+
+
+def set_table(cached):
+    TABLE["scale"] = 3.0
+    cached.cache_clear()
+    cached()  # as full as it was
+
+
+def put(key):
+    return lambda c: c.__setitem__(key, 3.0)
+
+
+# What a scale is read from, by which code, and how it changes.
+DEEP = {
+    "lists": (lambda: [[[[[1.0]]]]], lambda c: c[0][0][0][0][0], lambda c: put(0)(c[0][0][0][0])),
+    "long list": (lambda: [1.0] * 100, lambda c: c[70], put(70)),
+    "long dict": (lambda: dict.fromkeys(range(1000), 1.0), lambda c: c[7], put(7)),
+    "tensors": (
+        lambda: [torch.ones(())] * 100,
+        lambda c: c[70],
+        lambda c: c.__setitem__(70, torch.tensor(3.0)),
+    ),
+    "deque": (lambda: collections.deque([1.0]), lambda c: c[0], put(0)),
+    "rotated": (lambda: collections.deque([1.0, 3.0]), lambda c: c[0], lambda c: c.rotate()),
+    "set": (lambda: {(1.0,)}, lambda c: sum(v for (v,) in c), lambda c: c.add((3.0,))),
+    "own dict": (lambda: Tagged(a=[1.0], b=DATA), lambda c: c["a"][0], lambda c: put(0)(c["a"])),
+    "user dict": (lambda: collections.UserDict(a=1.0), lambda c: c["a"], put("a")),
+    "chain": (lambda: collections.ChainMap({"a": 1.0}), lambda c: c["a"], put("a")),
+    "array": (lambda: np.ones(3), lambda c: float(c[0]), put(0)),
+    "array in list": (lambda: [np.ones(3)], lambda c: float(c[0][0]), lambda c: put(0)(c[0])),
+    "array of Python's": (lambda: array.array("d", [1.0]), lambda c: c[0], put(0)),
+    "bytes": (lambda: bytearray([1]), lambda c: float(c[0]), lambda c: c.__setitem__(0, 3)),
+    "partial": (
+        lambda: functools.partial(lambda table: table["a"][0], {"a": [1.0]}),
+        lambda c: c(),
+        lambda c: put(0)(c.args[0]["a"]),
+    ),
+    "inner class": (lambda: Outer, lambda c: c.Inner.beta, lambda c: setattr(c.Inner, "beta", 3.0)),
+    "metaclass": (lambda: OfShared, lambda c: c.beta, lambda c: setattr(Shared, "beta", 3.0)),
+    "within a distribution": (
+        lambda: [dist.Normal(0.0, 1.0)],
+        lambda c: c[0].scale,
+        lambda c: setattr(c[0], "scale", torch.tensor(3.0)),
+    ),
+    "optimiser": (
+        lambda: [torch.optim.SGD([torch.zeros(1)], lr=1.0)],
+        lambda c: c[0].param_groups[0]["lr"],
+        lambda c: c[0].param_groups[0].update(lr=3.0),
+    ),
+    "context": (lambda: contextvars.ContextVar("c", default=1.0), lambda c: c.get(), lambda c: c.set(3.0)),
+    "default": (lambda: of_default, lambda c: c(), lambda c: put(0)(c.__defaults__[0][0])),
+    "type": (lambda: {"a": 1}, lambda c: 3.0 if type(c["a"]) is float else 1.0, lambda c: c.update(a=1.0)),
+    "cache": (lambda: cached_scale, lambda c: c(), set_table),
+    "globals": (lambda: None, lambda c: globals()["LEVEL"], lambda c: globals().update(LEVEL=3.0)),
+    "globals by a name": (
+        lambda: "LEVEL",
+        lambda c: globals()[c],
+        lambda c: globals().update(LEVEL=3.0),
+    ),
+    "vars": (
+        lambda: None,
+        lambda c: vars(sys.modules[__name__])["LEVEL"],
+        lambda c: globals().update(LEVEL=3.0),
+    ),
+    "environment": (
+        lambda: None,
+        lambda c: float(os.environ.get("PYRO_IW_LEVEL", "1")),
+        lambda c: os.environ.update(PYRO_IW_LEVEL="3"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_changes_deep_inside_are_seen(name, monkeypatch):
+    for owner, attribute in ((Outer.Inner, "beta"), (Shared, "beta")):
+        monkeypatch.setattr(owner, attribute, 1.0)
+    monkeypatch.setitem(globals(), "LEVEL", 1.0)
+    monkeypatch.setitem(TABLE, "scale", 1.0)
+    monkeypatch.setattr(of_default, "__defaults__", ([[1.0]],))
+    monkeypatch.setenv("PYRO_IW_LEVEL", "1")
+    cached_scale.cache_clear()
+    make, read, change = DEEP[name]
+    given = make()
+    model, guide = prior_pair(lambda: read(given))
+    assert follows(IWAE_ELBO(K=3, compile=True), model, guide, lambda: change(given))
+
+
+def test_a_module_imported_by_the_model_is_watched(tmp_path, monkeypatch):
+    (tmp_path / "level_of_a_test.py").write_text("class Prior:\n    scale = [1.0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def scale():
+        import level_of_a_test
+
+        return level_of_a_test.Prior.scale[0]
+
+    def change():
+        sys.modules["level_of_a_test"].Prior.scale[0] = 3.0
+
+    assert follows(IWAE_ELBO(K=3, compile=True), *prior_pair(scale), change)
+
+
+def test_what_nothing_names_may_be_large_or_unreadable():
+    class Trainer:
+        def __init__(self):
+            self.images = [0.0] * 100_000
+            self.features = np.zeros(1_000_000)
+            self.batches = iter(range(3))
+            self.beta = 1.0
+
+        def scale(self):
+            return self.beta
+
+    trainer = Trainer()
+    loss = IWAE_ELBO(K=3, compile=True)
+    assert follows(loss, *prior_pair(trainer.scale), lambda: setattr(trainer, "beta", 3.0))
+    assert next(trainer.batches) == 0
+
+
 def test_each_closure_of_one_factory_is_watched():
     def layer(weight):
         def forward(z):
@@ -1005,7 +1309,32 @@ class Counter:
         return z / self.calls
 
 
+def forked(z):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return z * torch.randn(4)
+
+
+def set_back(z):
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    z = z * torch.randn(4)
+    torch.set_rng_state(state)
+    return z
+
+
+def drawn_twice(z):
+    state = TORCH_GENERATOR.get_state()
+    z = z * torch.randn(4, generator=TORCH_GENERATOR)
+    TORCH_GENERATOR.set_state(state)
+    return z
+
+
+LARGE = [1.0] * 5000
+LARGE_ARRAY = np.ones(100_000)
+STREAM = itertools.count()
 WEIGHTS = torch.tensor([0.5])
+TORCH_GENERATOR = torch.Generator()
 GENERATOR = np.random.default_rng(0)
 
 REFUSED = {
@@ -1018,10 +1347,27 @@ REFUSED = {
     "shape": (lambda z: z + z[z > 0].sum(), "shape depends on values"),
     "python random": (lambda z: z * random.random(), "Python's random"),
     "numpy random": (lambda z: z * np.random.rand(), "numpy.random"),  # noqa: NPY002
-    "numpy generator": (lambda z: z * GENERATOR.random(), "another computation"),
-    "fresh values": (lambda z: z * torch.tensor(GENERATOR.random(2)).sum(), "other values"),
+    "numpy generator": (lambda z: z * GENERATOR.random(), "generator 'GENERATOR'"),
+    "fresh values": (lambda z: z * torch.tensor(list(os.urandom(9))).sum(), "other values"),
+    "forked": (forked, "seeds a random generator, or puts its state back"),
+    "set back": (set_back, "seeds a random generator, or puts its state back"),
+    "seeded handler": (poutine.seed(lambda z: z * torch.randn(4), 1), "seeds a random generator"),
+    "own generator": (
+        lambda z: z * torch.randn(4, generator=torch.Generator().manual_seed(3)),
+        "torch.Generator of its own",
+    ),
+    "generator seeded": (
+        lambda z: z * torch.randn(4, generator=TORCH_GENERATOR.manual_seed(3)),
+        "seeds a random generator",
+    ),
+    "generator set back": (drawn_twice, "seeds a random generator, or puts its state back"),
+    "large container": (lambda z: z * LARGE[7], "'LARGE', a container of 5000 entries"),
+    "large array": (lambda z: z * LARGE_ARRAY[7], "'LARGE_ARRAY', a large NumPy array"),
+    "iterator": (lambda z: z * next(STREAM), "'STREAM', an iterator"),
+    "one-hot": (lambda z: z + nn.functional.one_hot(torch.arange(4))[0], "pass num_classes"),
+    "picked": (lambda z: z + torch.cat([z[z > 0], z[z <= 0]]).sum(), "shape depends on values"),
     "counter": (Counter(), "changes as it runs"),
-    "seed": (lambda z: z + 0 * torch.manual_seed(5).initial_seed(), "seeds PyTorch"),
+    "seed": (lambda z: z + 0 * torch.manual_seed(5).initial_seed(), "seeds a random generator"),
 }
 
 
@@ -1029,6 +1375,47 @@ REFUSED = {
 def test_what_would_be_frozen_is_refused(why):
     loc, match = REFUSED[why]
     refused(IWAE_ELBO(K=3, compile=True), match, model_of(loc), guide_of(torch.ones(4)))
+
+
+def steps_with(loss, loc, generator, state, count=4):
+    """Losses of some steps, from one state of the user's own generator, and its state after them."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    generator.set_state(state)
+    model, guide = model_of(loc), guide_of(torch.ones(4))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "compile=True is left aside")
+        return [loss.loss_and_grads(model, guide) for _ in range(count)], generator.get_state()
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_a_generator_of_ones_own_is_where_the_eager_steps_leave_it(can):
+    def loc(z):
+        z = z * torch.randn(4, generator=TORCH_GENERATOR)
+        return z if can or z.mean() < 100 else -z
+
+    state = TORCH_GENERATOR.get_state()
+    loss = IWAE_ELBO(K=3, compile=True)
+    losses, after = steps_with(loss, loc, TORCH_GENERATOR, state)
+    eager, expected = steps_with(IWAE_ELBO(K=3), loc, TORCH_GENERATOR, state)
+    assert bool(compiled_programs(loss)) is can
+    assert losses == pytest.approx(eager, rel=1e-6)
+    assert torch.equal(after, expected)
+
+
+def test_generators_of_numpy_and_python_are_not_advanced_by_a_failed_recording():
+    draws = []
+    for compile in (False, True):
+        own, pythons = np.random.default_rng(0), random.Random(0)
+        loss = IWAE_ELBO(K=3, compile=compile)
+        model = model_of(lambda z, own=own, pythons=pythons: z * own.random() * pythons.random())
+        guide = guide_of(torch.ones(4))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "compile=True is left aside")
+            for _ in range(3):
+                loss.loss_and_grads(model, guide)
+        draws.append((own.random(), pythons.random()))
+    assert draws[0] == draws[1]
 
 
 def test_a_tensor_of_scales_is_compared_by_value_and_refused():
@@ -1162,6 +1549,33 @@ def test_batch_norm_is_not_updated_twice_by_a_bad_step():
 
 
 # Protocol ----------------------------------------------------------------------------------------
+
+
+def test_a_compilation_is_announced_once_a_shape(caplog, capsys, monkeypatch):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, LEVEL))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.3)), 1.0))
+
+    caplog.set_level("INFO", "pyro_iw")
+    loss = IWAE_ELBO(K=3, compile=True)
+    for size in (4, 4, 4, 3, 3, 3):
+        loss.loss_and_grads(model, guide, torch.ones(size))
+    said = "compiling a step of model(float32[4]) ...", "compiling a step of model(float32[3]) ..."
+    assert tuple(message for message in caplog.messages if "compiling" in message) == said
+    assert not capsys.readouterr().err  # no terminal
+    monkeypatch.setattr(announce, "_LONG", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setitem(globals(), "LEVEL", 2.0)
+    for _ in range(2):
+        loss.loss_and_grads(model, guide, torch.ones(4))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == ("pyro_iw: compiling a step of model(float32[4]) again, for 'LEVEL' has changed ...")
+    assert lines[1].startswith("pyro_iw: compiled in ")
 
 
 def test_repr_pickle_and_deepcopy():
