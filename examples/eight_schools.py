@@ -36,7 +36,7 @@ from torch import Tensor
 from vae import progress_bar
 
 from pyro_iw import IWAE_ELBO, ImportanceSampler
-from pyro_iw.optional import require
+from pyro_iw._support.optional import require
 
 SCHOOLS = list("ABCDEFGH")
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])

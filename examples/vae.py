@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from pyro_iw import ImportanceSampler, active_units
 from pyro_iw.bounds import IWAE, Bound
-from pyro_iw.importance import LogMarginal
+from pyro_iw.posterior.sampler import LogMarginal
 
 # Rows (particles × images) that one evaluation pass holds in memory.
 EVALUATION_ROWS = 10_000

@@ -1,16 +1,16 @@
 """Importance-weighted variational bounds for any Pyro model/guide pair."""
 
 from .adversarial import AdversarialLosses, AdversarialSVI
-from .aggregated import TwoSamples, aggregated_posterior
 from .bounds import Bound
-from .diagnostics import GradientSNR, gradient_snr
 from .elbo import ImportanceWeightedELBO
-from .evaluation import RateDistortion, active_units, bound_curve, rate_distortion
-from .importance import ImportanceSampler, LogMarginal
+from .gradients.snr import GradientSNR, gradient_snr
 from .losses import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
 from .optim import FusedOptim
-from .particles import Particles
-from .samples import ImportanceSamples
+from .posterior.aggregated import TwoSamples, aggregated_posterior
+from .posterior.evaluation import RateDistortion, active_units, bound_curve, rate_distortion
+from .posterior.sampler import ImportanceSampler, LogMarginal
+from .posterior.samples import ImportanceSamples
+from .tracing.particles import Particles
 
 __all__ = [
     "CIWAE_ELBO",

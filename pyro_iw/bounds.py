@@ -41,13 +41,13 @@ import inspect
 import itertools
 import math
 import numbers
-import operator
 from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ._support.arguments import positive_integer
 from .logmean import logmeanexp, logmeanexp_difference, softmax, without_dead
 
 __all__ = ["CIWAE", "IWAE", "MIWAE", "PIWAE", "TVO", "VR", "Bound"]
@@ -512,16 +512,6 @@ def describe(bound: Bound) -> str:
     """The bound's constructor arguments as text: ``M=8, K=8``."""
     names = [name for name in inspect.signature(type(bound)).parameters if hasattr(bound, name)]
     return ", ".join(f"{name}={getattr(bound, name)!r}" for name in names)
-
-
-def positive_integer(name: str, value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if isinstance(value, bool) or number < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    return number
 
 
 def _is_number(value: object) -> bool:

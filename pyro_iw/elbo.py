@@ -1,8 +1,8 @@
 r"""A bound as a Pyro loss: the base of all that stand in for :class:`~pyro.infer.Trace_ELBO` in ``SVI``.
 
-It glues together three steps and speaks Pyro's protocol: :mod:`~pyro_iw.runner` runs model and guide
-and :mod:`~pyro_iw.particles` reads off the log-weights, :mod:`~pyro_iw.bounds` turns them
-into a bound and particle weights, :mod:`~pyro_iw.estimators` turns those into gradients. ``loss``,
+It glues together three steps and speaks Pyro's protocol: :mod:`~pyro_iw.tracing.runner` runs model and guide
+and :mod:`~pyro_iw.tracing.particles` reads off the log-weights, :mod:`~pyro_iw.bounds` turns them
+into a bound and particle weights, :mod:`~pyro_iw.gradients.estimators` turns those into gradients. ``loss``,
 ``loss_and_grads`` and ``differentiable_loss`` are one computation, so for one seed they agree to the last
 bit.
 """
@@ -21,18 +21,20 @@ from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from . import chunked, resampled
-from .bounds import Bound, positive_integer
-from .chunked import Chunks
-from .compiled import CompiledStep, Compiler
-from .counterparts import check_guide
-from .estimators import get_estimator
-from .particles import Particles, as_plate_names, collect
-from .runner import Runner
-from .sites import read_sites
-from .surrogate import Estimate
-from .traces import Pair, Route, Traces, trace_pair
-from .warn import warn
+from ._support.arguments import as_plate_names, positive_integer
+from ._support.warn import warn
+from .bounds import Bound
+from .compiling.step import CompiledStep, Compiler
+from .gradients import backward_subset as resampled
+from .gradients import chunks as chunked
+from .gradients.chunks import Chunks
+from .gradients.estimators import get_estimator
+from .gradients.surrogate import Estimate
+from .tracing.counterparts import check_guide
+from .tracing.particles import Particles, collect
+from .tracing.runner import Runner
+from .tracing.sites import read_sites
+from .tracing.traces import Pair, Route, Traces, trace_pair
 
 __all__ = ["ImportanceWeightedELBO", "Keywords"]
 
@@ -60,10 +62,10 @@ class ImportanceWeightedELBO(ELBO):
 
     Arguments:
         bound: the bound on the log evidence, over S = M K particles.
-        estimator: how the guide's gradient is estimated, see :mod:`~pyro_iw.estimators`: ``"reparam"`` (total
-            derivative along reparameterised particles), ``"stl"``, ``"dreg"``, and for guides with sites that
-            cannot be reparameterised ``"score"``, ``"vimco"``, ``"rws"``. ``"auto"`` is ``"reparam"``, where
-            every guide site allows it.
+        estimator: how the guide's gradient is estimated, see :mod:`~pyro_iw.gradients.estimators`:
+            ``"reparam"`` (total derivative along reparameterised particles), ``"stl"``, ``"dreg"``, and for
+            guides with sites that cannot be reparameterised ``"score"``, ``"vimco"``, ``"rws"``. ``"auto"``
+            is ``"reparam"``, where every guide site allows it.
         plates: name or names of the plates whose cells get an importance weight each; ``()`` for one
             joint weight; None for the plates common to all sample sites.
         kl_weight: :math:`\beta` in :math:`\ell = \log p(x \mid z) + \beta\,(\log p(z) - \log q(z \mid x))`; a
@@ -74,11 +76,11 @@ class ImportanceWeightedELBO(ELBO):
             model and guide must broadcast over; otherwise one by one.
         chunk_size: run no more than that many particles at once; an integer >= 1, or None for all. The
             gradients are the same (but for the order in which random numbers are drawn) in the memory of one
-            chunk, at the price of a second forward pass, see :mod:`~pyro_iw.chunked`.
+            chunk, at the price of a second forward pass, see :mod:`~pyro_iw.gradients.chunks`.
         backward_particles: number k' of particles, chosen by weight in each cell, that the model runs on with
             gradients; an integer >= 1, or None for all. The loss is that of all particles, the gradient
-            unbiased, see :mod:`~pyro_iw.resampled`. It goes together neither with ``chunk_size`` nor with
-            ``vectorize_particles=False``.
+            unbiased, see :mod:`~pyro_iw.gradients.backward_subset`. It goes together neither with
+            ``chunk_size`` nor with ``vectorize_particles=False``.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
         strict_enumeration_warning: whether to warn of sites marked for sequential enumeration, which are
@@ -86,9 +88,9 @@ class ImportanceWeightedELBO(ELBO):
         retain_graph: as of ``Tensor.backward``, in :meth:`loss_and_grads`: True for a model that keeps a part
             of the graph from one step to the next, as GPyTorch's do. It goes together neither with
             ``chunk_size`` nor with ``compile=True``, whose graphs are no such thing.
-        compile: compile gradient steps, see :mod:`~pyro_iw.compiled`. The first step on arguments of new
-            shapes runs eagerly and the second takes some seconds to compile; from then on Pyro's handlers no
-            longer run. What cannot be compiled runs eagerly, after a warning. :meth:`recompile` starts
+        compile: compile gradient steps, see :mod:`~pyro_iw.compiling.step`. The first step on arguments of
+            new shapes runs eagerly and the second takes some seconds to compile; from then on Pyro's handlers
+            no longer run. What cannot be compiled runs eagerly, after a warning. :meth:`recompile` starts
             afresh where the model reads something in Python whose changes go unseen.
 
     Raises:

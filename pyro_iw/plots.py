@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .evaluation import BoundCurve
-from .optional import require
+from ._support.optional import require
+from .posterior.evaluation import BoundCurve
+from .posterior.samples import ImportanceSamples
 from .psis import khat_threshold
-from .samples import ImportanceSamples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .optional import require
-from .warn import warn
+from ._support.optional import require
+from ._support.warn import warn
 
 __all__ = ["khat_threshold", "pareto_smoothed", "warn_of_khat"]
 

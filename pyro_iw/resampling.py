@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from .bounds import positive_integer
+from ._support.arguments import positive_integer
 
 __all__ = ["multinomial", "systematic"]
 

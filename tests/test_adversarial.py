@@ -28,7 +28,8 @@ from pyro.optim import Adam, PyroOptim
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyro_iw import AdversarialSVI, FusedOptim, adversarial
+from pyro_iw import AdversarialSVI, FusedOptim
+from pyro_iw.adversarial.svi import svi as adversarial
 
 D, PIXELS = 2, 5
 

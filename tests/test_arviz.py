@@ -15,7 +15,7 @@ from cases import NestedPlates
 
 import pyro_iw
 from pyro_iw import ImportanceSampler
-from pyro_iw.optional import is_arviz_0, require
+from pyro_iw._support.optional import is_arviz_0, require
 
 arviz = require("arviz", "arviz", "This test")
 # ArviZ 0.23 is behind the matplotlib it is tested with here.

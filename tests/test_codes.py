@@ -16,8 +16,8 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor, nn
 
 from pyro_iw import AdversarialSVI
-from pyro_iw.codes import Prior, run_pair
-from pyro_iw.traces import Pair
+from pyro_iw.adversarial.pair import Prior, run_pair
+from pyro_iw.tracing.traces import Pair
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
 ENUMERATE = {"enumerate": "parallel"}

@@ -33,9 +33,9 @@ from pyro.optim import Adam
 from torch import nn
 from torch.distributions import constraints
 
-import pyro_iw.announce as announce
-import pyro_iw.compiled as compiled
-import pyro_iw.products as products
+import pyro_iw.compiling.announce as announce
+import pyro_iw.compiling.matmul as products
+import pyro_iw.compiling.step as compiled
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, Bound, ImportanceWeightedELBO
 
 LOSSES = {
@@ -383,7 +383,7 @@ def circular():
 @pytest.mark.parametrize("through", ["operations", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_von_mises_and_one_hot_categorical(through, request):
     if through == "inductor":
-        from pyro_iw.inductor import inductor
+        from pyro_iw.compiling.inductor import inductor
 
         request.getfixturevalue("monkeypatch").setattr(compiled, "_inductor", inductor)
     check_same(LOSSES["score"], circular)

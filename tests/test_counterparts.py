@@ -30,9 +30,9 @@ from pyro.infer.autoguide import (
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_iw import IWAE_ELBO, ImportanceSampler
-from pyro_iw.change_of_variables import change_of_variables
-from pyro_iw.counterparts import pattern_of
-from pyro_iw.traces import Pair, trace_pair
+from pyro_iw.tracing.change_of_variables import change_of_variables
+from pyro_iw.tracing.counterparts import pattern_of
+from pyro_iw.tracing.traces import Pair, trace_pair
 
 AUXILIARY = {"is_auxiliary": True}
 X = torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64)

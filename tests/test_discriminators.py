@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from pyro_iw import AdversarialSVI, FusedOptim
-from pyro_iw.codes import Cells
-from pyro_iw.discriminators import Discriminators
+from pyro_iw.adversarial.discriminators import Discriminators
+from pyro_iw.adversarial.pair import Cells
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_iw import ImportanceSampler
-from pyro_iw.optional import require
+from pyro_iw._support.optional import require
 from pyro_iw.psis import khat_threshold
 
 pytestmark = pytest.mark.skipif(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pyro_iw import IWAE_ELBO, PIWAE_ELBO, Bound, ImportanceWeightedELBO
-from pyro_iw.estimators import get_estimator
-from pyro_iw.surrogate import Boundary, _without_dust
+from pyro_iw.gradients.estimators import get_estimator
+from pyro_iw.gradients.surrogate import Boundary, _without_dust
 
 LOSSES = [IWAE_ELBO(K=4), PIWAE_ELBO(M=2, K=2), IWAE_ELBO(K=4, estimator="reparam")]
 

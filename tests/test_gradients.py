@@ -29,7 +29,7 @@ from pyro_iw import (
     ImportanceWeightedELBO,
     bounds,
 )
-from pyro_iw.estimators import get_estimator
+from pyro_iw.gradients.estimators import get_estimator
 
 N_DRAWS = 20_000
 N_TRUTH = 100_000

@@ -10,7 +10,7 @@ from pyro.infer import SVI
 from pyro.optim import Adam
 from truth import normal
 
-import pyro_iw.compiled as compiled
+import pyro_iw.compiling.step as compiled
 from pyro_iw import ImportanceWeightedELBO
 from pyro_iw.bounds import CIWAE, IWAE, MIWAE, TVO, VR, Bound
 

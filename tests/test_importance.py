@@ -204,14 +204,14 @@ class TestLogMarginal:
 
 
 def pyro_pair(model, guide):
-    from pyro_iw.traces import Pair
+    from pyro_iw.tracing.traces import Pair
 
     return Pair(model, guide)
 
 
 class TestJackknife:
     def test_against_a_loop(self):
-        from pyro_iw.streaming import jackknife
+        from pyro_iw.running import jackknife
 
         log_w = torch.randn(6, 2, dtype=torch.float64)
         for n in range(2):
@@ -231,7 +231,7 @@ class TestJackknife:
         assert abs(corrected.mean().item() - TRUTH.log_evidence) < abs(bias) / 3
 
     def test_one_particle_with_all_of_the_weight_is_left_alone(self):
-        from pyro_iw.streaming import jackknife
+        from pyro_iw.running import jackknife
 
         log_w = torch.tensor([[3.0], [-math.inf], [-math.inf]])
         assert jackknife(log_w).item() == pytest.approx(3.0 - math.log(3))

@@ -28,7 +28,7 @@ from pyro.infer.autoguide import (
 from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
-import pyro_iw.compiled as compiled
+import pyro_iw.compiling.step as compiled
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, VR_ELBO, ImportanceSampler
 
 N = 6

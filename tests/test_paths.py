@@ -20,8 +20,8 @@ from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from torch.nn.functional import logsigmoid
 
 from pyro_iw import IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, ImportanceSampler
-from pyro_iw.paths import has_biased_path, has_path
-from pyro_iw.supports import is_discrete, support_moves
+from pyro_iw.tracing.paths import has_biased_path, has_path
+from pyro_iw.tracing.supports import is_discrete, support_moves
 
 PATHS = ["auto", "reparam", "stl", "dreg"]
 SCORES = ["score", "vimco"]

@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 
 import pyro_iw
 from pyro_iw import ImportanceSampler, bound_curve
-from pyro_iw.evaluation import BoundCurve
 from pyro_iw.plots import (
     plot_bound_curve,
     plot_ess,
@@ -30,6 +29,7 @@ from pyro_iw.plots import (
     plot_manifold,
     plot_weights,
 )
+from pyro_iw.posterior.evaluation import BoundCurve
 from pyro_iw.psis import khat_threshold
 
 matplotlib.use("Agg")

@@ -27,9 +27,9 @@ from pyro.poutine.guide import GuideMessenger
 from torch import nn
 
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO
-from pyro_iw.particles import collect
-from pyro_iw.runner import Runner
-from pyro_iw.traces import Pair, Route
+from pyro_iw.tracing.particles import collect
+from pyro_iw.tracing.runner import Runner
+from pyro_iw.tracing.traces import Pair, Route
 
 LOSSES = {
     "IWAE": lambda **kw: IWAE_ELBO(K=4, **kw),

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pyro_iw.optional import require
+from pyro_iw._support.optional import require
 from pyro_iw.psis import khat_threshold, pareto_smoothed
 
 arviz = require("arviz", "arviz", "This test")

@@ -19,7 +19,7 @@ from recorded import Coin, Draws, Uniformly
 from test_chunked import Chain, Network
 from torch import nn
 
-import pyro_iw.resampled as resampled
+import pyro_iw.gradients.backward_subset as resampled
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
 
 N = 20_000

@@ -24,7 +24,7 @@ import vae
 from pyro.infer import SVI, Trace_ELBO
 from running import Diverged, in_one_line, step
 
-from pyro_iw.progress import progress_bar
+from pyro_iw._support.progress import progress_bar
 
 ROOT = Path(__file__).parent.parent
 

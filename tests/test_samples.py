@@ -15,7 +15,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 
 from pyro_iw import ImportanceSampler
 from pyro_iw.bounds import IWAE, MIWAE
-from pyro_iw.latents import own_shape
+from pyro_iw.tracing.latents import own_shape
 
 
 class Regression:

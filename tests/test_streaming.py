@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_iw.bounds import CIWAE, IWAE, MIWAE, PIWAE, VR
-from pyro_iw.streaming import RunningBound, RunningGap, RunningLogMean
+from pyro_iw.running import RunningBound, RunningGap, RunningLogMean
 
 LOG_W = torch.randn(50, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
 

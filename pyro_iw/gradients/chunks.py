@@ -1,0 +1,395 @@
+r"""Exact gradients of any number of particles in the memory of a few: ``chunk_size=``.
+
+The weights of the gradient need the log-weights of all particles, but no more than those. So there are two
+passes over the particles, chunk by chunk. The first keeps the log-weights, from which follow the bound and
+all weights, and the random state before each chunk. The second, which is the backward pass, draws each chunk
+again from its own random state, this time to keep its graph, and takes its share of the gradient from it at
+once. No more than one chunk's graph is alive at a time.
+
+A chunk's share is :math:`\sum_i a_i \nabla \log p(x, z_i) + \dots` over its particles, with the weights of
+all, so the shares add up to the gradient of one pass, whatever the bound and the estimator. What it costs is
+a second forward pass.
+
+References:
+    | Training Deep Nets with Sublinear Memory Cost (Chen et al., 2016), https://arxiv.org/abs/1604.06174
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .._support.random_state import RandomState
+from ..bounds import Bound
+from ..tracing.batch_norm import watch_batch_norm
+from ..tracing.particles import Particles
+from ..tracing.sites import Site, plate_key
+from ..tracing.traces import OneMinibatch, Pair, Route
+from .estimators import Estimator
+from .surrogate import Boundary, Estimate, refuse_second_derivative
+
+__all__ = ["Chunks", "Draw", "estimate"]
+
+#: Draws a number of particles of a pair by a route, and calls its last argument when it starts.
+Draw = Callable[[Pair, int, "Route | None", Callable[[], None]], Particles]
+
+
+class _Chunk(NamedTuple):
+    """Where a chunk lies among the particles, and all it takes to draw it again."""
+
+    particles: slice
+    random_state: RandomState
+    minibatch: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        return self.particles.stop - self.particles.start
+
+
+class Chunks:
+    """S particles drawn chunk by chunk, of which the log-weights are kept.
+
+    Arguments:
+        draw: draws the particles of a chunk.
+        pair: the pair and its arguments.
+        route: how latent values travel.
+        num_particles: the number S of particles.
+        chunk_size: the number of particles in a chunk; the last may have fewer.
+        look: called with the particles of each chunk.
+
+    Attributes:
+        log_weights: log p(x, z) - log q(z | x), of shape ``[S, *cells]``, in nats, detached.
+        scale: see :class:`Particles`.
+        log_q_weight: see :class:`Particles`.
+
+    Raises:
+        ValueError: if two chunks differ in their cells.
+    """
+
+    log_weights: Tensor
+    scale: float | Tensor
+    log_q_weight: float | Tensor
+
+    def __init__(
+        self,
+        draw: Draw,
+        pair: Pair,
+        route: Route | None,
+        num_particles: int,
+        chunk_size: int,
+        look: Callable[[Particles], None] = lambda particles: None,
+    ) -> None:
+        self._draw = draw
+        self._pair = pair
+        self._route = route
+        self._look = look
+        self._chunks: list[_Chunk] = []
+        # What is kept of each chunk goes to memory set aside beforehand. Between the large blocks that come
+        # and go with a chunk, it would keep the allocator from using those again.
+        state = torch.get_rng_state()
+        self._cpu_states = state.new_empty((-(-num_particles // chunk_size), *state.shape))
+        with OneMinibatch() as minibatch:
+            for start in range(0, num_particles, chunk_size):
+                stop = min(start + chunk_size, num_particles)
+                log_weights = self._first_pass(start, stop, minibatch)
+                if start == 0:
+                    self.log_weights = log_weights.new_empty((num_particles, *log_weights.shape[1:]))
+                self.log_weights[start:stop] = log_weights
+
+    def _first_pass(self, start: int, stop: int, minibatch: OneMinibatch) -> Tensor:
+        """The log-weights of a chunk. Nothing else of it outlives this call."""
+        before = self._chunks[-1].random_state if self._chunks else None
+        known = dict(minibatch.indices)
+        chunk = None
+
+        def remember() -> None:
+            nonlocal chunk
+            minibatch.indices = dict(known)  # not what a probe drew, or a run that is thrown away
+            state = RandomState.now(before)
+            cpu = self._cpu_states[len(self._chunks)].copy_(state.cpu)
+            chunk = _Chunk(slice(start, stop), state._replace(cpu=cpu), known)
+
+        torch.clear_autocast_cache()  # of casts that belong to another chunk's graph
+        particles = self._draw(self._pair, stop - start, self._route, remember)
+        assert chunk is not None, "draw must say when it starts"
+        cells = [plate_key(frame) for frame in particles.plates], particles.log_p.shape[1:]
+        if not self._chunks:
+            self._cells, self.scale, self.log_q_weight = cells, particles.scale, particles.log_q_weight
+        elif cells != self._cells:
+            raise ValueError(
+                f"Particles {start} to {stop - 1} have cells {cells}, those before them {self._cells}. With "
+                "chunk_size all particles must have the same plates; pass plates= to name those to keep."
+            )
+        self._look(particles)
+        self._chunks.append(chunk)
+        return particles.log_weights.detach()
+
+    def draw_again(self, visit: Callable[[slice, Particles], bool | None]) -> None:
+        """Draw every chunk once more, the same as before. The random state is left as it is.
+
+        Arguments:
+            visit: called with the position of each chunk and its particles, which should not outlive the
+                call; returns True to stop.
+        """
+        random_state = RandomState.now()
+        try:
+            with watch_batch_norm(restore=True):
+                for chunk in self._chunks:
+                    chunk.random_state.restore()
+                    torch.clear_autocast_cache()
+                    with OneMinibatch(chunk.minibatch):
+                        # Never by a name here, which would keep it alive beside the next.
+                        if visit(chunk.particles, self._draw(self._pair, chunk.size, self._route, _nothing)):
+                            break
+        finally:
+            random_state.restore()
+
+    def first_site(self, where: Callable[[Tensor], Tensor], role: str | None = None) -> Site | None:
+        """The first site with a log density for which ``where`` holds anywhere, as of :class:`Particles`."""
+        found = None
+
+        def visit(_: slice, particles: Particles) -> bool:
+            nonlocal found
+            found = particles.first_site(where, role)
+            return found is not None
+
+        with torch.no_grad():
+            self.draw_again(visit)
+        return found
+
+
+def _nothing() -> None:
+    pass
+
+
+def estimate(
+    draw: Draw, pair: Pair, estimator: Estimator, bound: Bound, route: Route | None, chunk_size: int
+) -> tuple[Chunks, Estimate]:
+    """The loss of S particles, whose gradient is taken chunk by chunk in its backward pass.
+
+    Arguments:
+        draw: draws the particles of a chunk.
+        pair: the pair and its arguments.
+        estimator: the estimator.
+        bound: the bound, which gives the number S.
+        route: how latent values travel, as the estimator wants it; None where gradients are disabled.
+        chunk_size: the number of particles in a chunk.
+
+    Raises:
+        ValueError: as :class:`Chunks`, as the estimator's ``check``, and if a tensor with a graph of its own
+            comes into model or guide other than as an argument.
+    """
+    if not torch.is_grad_enabled():
+        chunks = Chunks(draw, pair, route, bound.num_particles, chunk_size)
+        return chunks, estimator.evaluate(bound, chunks.log_weights, chunks.scale)
+    pair, sources, cut = _cut_arguments(pair)
+    # The first pass runs with gradients too: what the estimator has to check and which tensors the gradient
+    # leads to can be told from a chunk's graph, which is then dropped.
+    graph = _Graph(cut)
+
+    def look(particles: Particles) -> None:
+        estimator.check(particles, bound)
+        graph.explore(_densities(estimator, particles))
+
+    def draw_watched(*args: Any) -> Particles:
+        graph.start()
+        return draw(*args)
+
+    chunks = Chunks(draw_watched, pair, route, bound.num_particles, chunk_size, look)
+    estimate = estimator.evaluate(bound, chunks.log_weights, chunks.scale)
+    if not graph.leaves:
+        return chunks, estimate
+    inputs = list(graph.leaves.values())
+    weights = estimator.weights(bound, chunks.log_weights, chunks.log_q_weight)
+    if route is None or not isinstance(route.through, Boundary):
+        weights = weights._replace(path=weights.model)  # and not one more tensor for all particles
+    surroundings = _Surroundings(estimate.loss.device.type)
+
+    def gradients(grad: Tensor, needed: list[bool]) -> list[Tensor | None]:
+        """Those of the inputs, None for what needs none."""
+        wanted = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
+        totals: list[Tensor | None] = [None] * len(wanted)
+
+        def visit(part: slice, particles: Particles) -> None:
+            if is_validation_enabled():
+                _check_same(particles.log_weights.detach(), chunks.log_weights[part])
+            graph.explore(_densities(estimator, particles), known=True)
+            share = estimator.attach(torch.zeros_like(grad), particles, weights.of(part), route)
+            if share.requires_grad:
+                found = torch.autograd.grad(share, wanted, grad, allow_unused=True)
+                totals[:] = [_add(total, new) for total, new in zip(totals, found, strict=True)]
+
+        with surroundings.again(), _without_hooks(wanted), torch.enable_grad():
+            chunks.draw_again(visit)
+        results = iter(totals)
+        return [next(results) if is_needed else None for is_needed in needed]
+
+    origins = [sources.get(id(tensor), tensor) for tensor in inputs]
+    return chunks, estimate._replace(loss=_Chunked.apply(estimate.loss, gradients, *origins))
+
+
+def _densities(estimator: Estimator, particles: Particles) -> list[Tensor]:
+    return [particles.log_p, *(density(particles) for density in estimator.guide_densities)]
+
+
+def _add(total: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if new is None:
+        return total
+    if total is None:
+        return new.clone()  # autograd may have given the same tensor to several
+    return total + new if total.is_sparse else total.add_(new)
+
+
+def _check_same(log_weights: Tensor, before: Tensor) -> None:
+    if not torch.allclose(log_weights, before, rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise ValueError(
+            "A chunk of particles has other log-weights when it is drawn again from the same random state, "
+            "so its gradient would be wrong. chunk_size needs all randomness to come from PyTorch's, NumPy's "
+            "or Python's global generators, and model, guide and parameters not to change between the loss "
+            "and its backward pass."
+        )
+
+
+class _Chunked(torch.autograd.Function):
+    """A loss whose gradients with respect to some tensors are computed in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: Callable, *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        ctx.save_for_backward(*inputs)  # so that to change them in place before the backward pass is an error
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        assert len(ctx.saved_tensors) == len(ctx.needs_input_grad) - 2
+        return None, None, *ctx.gradients(grad, ctx.needs_input_grad[2:])
+
+
+def _cut_arguments(pair: Pair) -> tuple[Pair, dict[int, Tensor], list[Tensor]]:
+    """Replace arguments that have a graph of their own, which every chunk would run through anew.
+
+    Returns:
+        The pair with leaves in their place; what each leaf, by its id, stands for; the leaves.
+    """
+    values, structure = tree_flatten((pair.args, pair.kwargs))
+    sources: dict[int, Tensor] = {}
+    leaves: list[Tensor] = []
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
+            leaf = value.detach().requires_grad_()
+            values[index] = leaf
+            sources[id(leaf)] = value
+            leaves.append(leaf)
+    if not leaves:
+        return pair, sources, leaves
+    args, kwargs = tree_unflatten(values, structure)
+    return pair._replace(args=args, kwargs=kwargs), sources, leaves
+
+
+class _Graph:
+    """The tensors that a gradient leads to, found in the graphs of chunks.
+
+    Arguments:
+        leaves: those known beforehand.
+
+    Attributes:
+        leaves: all that are known, by their id.
+    """
+
+    def __init__(self, leaves: Iterable[Tensor]) -> None:
+        self.leaves: dict[int, Tensor] = {id(leaf): leaf for leaf in leaves}
+        self.start()
+
+    def start(self) -> None:
+        """Take what has been computed up to now for another graph."""
+        self._oldest = _sequence_number()
+
+    def explore(self, roots: Iterable[Tensor], known: bool = False) -> None:
+        """Find the leaves below some tensors.
+
+        Arguments:
+            roots: the tensors.
+            known: whether all leaves should be known by now.
+
+        Raises:
+            ValueError: if the graph leads to another one, or to leaves that should be known and are not.
+        """
+        stack = [root.grad_fn for root in roots if root.grad_fn is not None]
+        seen = set(stack)
+        while stack:
+            node: Any = stack.pop()
+            if node.name() == "torch::autograd::AccumulateGrad":
+                if known and id(node.variable) not in self.leaves:
+                    raise ValueError(
+                        f"Drawn again, a chunk of particles uses a parameter of shape "
+                        f"{list(node.variable.shape)} that it did not use before. Do not exchange parameters "
+                        "between a loss with chunk_size and its backward pass."
+                    )
+                self.leaves[id(node.variable)] = node.variable
+                continue
+            if node._sequence_nr() < self._oldest:
+                raise ValueError(
+                    f"Model or guide use a tensor that was computed before they ran, with a gradient "
+                    f"({node.name()}), and chunk_size runs the backward pass once for every chunk. Pass "
+                    "that tensor to the loss as an argument of model and guide, or compute it inside them."
+                )
+            for parent, _ in node.next_functions:
+                if parent is not None and parent not in seen:
+                    seen.add(parent)
+                    stack.append(parent)
+
+
+def _sequence_number() -> int:
+    """That of a node of the graph made just now; they ascend."""
+    with torch.enable_grad():
+        node: Any = torch.zeros((), requires_grad=True).clone().grad_fn
+    return node._sequence_nr()
+
+
+class _Surroundings:
+    """Pyro's handlers and autocasting as they are now, for a backward pass that runs elsewhere.
+
+    Arguments:
+        kind: the type of the device in use.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._handlers = list(_PYRO_STACK)
+        self._cache = torch.is_autocast_cache_enabled()
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in {kind, "cpu"}
+        ]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        handlers = list(_PYRO_STACK)
+        _PYRO_STACK[:] = self._handlers
+        try:
+            with ExitStack() as stack:
+                for autocast in self._autocast:
+                    stack.enter_context(torch.autocast(*autocast, cache_enabled=self._cache))
+                yield
+        finally:
+            _PYRO_STACK[:] = handlers
+
+
+@contextmanager
+def _without_hooks(tensors: list[Tensor]) -> Iterator[None]:
+    """Keep hooks of parameters from running on a chunk's share: they are to see the sum of all."""
+    hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
+    saved = [dict(found) for found in hooks]
+    for found in hooks:
+        found.clear()
+    try:
+        yield
+    finally:
+        for found, kept in zip(hooks, saved, strict=True):
+            found.update(kept)

@@ -1,0 +1,105 @@
+r"""Guide sites whose gradient an estimator would get wrong, refused by name.
+
+Each function takes the sites in question and the name of the estimator, and raises a ``ValueError`` that says
+which sites, why, and what to do instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..tracing.paths import class_name
+from ..tracing.sites import Site
+
+__all__ = [
+    "listed",
+    "refuse_baselines",
+    "refuse_hidden_draws",
+    "refuse_late_parameters",
+    "refuse_missing_paths",
+    "refuse_moving_supports",
+]
+
+
+def listed(sites: Iterable[Site]) -> str:
+    """The sites' names, each once."""
+    return ", ".join(dict.fromkeys(repr(site.name) for site in sites))
+
+
+def refuse_baselines(sites: Iterable[Site]) -> None:
+    """Refuse sites that ask for a baseline, which would go unused."""
+    for site in sites:
+        if "baseline" in site.message["infer"]:
+            raise ValueError(
+                f"Guide site {site.name!r} asks for a baseline by infer={{'baseline': ...}}, which the "
+                "estimators here do not use: they take their control variates from the other particles. "
+                "Remove it."
+            )
+
+
+def refuse_missing_paths(sites: Sequence[Site], name: str) -> None:
+    """Refuse sites without a path, or with a biased one that nobody has asked for; see :mod:`.paths`."""
+    refuse_hidden_draws(sites, name)
+    if not sites:
+        return
+    biased = [site for site in sites if site.has_biased_path]
+    reason = ""
+    if biased:
+        kinds = dict.fromkeys(class_name(site.message["fn"]) for site in biased)
+        reason = (
+            f" The rsample of {', '.join(kinds)} has a gradient that is not that of its draws. To take it on "
+            f"purpose, biased as it is, pass infer={{'biased_path': True}} at {listed(biased)}."
+        )
+    raise ValueError(
+        f"Guide site(s) {listed(sites)} cannot be reparameterised, so estimator={name!r} would leave out the "
+        "gradient of their parameters without a word. Pass estimator='vimco' (K > 1), 'score' or 'rws' "
+        "(wake-wake), or use a continuous distribution with an exact rsample at these sites, in model and "
+        f"guide.{reason}"
+    )
+
+
+def refuse_hidden_draws(sites: Iterable[Site], name: str) -> None:
+    """Refuse factors that claim to be densities of draws without a path.
+
+    Of draws hidden from Pyro, they would need a score; as functions of the guide's own draws, which do not
+    vary with them, they must not have one. Which of the two cannot be seen.
+    """
+    factors = [site for site in sites if site.is_factor]
+    if factors:
+        raise ValueError(
+            f"Factor(s) {listed(factors)} of the guide (pyro.factor with has_rsample=False) depend on "
+            f"parameters, and whether they need a score, which estimator={name!r} would have to give them, "
+            "cannot be seen. Where the value follows from the guide's own sample sites and parameters, pass "
+            "has_rsample=True: no draw depends on it, so its derivative is all there is to it, whatever the "
+            "sites are. Where it is the density of draws made outside of pyro.sample, make them inside."
+        )
+
+
+def refuse_late_parameters(sites: Iterable[Site], name: str) -> None:
+    """Refuse sites whose densities depend on parameters other than as a distribution that was sampled.
+
+    At stopped values the derivative of such a density is no score: a transformation by parameters of a draw
+    without any (AutoStructured), a point estimate (AutoDelta), a factor or an observed site.
+    """
+    late = [site for site in sites if site.has_late_parameters]
+    if late:
+        raise ValueError(
+            f"Guide site(s) {listed(late)} depend on parameters after sampling (a Delta of parameters, as in "
+            "AutoDelta, AutoStructured and hand-made transformations of noise, or a factor or observed site "
+            "with parameters), so their density at fixed values has no score, which "
+            f"estimator={name!r} needs. Use estimator='reparam' ('score' where other sites have no path), or "
+            "sample these sites from a distribution with the parameters (TransformedDistribution)."
+        )
+
+
+def refuse_moving_supports(sites: Iterable[Site], name: str) -> None:
+    """Refuse sites whose score has another expectation than 0; see :mod:`.supports`."""
+    moving = [site for site in sites if site.has_moving_support]
+    if moving:
+        raise ValueError(
+            f"The support of guide site(s) {listed(moving)} has ends that move with parameters (as that of "
+            "Uniform(0, b) does with b), so the expectation of its score is not 0, on which "
+            f"estimator={name!r} relies. Sample from a distribution with rsample under estimator='reparam' "
+            "('score' where other sites have no path), which go along with the ends; or from one whose "
+            "support stays where it is, such as a Beta or a Normal."
+        )

@@ -1,0 +1,1 @@
+r"""What a fitted pair says of the posterior and of the evidence: sampling, diagnostics, prediction, ArviZ."""

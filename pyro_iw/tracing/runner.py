@@ -1,0 +1,311 @@
+r"""Running S particles of a model/guide pair, in one vectorised pass or one by one."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .._support.random_state import fork_rng
+from .._support.warn import PACKAGE, warn
+from .alone import Alone
+from .batch_norm import watch_batch_norm
+from .probe import Look, Probe
+from .traces import (
+    PARTICLE_PLATE,
+    OneMinibatch,
+    Pair,
+    Progress,
+    Route,
+    Through,
+    Traces,
+    trace_model_again,
+    trace_pair,
+)
+
+__all__ = ["Runner"]
+
+
+# What a computation raises that does not broadcast. Others (out of memory, a singular matrix, an error of the
+# user's own) keep their type.
+_ORDINARY = (ValueError, RuntimeError, IndexError, TypeError, AssertionError)
+
+#: What PyTorch says of parameters and values that a distribution does not allow.
+_CONSTRAINTS = ("to satisfy the constraint", "to be within the support")
+
+#: Kinds of runs of a pair that are looked at closely; shapes may be new at every step.
+_MANY = 8
+
+
+class Runner:
+    """Runs pairs on S particles, and remembers what it learnt of each.
+
+    Arguments:
+        vectorize: run all particles in one pass, under a plate; otherwise one by one.
+        max_plate_nesting: number of batch dims a pair needs for its own plates; found by a probe if
+            infinite.
+        check: called with the traces of a new pair's probe, to refuse it before the particle dim obscures
+            why.
+        look: called once for each pair and pattern of guide sites that the model does not have, see
+            :mod:`~pyro_iw.tracing.counterparts`.
+        warn: called with a message.
+    """
+
+    def __init__(
+        self,
+        vectorize: bool = True,
+        max_plate_nesting: float = math.inf,
+        check: Callable[[Traces], Any] | None = None,
+        look: Look | None = None,
+        warn: Callable[[str], None] = warn,
+    ) -> None:
+        self.vectorize = vectorize
+        self.max_plate_nesting = max_plate_nesting
+        self.check = check
+        self.look = look
+        self.warn = warn
+        self._probes: weakref.WeakKeyDictionary[Any, Probe] = weakref.WeakKeyDictionary()
+        self._warned_modules: weakref.WeakSet[_BatchNorm] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was learnt about a pair holds weak references, which do not pickle, and is soon relearnt.
+        names = ("vectorize", "max_plate_nesting", "check", "look", "warn")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def run(
+        self,
+        pair: Pair,
+        num_particles: int,
+        route: Route | None = None,
+        on_start: Callable[[], None] = lambda: None,
+    ) -> Traces:
+        """Run the pair on S particles.
+
+        Arguments:
+            pair: the pair and its arguments.
+            num_particles: the number S of particles.
+            route: how latent values travel; straight, if None.
+            on_start: called before the run, and again before another one if that turns out to be needed.
+
+        Raises:
+            ValueError: if the pair runs with one particle but not under the particle dim, naming the last
+                site that was reached; or if a particle has other densities there than by itself, naming the
+                first site.
+        """
+        probe = self._probe(pair)
+        vectorized = self.vectorize and num_particles > 1
+        while True:
+            on_start()
+            is_new = vectorized and _is_new(pair, probe)
+            watch = watch_batch_norm(enabled=is_new or (vectorized and not probe.watched))
+            minibatch = OneMinibatch()
+            with watch as seen, minibatch if is_new else nullcontext():
+                if vectorized:
+                    traces = self._one_pass(pair, num_particles, route, probe)
+                else:
+                    traces = self._run_one_by_one(pair, num_particles, route, probe)
+            if traces is None:
+                continue
+            # More plates than were known, or a site to enumerate: then the run was beside its dims.
+            dims_matter = traces.particle_dim is not None or traces.enum_dim is not None
+            enumerated = probe.enumerates
+            news = probe.learn(traces)
+            if not news or not (dims_matter or enumerated != probe.enumerates):
+                for message in probe.look_at_guide(pair, traces, self.look):
+                    self.warn(message)
+                if vectorized:
+                    self._look_closer(pair, traces, probe, is_new, seen, minibatch)
+                return traces
+
+    def prepare(self, pair: Pair) -> int:
+        """Get to know the pair, and make its lazy parameters, ahead of the first run.
+
+        Returns:
+            Number of batch dims that the pair's own plates take, as far as is known.
+        """
+        return self._probe(pair).nesting
+
+    def run_model_again(self, pair: Pair, traces: Traces, num_particles: int, through: Through) -> Traces:
+        """Run the model alone on some of the particles of a vectorised run, in another number.
+
+        Arguments:
+            pair: the pair and its arguments.
+            traces: the traces of the run.
+            num_particles: the number of particles now.
+            through: makes their values out of the guide's.
+        """
+        plate = pyro.plate(PARTICLE_PLATE, num_particles, dim=traces.particle_dim)
+        again = trace_model_again(pair, traces.pairs[0], through, plate, traces.enum_dim)
+        return traces._replace(pairs=[again], num_particles=num_particles)
+
+    def _run_one_by_one(self, pair: Pair, num_particles: int, route: Route | None, probe: Probe) -> Traces:
+        enum_dim = -1 - probe.nesting if probe.enumerates else None
+        pairs = []
+        one_minibatch = OneMinibatch()
+        for particle in range(num_particles):
+            with one_minibatch:
+                pairs.append(trace_pair(pair, particle, route, enum_dim=enum_dim))
+        return Traces(pairs, num_particles, None, enum_dim)
+
+    def _one_pass(self, pair: Pair, num_particles: int, route: Route | None, probe: Probe) -> Traces | None:
+        """Traces under a plate left of the nesting known so far; None if that turned out too small."""
+        dim = -1 - probe.nesting
+        enum_dim = dim - 1 if probe.enumerates else None
+        plate = pyro.plate(PARTICLE_PLATE, num_particles, dim=dim)
+        progress = Progress()
+        try:
+            traced = trace_pair(pair, None, route, plate, enum_dim, progress)
+        except Exception as error:
+            if type(error) not in _ORDINARY or _speaks_for_itself(error):
+                raise
+            nesting = _nesting_alone(pair)
+            if nesting is None:
+                raise  # the pair is at fault, not the particle dim
+            if nesting > probe.nesting:
+                probe.nesting = nesting
+                return None
+            raise ValueError(
+                f"The {progress.role} runs with one particle but not with {num_particles} in one pass: it "
+                f"failed {progress.where()} with {type(error).__name__}: {error}\n"
+                f"Particles add a batch dim of size {num_particles} at dim {dim}, left of every plate. Let "
+                "the computation broadcast over leading dims (index dims from the right, end reshapes in "
+                "(*z.shape[:-1], ...); a latent outside the plates comes with a dim of size 1 for each), or "
+                "pass vectorize_particles=False to run the particles one by one. "
+                "(If it fails for some values of the latents only, see the error itself, above.)"
+            ) from error
+        return Traces([traced], num_particles, dim, enum_dim)
+
+    def _probe(self, pair: Pair) -> Probe:
+        """What is known of the pair, from one pass with one particle if it is new."""
+        model, guide = _anchor(pair.model), _anchor(pair.guide)
+        try:
+            known = self._probes.get(guide)
+            if known is not None and known.model() is model:
+                return known
+            reference: Callable[[], Any] | None = weakref.ref(model)
+        except TypeError:  # not hashable or not weakly referable: probed at every call
+            reference = guide = None
+        probe = Probe(reference)
+        for message in probe.run(pair, self.check, self.look):
+            self.warn(message)
+        if self.max_plate_nesting != math.inf:
+            probe.nesting = max(probe.nesting, int(self.max_plate_nesting))
+        if guide is not None:
+            self._probes[guide] = probe
+        return probe
+
+    def _look_closer(
+        self,
+        pair: Pair,
+        traces: Traces,
+        probe: Probe,
+        is_new: bool,
+        seen: dict[_BatchNorm, int],
+        minibatch: OneMinibatch,
+    ) -> None:
+        """Run one of the particles by itself, and see whether the others made a difference to it.
+
+        Arguments:
+            pair: the pair and its arguments.
+            traces: the traces of all particles.
+            probe: what is known of the pair.
+            is_new: whether a run of this kind has not been looked at yet.
+            seen: how many values each BatchNorm in train mode saw.
+            minibatch: the subsamples of a new run.
+        """
+        if is_new or seen:
+            with torch.no_grad(), fork_rng():
+                alone = Alone(pair, traces, minibatch.indices)
+                with watch_batch_norm(restore=True) as normalised:
+                    runs = alone.run()
+                mixed = self._check_batch_norm(seen, normalised, pair) if runs else True
+                # What a BatchNorm has mixed differs, as was said.
+                with watch_batch_norm(restore=True):
+                    known = is_new and not mixed and alone.compare()
+            torch.clear_autocast_cache()  # of casts made without gradients
+            if is_new:
+                probe.compared.add(_kind(pair, probe, None if known else torch.is_grad_enabled()))
+        probe.watched = probe.watched or torch.is_grad_enabled()
+
+    def _check_batch_norm(
+        self, seen: dict[_BatchNorm, int], normalised: dict[_BatchNorm, int], pair: Pair
+    ) -> bool:
+        """Warn of batch normalisation in train mode that saw more than with one particle; whether one did."""
+        mixed = [module for module, count in seen.items() if count > normalised.get(module, count)]
+        for module in mixed:
+            if module not in self._warned_modules:
+                self._warned_modules.add(module)
+                warn(
+                    f"{_module_name(module, pair)} is in train mode and normalises over the particles as "
+                    "well as the batch, so one particle's density depends on the others and the importance "
+                    "weights are off. Put it in eval mode, replace it by a normalisation without batch "
+                    "statistics (LayerNorm, GroupNorm), or pass vectorize_particles=False."
+                )
+        return bool(mixed)
+
+
+def _kind(pair: Pair, probe: Probe, gradients: bool | None) -> Any:
+    """What makes a run another one than those before: its plates and the shapes of its arguments.
+
+    Where nothing could be said with gradients (as of dropout in train mode), it may be without.
+    """
+    arguments = (*pair.args, *pair.kwargs.values())
+    shapes = tuple([argument.shape for argument in arguments if isinstance(argument, Tensor)])
+    return probe.nesting, probe.enumerates, shapes, gradients
+
+
+def _is_new(pair: Pair, probe: Probe) -> bool:
+    """Whether a run of this kind has not been looked at yet."""
+    if len(probe.compared) >= _MANY:
+        return False
+    kinds = (_kind(pair, probe, gradients) for gradients in (None, torch.is_grad_enabled()))
+    return probe.compared.isdisjoint(kinds)
+
+
+def _speaks_for_itself(error: Exception) -> bool:
+    """Whether an error says what is wrong, which then is not the particle dim.
+
+    That is so for what this package refuses, by a ``raise`` of its own, and for values that a distribution
+    does not allow.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is not None and last.tb_frame.f_code.co_filename.startswith(PACKAGE):
+        return True
+    return isinstance(error, ValueError) and any(words in str(error) for words in _CONSTRAINTS)
+
+
+def _nesting_alone(pair: Pair) -> int | None:
+    """Plate nesting of a pass with one particle; None if that fails too."""
+    probe = Probe()
+    try:
+        probe.run(pair)
+    except Exception:
+        return None
+    return probe.nesting
+
+
+def _anchor(fn: Callable) -> Any:
+    """The object to know a callable by: a bound method is made anew at each access, its owner is not."""
+    return fn.__self__ if inspect.ismethod(fn) else fn
+
+
+def _module_name(module: torch.nn.Module, pair: Pair) -> str:
+    for root in (_anchor(pair.model), _anchor(pair.guide)):
+        if isinstance(root, torch.nn.Module):
+            for name, child in root.named_modules():
+                if child is module:
+                    return f"{type(module).__name__} {name!r}"
+    return f"{type(module).__name__}({getattr(module, 'num_features', '')})"
