@@ -13,7 +13,6 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from cases import CASES, GlobalLatent
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
@@ -24,8 +23,9 @@ from pyro.infer.autoguide import (
     AutoStructured,
 )
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from truth import ConjugateGaussian, RecordedNormal, logmeanexp
 
+from helpers.cases import CASES, GlobalLatent
+from helpers.truth import ConjugateGaussian, RecordedNormal, logmeanexp
 from pyro_iw import IWAE_ELBO, ImportanceSampler
 from pyro_iw.bounds import IWAE, MIWAE
 

@@ -28,8 +28,9 @@ from aae_priors import COMPONENTS, UNLABELLED, Gaussian, Mixture, Prior, SwissRo
 from aae_training import Trainer, choose_labelled, decay, train_classifier
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from resuming import flat, run_stopped
 from torch.nn import functional as F
+
+from helpers.resuming import flat, run_stopped
 
 MODES = tuple(aae.DEFAULTS)
 # 3 steps an epoch, the last of them a small one, in 3 epochs.

@@ -8,8 +8,8 @@ import pyro.poutine as poutine
 import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO
-from truth import normal
 
+from helpers.truth import normal
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, ImportanceSampler
 
 PARALLEL = {"enumerate": "parallel"}

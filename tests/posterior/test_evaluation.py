@@ -7,11 +7,11 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as transforms
 import pytest
 import torch
-from cases import NestedPlates
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch.utils.data import DataLoader
-from truth import ConjugateGaussian
 
+from helpers.cases import NestedPlates
+from helpers.truth import ConjugateGaussian
 from pyro_iw import ImportanceSampler, active_units, bound_curve, rate_distortion
 
 TRUTH = ConjugateGaussian()

@@ -11,9 +11,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray
-from cases import NestedPlates
 
 import pyro_iw
+from helpers.cases import NestedPlates
 from pyro_iw import ImportanceSampler
 from pyro_iw._support.optional import is_arviz_0, require
 

@@ -15,11 +15,11 @@ import torch
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
 from pyro.optim import Adam
-from recorded import Coin, Draws, Uniformly
-from test_chunked import Chain, Network
 from torch import nn
 
 import pyro_iw.gradients.backward_subset as resampled
+from helpers.chains import Chain, Network
+from helpers.recorded import Coin, Draws, Uniformly
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
 
 N = 20_000

@@ -25,7 +25,6 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from cases import CASES, DataPlate, ScaledPerCell
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
@@ -36,6 +35,7 @@ from torch.distributions import constraints
 import pyro_iw.compiling.announce as announce
 import pyro_iw.compiling.matmul as products
 import pyro_iw.compiling.step as compiled
+from helpers.cases import CASES, DataPlate, ScaledPerCell
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, Bound, ImportanceWeightedELBO
 
 LOSSES = {

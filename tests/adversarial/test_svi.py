@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_iw import AdversarialSVI, FusedOptim
-from pyro_iw.adversarial.svi import svi as adversarial
+from pyro_iw.adversarial import svi as adversarial
 
 D, PIXELS = 2, 5
 

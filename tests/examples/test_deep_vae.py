@@ -27,8 +27,8 @@ import vae
 from deep_networks import DeepVAE, KLWarmup, Layer, layer_widths, schedule
 from deep_training import Trainer
 from matplotlib.image import imread
-from resuming import flat, run_stopped
 
+from helpers.resuming import flat, run_stopped
 from pyro_iw import IWAE_ELBO
 
 PICTURES = ("samples.png", "reconstructions.png", "learning_curve.png")

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from truth import objectives
 
+from helpers.truth import objectives
 from pyro_iw.bounds import CIWAE, IWAE, MIWAE, PIWAE, TVO, VR, Bound
 from pyro_iw.logmean import leave_one_out_logmeanexp, leave_one_out_mean
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from pyro.infer import SVI
 from pyro.optim import Adam
-from truth import normal
 
 import pyro_iw.compiling.step as compiled
+from helpers.truth import normal
 from pyro_iw import ImportanceWeightedELBO
 from pyro_iw.bounds import CIWAE, IWAE, MIWAE, TVO, VR, Bound
 

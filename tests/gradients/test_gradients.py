@@ -16,8 +16,8 @@ import pytest
 import torch
 from pyro.infer import RenyiELBO
 from pyro.infer.autoguide import AutoStructured
-from truth import normal
 
+from helpers.truth import normal
 from pyro_iw import (
     CIWAE_ELBO,
     IWAE_ELBO,

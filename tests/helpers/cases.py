@@ -12,7 +12,8 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from truth import RecordedNormal, normal
+
+from helpers.truth import RecordedNormal, normal
 
 
 class Case:

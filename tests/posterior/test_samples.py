@@ -8,11 +8,11 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from cases import GlobalLatent, Masked, NestedPlates, PlateInsideKeptPlate
 from pyro.infer.autoguide import AutoDiagonalNormal
 from pyro.infer.reparam import LocScaleReparam
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 
+from helpers.cases import GlobalLatent, Masked, NestedPlates, PlateInsideKeptPlate
 from pyro_iw import ImportanceSampler
 from pyro_iw.bounds import IWAE, MIWAE
 from pyro_iw.tracing.latents import own_shape

@@ -1,0 +1,1 @@
+"""What tests share: pairs to test on, draws that are recorded, and truths written out by hand."""

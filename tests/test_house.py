@@ -1,0 +1,82 @@
+"""The house: which part of the package may import which, and that each stays of a size to be read."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import pyro_iw
+
+PACKAGE = Path(pyro_iw.__file__).parent
+MATHS = {"bounds", "logmean", "psis", "resampling", "running"}
+
+# What each part may import beside itself. A module at the top is a part of its own, except mathematics.
+MAY_IMPORT = {
+    "_support": set(),
+    "maths": {"_support"},
+    "nn": {"_support"},
+    "optim": {"_support"},
+    "tracing": {"_support", "maths"},
+    "gradients": {"_support", "maths", "tracing"},
+    "posterior": {"_support", "maths", "tracing"},
+    "adversarial": {"_support", "maths", "tracing", "optim"},
+    "compiling": {"_support", "maths", "tracing", "gradients"},
+    "elbo": {"_support", "maths", "tracing", "gradients", "compiling"},
+    "losses": {"_support", "maths", "elbo"},
+    "plots": {"_support", "maths", "posterior"},
+}
+
+
+def part_of(module):
+    """The part that a module belongs to, given its dotted name inside the package."""
+    top = module.split(".")[0]
+    return "maths" if top in MATHS else top
+
+
+def imported(path):
+    """Dotted names, inside the package, of all modules that a file imports, wherever it does."""
+    package = path.relative_to(PACKAGE).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) + 1 - node.level], *filter(None, [node.module])]
+            # ``from . import name`` at the top names modules; else the part is known by now.
+            yield from [".".join(base)] if base else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pyro_iw":
+            yield node.module.partition(".")[2] or "__init__"
+        elif isinstance(node, ast.Import):
+            yield from (a.name.partition(".")[2] for a in node.names if a.name.startswith("pyro_iw."))
+
+
+def modules():
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    own = part_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    wrong = {name for name in imported(path) if part_of(name) not in MAY_IMPORT[own] | {own}}
+    assert not wrong, f"a module of {own!r} imports {sorted(wrong)}"
+
+
+def test_mathematics_knows_no_pyro():
+    for name in MATHS:
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        roots = {
+            alias.name.split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        roots |= {
+            (node.module or "").split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and not node.level
+        }
+        assert "pyro" not in roots, name
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_says_what_it_is_and_can_be_read_at_one_sitting(path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), "a module opens with a sentence on what it is for"
+    assert text.count("\n") <= 500
