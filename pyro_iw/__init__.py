@@ -1,5 +1,6 @@
 """Importance-weighted variational bounds for any Pyro model/guide pair."""
 
+from ._support.version import __version__
 from .adversarial import AdversarialLosses, AdversarialSVI
 from .bounds import Bound
 from .elbo import ImportanceWeightedELBO
@@ -37,4 +38,3 @@ __all__ = [
     "gradient_snr",
     "rate_distortion",
 ]
-__version__ = "0.1.0"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from . import bounds
+from .bound import describe
 from .elbo import ImportanceWeightedELBO, Keywords
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class _NamedELBO(ImportanceWeightedELBO):
         super().__init__(bound, **keywords)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({bounds.describe(self.bound)}{self._options()})"
+        return f"{type(self).__name__}({describe(self.bound)}{self._options()})"
 
 
 class IWAE_ELBO(_NamedELBO):

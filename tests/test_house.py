@@ -8,7 +8,7 @@ import pytest
 import pyro_iw
 
 PACKAGE = Path(pyro_iw.__file__).parent
-MATHS = {"bounds", "logmean", "psis", "resampling", "running"}
+MATHS = {"bound", "bounds", "logmean", "psis", "resampling", "running"}
 
 # What each part may import beside itself. A module at the top is a part of its own, except mathematics.
 MAY_IMPORT = {

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from .._support.arguments import positive_integer
 from .._support.optional import is_arviz_0, require
+from .._support.version import __version__
 from ..psis import warn_of_khat
 
 if TYPE_CHECKING:
@@ -308,8 +309,6 @@ def _constants(samples: ImportanceSamples, observed: Sequence[Tensor]) -> dict[s
 
 
 def _dataset(group: Variables, labels: Mapping[str, Any], samples: ImportanceSamples) -> Any:
-    from .. import __version__  # which imports this module's users first
-
     xarray = require("xarray", "arviz", "to_arviz")
     used = {dim for dims, _ in group.values() for dim in dims}
     coords: dict[str, Any] = {dim: labels[dim] for dim in used if dim in labels}
