@@ -1,6 +1,6 @@
 """Importance-weighted variational bounds for any Pyro model/guide pair."""
 
-from ._support.version import __version__
+from ._support.version import __version__ as __version__
 from .adversarial import AdversarialLosses, AdversarialSVI
 from .bounds import Bound
 from .elbo import ImportanceWeightedELBO
