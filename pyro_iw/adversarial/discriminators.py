@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .._support.random_state import RandomState
+from ..tracing.messages import is_auxiliary
 from .pair import Cells
 
 __all__ = ["Discriminators"]
@@ -66,7 +67,7 @@ class Discriminators:
             ValueError: if the guide has none or several.
         """
         if self.modules is None:
-            names = [name for name, site in latents.items() if not site["infer"].get("is_auxiliary")]
+            names = [name for name, site in latents.items() if not is_auxiliary(site)]
             if len(names) != 1:
                 raise ValueError(
                     f"One discriminator is given, but the guide has {len(names)} latent sites {names}. Give "

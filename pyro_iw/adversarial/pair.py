@@ -14,13 +14,21 @@ import pyro.poutine as poutine
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor, nn
 
 from ..tracing.batch_norm import watch_batch_norm
+from ..tracing.messages import (
+    check_broadcasts,
+    guide_messenger,
+    has_no_density,
+    is_auxiliary,
+    latent_sites,
+    sample_sites,
+    unmasked,
+)
 from ..tracing.sites import Site
 from ..tracing.traces import Pair
 
@@ -53,17 +61,10 @@ class Cells(NamedTuple):
             features = _flat_features(name, features, batch)
             if not features.is_floating_point() and value.is_floating_point():
                 features = features.to(value.dtype)  # as of one_hot
-        kept = None
-        for site in (drawn, guided):
-            for mask in (site["mask"], getattr(site["fn"], "_mask", None)):
-                if mask is None or mask is True:
-                    continue
-                mask = torch.as_tensor(mask, dtype=torch.bool, device=value.device)
-                _check_broadcasts("mask", name, mask.shape, batch)
-                mask = mask.expand(batch).reshape(len(values))
-                kept = mask if kept is None else kept & mask
+        kept = unmasked(name, batch, (drawn, guided), value.device)
         if kept is not None:
             # Selected, though that waits for the device: what is masked is to be in no batch statistics.
+            kept = kept.reshape(len(values))
             values = values[kept]
             features = None if features is None else features[kept]
         return cls(values, features)
@@ -178,7 +179,7 @@ def run_pair(
     fake = _read_cells(prior, latents, features)
     with _Replay({name: site["value"] for name, site in latents.items()}):
         trace = poutine.trace(pair.model).get_trace(*pair.args, **pair.kwargs)
-    _check_regularised(prior.names, latents, _latents(trace))  # now also of what comes after the prior
+    _check_regularised(prior.names, latents, latent_sites(trace))  # now also of what comes after the prior
     _check_decoders_own(trace, latents, prior.sites)
     terms = observed_terms(trace, "model")
     if not terms:
@@ -201,13 +202,13 @@ def run_pair(
 
 def run_guide(pair: Pair) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Messages of the guide's latent sites, and the unconstrained parameters met on the way, by name."""
-    messenger = poutine.unwrap(pair.guide)
-    if not isinstance(messenger, GuideMessenger):
+    messenger = guide_messenger(pair.guide)
+    if messenger is None:
         trace = poutine.trace(pair.guide).get_trace(*pair.args, **pair.kwargs)
-        return _latents(trace), parameters(trace)
+        return latent_sites(trace), parameters(trace)
     with poutine.trace(param_only=True) as capture:
         pair.guide(*pair.args, **pair.kwargs)
-    return _latents(messenger.trace), parameters(capture.trace)
+    return latent_sites(messenger.trace), parameters(capture.trace)
 
 
 def parameters(trace: Any) -> dict[str, Tensor]:
@@ -228,18 +229,16 @@ def observed_terms(trace: Any, role: str) -> dict[str, Tensor]:
         ValueError: if a density cannot be evaluated, or has another shape than plates and mask say.
     """
     terms = {}
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or not site["is_observed"] or site_is_subsample(site):
+    for name, site in sample_sites(trace).items():
+        if not site["is_observed"] or has_no_density(site):
             continue
-        if site["mask"] is False or getattr(site["fn"], "_mask", None) is False:
-            continue  # for the record only, as pyro.deterministic
         log_prob = Site.read(role, name, site, 0).log_prob
         if is_validation_enabled():
             nesting: Any = math.inf
             check_site_shape({**site, "log_prob": log_prob}, nesting)
         for kind in ("mask", "scale"):
             if isinstance(site[kind], Tensor):
-                _check_broadcasts(kind, name, site[kind].shape, log_prob.shape)
+                check_broadcasts(kind, name, site[kind].shape, log_prob.shape)
         terms[name] = -scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
     return terms
 
@@ -259,17 +258,9 @@ class _Replay(Messenger):
 
 def _guides_own(pair: Pair, met: dict[str, Tensor], models: Collection[str]) -> dict[str, Tensor]:
     """The guide's parameters; a guide messenger has met the model's as well, which it runs."""
-    if not isinstance(poutine.unwrap(pair.guide), GuideMessenger):
+    if guide_messenger(pair.guide) is None:
         return met
     return {name: param for name, param in met.items() if name not in models}
-
-
-def _latents(trace: Any) -> dict[str, Any]:
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
-    }
 
 
 def _read_cells(
@@ -300,32 +291,20 @@ def _check_features(features: Any) -> Tensor:
 def _flat_features(name: str, features: Tensor, batch: torch.Size) -> Tensor:
     """Features ``[cells, C]``."""
     size = features.shape[-1]
-    _check_broadcasts("result of condition, but for its last dim,", name, features.shape[:-1], batch)
+    check_broadcasts("result of condition, but for its last dim,", name, features.shape[:-1], batch)
     return features.expand(*batch, size).reshape(math.prod(batch), size)
-
-
-def _check_broadcasts(what: str, name: str, shape: torch.Size, batch: torch.Size) -> None:
-    try:
-        fits = torch.broadcast_shapes(shape, batch) == batch
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"The {what} at site {name!r} has shape {tuple(shape)}, which does not broadcast to the site's "
-            f"batch shape {tuple(batch)}. Give it the dims of the plates around the site."
-        )
 
 
 def _left_out(trace: Any, latents: Collection[str]) -> list[str]:
     """Latent sites that the model draws itself, without being marked for that."""
     found = []
-    for name, site in _latents(trace).items():
+    for name, site in latent_sites(trace).items():
         if name in latents:
             continue
         _check_enumerated(name, site, "model")
         # What obs_mask= makes of a site: its missing entries, which count nowhere.
         missing = name.endswith("_unobserved") and name[: -len("_unobserved")] in trace.nodes
-        if not site["infer"].get("is_auxiliary") and not missing:
+        if not is_auxiliary(site) and not missing:
             found.append(name)
     return found
 
@@ -360,7 +339,7 @@ def _check_sites(prior: Prior, latents: Mapping[str, Any]) -> None:
 def _check_regularised(names: Collection[str], latents: Mapping[str, Any], sites: Collection[str]) -> None:
     """Refuse latents of the guide that have no discriminator, unless they are noise that only it has."""
     for name, guided in latents.items():
-        if name not in names and (name in sites or not guided["infer"].get("is_auxiliary")):
+        if name not in names and (name in sites or not is_auxiliary(guided)):
             raise ValueError(
                 f"Latent site {name!r} of the guide has no discriminator, so nothing keeps it near its "
                 f"prior. Give it one: discriminators={{{name!r}: ...}}; a site of mere noise, that the "
@@ -408,7 +387,7 @@ def _check_gradients(prior: Prior, latents: Mapping[str, Any]) -> None:
 
 def _check_decoders_own(trace: Any, latents: Collection[str], before: Collection[str]) -> None:
     """Refuse draws of the decoder's own that hold up the gradient of what they are drawn from."""
-    for name, site in _latents(trace).items():
+    for name, site in latent_sites(trace).items():
         fn = site["fn"]
         own = name not in latents and name not in before
         if own and not getattr(fn, "has_rsample", False) and _is_learnt(fn):

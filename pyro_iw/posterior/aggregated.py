@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .._support.arguments import check_loader, positive_integer, read_batch
 from .._support.optional import require
 from .._support.progress import progress_bar
+from ..tracing.messages import is_auxiliary, is_latent, sample_sites, unmasked
 from ..tracing.traces import OneMinibatch
 
 __all__ = ["MMD", "ClassifierAccuracy", "TwoSamples", "aggregated_posterior"]
@@ -365,22 +365,13 @@ def aggregated_posterior(
 
 def _sample_sites(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The sample sites of one run, by name, those of subsampling aside."""
-    trace = poutine.trace(fn).get_trace(*args, **kwargs)
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site)
-    }
+    return sample_sites(poutine.trace(fn).get_trace(*args, **kwargs))
 
 
 def _chosen(guide: dict[str, Any], sites: Sequence[str] | None) -> list[str]:
     if sites is not None:
         return list(dict.fromkeys(sites))
-    return [
-        name
-        for name, site in guide.items()
-        if not site["is_observed"] and not site["infer"].get("is_auxiliary")
-    ]
+    return [name for name, site in guide.items() if is_latent(site) and not is_auxiliary(site)]
 
 
 def _check_site(name: str, nodes: dict[str, dict[str, Any]]) -> None:
@@ -421,26 +412,11 @@ def _cells(name: str, guide: Any, model: Any) -> tuple[Tensor, Tensor]:
     batch, event = shapes[0]
     if not batch:
         raise ValueError(f"Site {name!r} lies in no plate, so it has no aggregated posterior over the data.")
-    kept = torch.ones(batch, dtype=torch.bool)
-    masks = [
-        (role, mask)
-        for role, site in (("guide", guide), ("model", model))
-        for mask in (site["mask"], getattr(site["fn"], "_mask", None))  # poutine.mask and .mask()
-        if mask is not None
-    ]
-    for role, mask in masks:
-        mask = torch.as_tensor(mask, device="cpu")
-        try:
-            kept = kept & mask.expand(batch)
-        except RuntimeError:
-            raise ValueError(
-                f"The mask at site {name!r} ({role}) has shape {tuple(mask.shape)}, which does not expand to "
-                f"the site's batch shape {batch}."
-            ) from None
     values = []
     for site in (guide, model):
-        value = site["value"].detach().expand(batch + event)[kept.to(site["value"].device)]
-        value = value.reshape(len(value), math.prod(event))
+        value = site["value"].detach().expand(batch + event)
+        kept = unmasked(name, torch.Size(batch), (guide, model), value.device)
+        value = (value if kept is None else value[kept]).reshape(-1, math.prod(event))
         values.append(value if value.is_floating_point() else value.to(torch.get_default_dtype()))
     return values[0], values[1]
 
