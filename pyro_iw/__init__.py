@@ -7,10 +7,11 @@ from .elbo import ImportanceWeightedELBO
 from .gradients.snr import GradientSNR, gradient_snr
 from .losses import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
 from .optim import FusedOptim
-from .posterior.aggregated import TwoSamples, aggregated_posterior
+from .posterior.aggregated import aggregated_posterior
 from .posterior.evaluation import RateDistortion, active_units, bound_curve, rate_distortion
 from .posterior.sampler import ImportanceSampler, LogMarginal
 from .posterior.samples import ImportanceSamples
+from .posterior.two_samples import TwoSamples
 from .tracing.particles import Particles
 
 __all__ = [
