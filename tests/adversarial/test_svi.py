@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
-import warnings
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,89 +13,23 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from pyro.infer.autoguide import (
-    AutoDelta,
-    AutoDiagonalNormal,
-    AutoHierarchicalNormalMessenger,
-    AutoNormal,
-    AutoNormalMessenger,
-)
-from pyro.nn import PyroModule
 from pyro.optim import Adam, PyroOptim
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from helpers.autoencoder import (
+    PIXELS,
+    D,
+    images,
+    moved,
+    pair,
+    sgd,
+    standard_normal,
+    values,
+    with_labels,
+)
 from pyro_iw import AdversarialSVI, FusedOptim
 from pyro_iw.adversarial import svi as adversarial
-
-D, PIXELS = 2, 5
-
-
-def pair(noise: float | None = 0.3, norm: bool = False, classes: int = 0) -> SimpleNamespace:
-    """A small autoencoder in double precision: linear, with batch normalisation and dropout if asked for."""
-    torch.manual_seed(1)
-    encoder, decoder = nn.Linear(PIXELS, D + classes), nn.Linear(D + classes, PIXELS)
-    critic: nn.Module = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, 1))
-    if norm:
-        encoder = nn.Sequential(nn.BatchNorm1d(PIXELS), encoder)
-        decoder = nn.Sequential(decoder, nn.BatchNorm1d(PIXELS))
-        critic = nn.Sequential(
-            nn.Linear(D, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Dropout(0.3), nn.Linear(7, 1)
-        )
-    for module in (encoder, decoder, critic):
-        module.double()
-    critics: Any = {"z": critic}
-    if classes:
-        critics["y"] = nn.Linear(classes, 1).double()
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 2.0).to_event(1))
-            if classes:
-                y = pyro.sample("y", dist.OneHotCategorical(logits=x.new_zeros(classes)))
-                z = torch.cat([z, y], -1)
-            pyro.sample("x", dist.Normal(decoder(z), 0.7).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            code = encoder(x)
-            loc = code[:, :D]
-            fn = dist.Delta(loc, event_dim=1) if noise is None else dist.Normal(loc, noise).to_event(1)
-            pyro.sample("z", fn)
-            if classes:
-                pyro.sample("y", dist.Delta(code[:, D:].softmax(-1), event_dim=1))
-
-    return SimpleNamespace(
-        model=model, guide=guide, encoder=encoder, decoder=decoder, critics=critics, critic=critic
-    )
-
-
-def images(size: int = 6, seed: int = 2) -> Tensor:
-    return torch.randn(size, PIXELS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def sgd(lr: float) -> PyroOptim:
-    return PyroOptim(torch.optim.SGD, {"lr": lr})
-
-
-def values() -> dict[str, Tensor]:
-    """All parameters there are."""
-    return {name: value.detach().clone() for name, value in pyro.get_param_store().named_parameters()}
-
-
-def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """The modules whose parameters have changed."""
-    return {name.split("$$$")[0] for name in after if not torch.equal(before[name], after[name])}
-
-
-def standard_normal(size: int) -> Tensor:
-    shape = (size, D)
-    return torch.normal(torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64))
-
-
-# Whole steps against a loop written by hand.
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -207,23 +138,12 @@ def test_several_sites() -> None:
     assert losses.discriminator["y"] == pytest.approx(expected.item())
 
 
-# Each phase by itself.
-
 PHASES = {
     "reconstruction": {"encoder", "decoder"},
     "discriminator": {"discriminator.z"},
     "guide": {"encoder"},
     "supervised": {"encoder"},
 }
-
-
-def with_labels(p: SimpleNamespace) -> tuple[Callable, tuple[Tensor, Tensor]]:
-    def supervised(x: Tensor, y: Tensor) -> None:
-        pyro.module("encoder", p.encoder)
-        with pyro.plate("labelled", len(x)):
-            pyro.sample("label", dist.Categorical(logits=p.encoder(x)), obs=y)
-
-    return supervised, (images(4, seed=7), torch.tensor([0, 1, 1, 0]))
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -312,484 +232,6 @@ def test_moments_are_each_phases_own() -> None:
     assert (first - second).abs().max() > 1e-3
 
 
-# Modes, running statistics, and what an evaluation leaves alone.
-
-
-class Recorder(nn.Module):
-    """Passes on what it gets, and notes its mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[bool, bool]] = []
-
-    def forward(self, values: Tensor) -> Tensor:
-        self.seen.append((self.training, values.requires_grad))
-        return values
-
-
-def test_modes_of_the_discriminator() -> None:
-    p, x = pair(noise=None), images()
-    recorder, frozen = Recorder(), nn.Dropout(0.5).eval()
-    critic = nn.Sequential(recorder, frozen, p.critic)
-    svi = AdversarialSVI(p.model, p.guide, critic, sgd(0.1))
-    svi.step(x)
-    recorder.seen.clear()
-    svi.step(x)
-    assert recorder.seen == [(True, False), (False, True)]
-    assert recorder.training
-    assert not frozen.training
-    recorder.seen.clear()
-    svi.evaluate_loss(x)
-    assert recorder.seen == [(False, False), (False, False)]
-
-
-def test_a_discriminators_statistics_are_of_both_classes_in_one_batch() -> None:
-    p, x = pair(noise=None), images()
-    norm = nn.BatchNorm1d(D, momentum=1.0).double()
-    svi = AdversarialSVI(p.model, p.guide, nn.Sequential(norm, p.critic), sgd(0.0))
-    torch.manual_seed(5)
-    svi.step(x)
-    torch.manual_seed(5)
-    both = torch.cat([2.0 * standard_normal(len(x)), p.encoder(x).detach()])
-    torch.testing.assert_close(norm.running_mean, both.mean(0))
-    assert norm.num_batches_tracked == 1
-
-
-def test_evaluation_changes_nothing() -> None:
-    p, x = pair(norm=True), images()
-    dropout = nn.Dropout(0.5)
-
-    def guide(x: Tensor) -> None:
-        p.guide(dropout(x))
-
-    supervised, labelled = with_labels(p)
-    svi = AdversarialSVI(p.model, guide, p.critics, Adam({"lr": 0.1}), supervised=supervised)
-    svi.step(x, labelled=labelled)
-    modules = [p.encoder, p.decoder, p.critic, dropout]
-    p.decoder[1].eval()
-    modes = [m.training for module in modules for m in module.modules()]
-    before = copy.deepcopy([module.state_dict() for module in modules])
-    optimisers = copy.deepcopy(svi.get_state())
-    torch.manual_seed(9)
-    first = svi.evaluate_loss(x, labelled=labelled)
-    torch.manual_seed(9)
-    assert svi.evaluate_loss(x, labelled=labelled) == first
-    assert modes == [m.training for module in modules for m in module.modules()]
-    for old, module in zip(before, modules, strict=True):
-        torch.testing.assert_close(module.state_dict(), old, rtol=0, atol=0)
-    torch.testing.assert_close(svi.get_state(), optimisers, rtol=0, atol=0)
-    # In eval mode: the guide's codes by the running statistics, without dropout.
-    encoder = copy.deepcopy(p.encoder).eval()
-    torch.manual_seed(9)
-    z = encoder(x) + 0.3 * standard_normal(len(x))
-    critic = copy.deepcopy(p.critic).eval()
-    assert first.guide["z"] == pytest.approx(float(softplus(-critic(z)).mean().detach()))
-    expected = nn.functional.cross_entropy(encoder(labelled[0]), labelled[1], reduction="sum")
-    assert first.supervised == pytest.approx(float(expected.detach()))
-
-
-def test_evaluation_of_methods_that_read_their_mode() -> None:
-    class Pair(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder, self.seen = nn.Linear(PIXELS, D), []
-
-        def model(self, x: Tensor) -> None:
-            self.seen.append(self.training)
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(torch.zeros(D), 1.0).to_event(1))
-                pyro.sample("x", dist.Normal(z.sum(-1, True).expand(-1, PIXELS), 1.0).to_event(1), obs=x)
-
-        def guide(self, x: Tensor) -> None:
-            self.seen.append(self.training)
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Delta(self.encoder(x), event_dim=1))
-
-    both = Pair()
-    svi = AdversarialSVI(both.model, both.guide, nn.Linear(D, 1), sgd(0.1))
-    svi.evaluate_loss(images().float())
-    assert both.seen
-    assert not any(both.seen)
-    assert both.training
-
-
-# Plates, scales and masks.
-
-
-def test_subsampling_scales_the_reconstruction_alone() -> None:
-    """Half of the data: twice the reconstruction, means of the codes; one minibatch for the whole step."""
-    p, x = pair(noise=None), images(8)
-    seen: list[list[int]] = []
-
-    def subsampled(fn: str) -> Callable:
-        def run(x: Tensor) -> None:
-            module = p.encoder if fn == "guide" else p.decoder
-            pyro.module("encoder" if fn == "guide" else "decoder", module)
-            with pyro.plate("data", len(x), subsample_size=4) as index:
-                seen.append(index.tolist())
-                if fn == "guide":
-                    pyro.sample("z", dist.Delta(p.encoder(x[index]), event_dim=1))
-                else:
-                    prior = dist.Normal(index[:, None].double().expand(-1, D), 1e-6).to_event(1)
-                    z = pyro.sample("z", prior)
-                    pyro.sample("x", dist.Normal(p.decoder(z), 1.0).to_event(1), obs=x[index])
-
-        return run
-
-    svi = AdversarialSVI(subsampled("model"), subsampled("guide"), p.critics, sgd(0.0))
-    losses = svi.step(x)
-    assert len(seen) == 4  # guide, prior, model, guide
-    assert all(indices == seen[0] for indices in seen)
-    index = torch.tensor(seen[0])
-    code = p.encoder(x[index])
-    log_density = dist.Normal(p.decoder(code), 1.0).log_prob(x[index]).sum()
-    assert losses.reconstruction == pytest.approx(-2 * float(log_density.detach()))
-    critic = p.critic
-    real = softplus(-critic(index[:, None].double().expand(-1, D))).mean()
-    assert losses.discriminator["z"] == pytest.approx(float((real + softplus(critic(code)).mean()).detach()))
-    first = set(seen[0])
-    for _ in range(10):
-        svi.step(x)
-    assert any(set(indices) != first for indices in seen)
-
-
-def test_the_supervised_phase_draws_its_own_minibatch() -> None:
-    """A plate of its own may bear the name of the pair's."""
-    p, x = pair(noise=None), images(12)
-    seen: dict[str, list[Any]] = {"pair": [], "supervised": []}
-
-    def minibatch(fn: Callable, name: str) -> Callable:
-        def run(*args: Tensor) -> None:
-            with pyro.plate("all", 12, subsample_size=3, dim=-2) as index:
-                seen[name].append(index.tolist())
-            fn(*args)
-
-        return run
-
-    supervised, labelled = with_labels(p)
-    svi = AdversarialSVI(
-        minibatch(p.model, "pair"),
-        minibatch(p.guide, "pair"),
-        p.critics,
-        sgd(0.1),
-        supervised=minibatch(supervised, "supervised"),
-    )
-    for _ in range(3):
-        svi.step(x, labelled=labelled)
-    svi.evaluate_loss(x, labelled=labelled)
-    assert len(seen["supervised"]) == 5  # with the trial, which takes the pair's noise and gives it back
-    assert not any(index in seen["pair"] for index in seen["supervised"][1:])
-
-
-def test_nested_plates_and_user_scale() -> None:
-    critic = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1))
-    x = torch.randn(3, 4)
-
-    def model() -> None:
-        with pyro.plate("columns", 4, dim=-1), pyro.plate("rows", 3, dim=-2):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide() -> None:
-        loc = pyro.param("loc", torch.randn(3, 4))
-        with pyro.plate("columns", 4, dim=-1), pyro.plate("rows", 3, dim=-2):
-            pyro.sample("z", dist.Delta(loc))
-
-    scaled = [poutine.scale(fn, 0.1) for fn in (model, guide)]
-    svi = AdversarialSVI(*scaled, critic, sgd(0.1))
-    losses = svi.evaluate_loss()
-    loc = pyro.param("loc").detach()
-    assert losses.reconstruction == pytest.approx(float(-0.1 * dist.Normal(loc, 1.0).log_prob(x).sum()))
-    assert losses.guide["z"] == pytest.approx(float(softplus(-critic(loc.reshape(12))).mean().detach()))
-    svi.step()
-
-
-@pytest.mark.parametrize("how", ["poutine", "distribution"])
-def test_masked_cells_count_in_neither_class(how: str) -> None:
-    p, x = pair(noise=None), images()
-    keep = torch.tensor([True, False, True, True, False, True])
-    recorder = Recorder()
-    sizes: list[int] = []
-    recorder.register_forward_hook(lambda _m, _i, out: sizes.append(len(out)))
-
-    def masked(fn: Any) -> Any:
-        return fn.mask(keep) if how == "distribution" else fn
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", p.decoder)
-        with pyro.plate("data", len(x)), poutine.mask(mask=keep if how == "poutine" else True):
-            z = pyro.sample("z", masked(dist.Normal(x.new_zeros(D), 2.0).to_event(1)))
-            pyro.sample("x", masked(dist.Normal(p.decoder(z), 0.7).to_event(1)), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", p.encoder)
-        with pyro.plate("data", len(x)), poutine.mask(mask=keep if how == "poutine" else True):
-            # What is masked may be anything.
-            code = torch.where(keep[:, None], p.encoder(x), math.nan)
-            pyro.sample("z", masked(dist.Delta(code, event_dim=1)))
-
-    with pyro.validation_enabled(False):
-        svi = AdversarialSVI(model, guide, nn.Sequential(recorder, p.critic), sgd(0.1))
-        torch.manual_seed(5)
-        losses = svi.evaluate_loss(x)
-        assert sizes[-2:] == [8, 4]  # after the trial
-        code = p.encoder(x)[keep]
-        torch.manual_seed(5)
-        real = 2.0 * standard_normal(len(x))[keep]
-        expected = softplus(-p.critic(real)).mean() + softplus(p.critic(code)).mean()
-        assert losses.discriminator["z"] == pytest.approx(float(expected.detach()))
-        assert losses.guide["z"] == pytest.approx(float(softplus(-p.critic(code)).mean().detach()))
-        log_density = dist.Normal(p.decoder(code), 0.7).log_prob(x[keep]).sum()
-        assert losses.reconstruction == pytest.approx(-float(log_density.detach()))
-
-
-def test_all_masked() -> None:
-    p, x = pair(norm=True), images()
-    masked = [poutine.mask(fn, mask=torch.zeros(len(x), dtype=torch.bool)) for fn in (p.model, p.guide)]
-    svi = AdversarialSVI(*masked, p.critics, Adam({"lr": 0.1}))
-    before = copy.deepcopy(p.critic.state_dict())
-    losses = svi.step(x)
-    assert (losses.reconstruction, losses.discriminator, losses.guide) == (0.0, {"z": 0.0}, {"z": 0.0})
-    torch.testing.assert_close(p.critic.state_dict(), before, rtol=0, atol=0)
-
-
-def test_missing_pixels() -> None:
-    p, x = pair(noise=None), images()
-    known = torch.arange(6) % 2 == 0
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", p.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 2.0).to_event(1))
-            pyro.sample("x", dist.Normal(p.decoder(z), 0.7).to_event(1), obs=x, obs_mask=known)
-
-    svi = AdversarialSVI(model, p.guide, p.critics, sgd(0.1))
-    log_density = dist.Normal(p.decoder(p.encoder(x)), 0.7).log_prob(x)[known].sum()
-    assert svi.step(x).reconstruction == pytest.approx(-float(log_density.detach()))
-
-
-# Kinds of guides and priors.
-
-
-class SwissRoll(dist.TorchDistribution):
-    """A prior that can be sampled, and has no density."""
-
-    arg_constraints: dict = {}  # noqa: RUF012
-    support = dist.constraints.real_vector
-    has_rsample = False
-
-    def __init__(self, size: int) -> None:
-        super().__init__(torch.Size([size]), torch.Size([2]), validate_args=False)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        angle = 3 * math.pi * torch.rand(*sample_shape, *self.batch_shape).sqrt()
-        return torch.stack([angle.cos(), angle.sin()], -1) * angle[..., None]
-
-
-class Samples(dist.Delta):
-    """Values of a guide whose density nobody may ask for."""
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        raise AssertionError("the guide's density was evaluated")
-
-
-def test_an_implicit_guide_and_a_prior_without_density() -> None:
-    encoder, decoder = nn.Linear(PIXELS + 1, D), nn.Linear(D, PIXELS)
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", SwissRoll(len(x)))
-            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            noise = pyro.sample("noise", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
-            code = encoder(torch.cat([x, noise[:, None]], -1))
-            pyro.sample("z", Samples(code, event_dim=1))
-
-    svi = AdversarialSVI(model, guide, nn.Linear(D, 1), Adam({"lr": 0.1}))
-    x = images().float()
-    before = encoder.weight.detach().clone()
-    losses = [svi.step(x).reconstruction for _ in range(60)]
-    assert losses[-1] < losses[0] - 5
-    assert (encoder.weight - before).abs()[:, -1].min() > 0  # that of the noise, too
-
-
-@pytest.mark.parametrize(
-    "fn", [dist.RelaxedOneHotCategorical, dist.OneHotCategoricalStraightThrough], ids=["relaxed", "straight"]
-)
-def test_one_hot_guides(fn: Any) -> None:
-    encoder, decoder = nn.Linear(PIXELS, 3), nn.Linear(3, PIXELS)
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            y = pyro.sample("y", dist.OneHotCategorical(torch.ones(3) / 3))
-            pyro.sample("x", dist.Normal(decoder(y), 1.0).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        options = {"temperature": torch.tensor(0.5)} if fn is dist.RelaxedOneHotCategorical else {}
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", fn(logits=encoder(x), **options))
-
-    svi = AdversarialSVI(model, guide, nn.Linear(3, 1), sgd(0.1))
-    before = encoder.weight.detach().clone()
-    svi.step(images().float())
-    assert (encoder.weight - before).abs().min() > 0
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [AutoDelta, AutoDiagonalNormal, AutoNormal, AutoNormalMessenger, AutoHierarchicalNormalMessenger],
-)
-def test_autoguides(kind: Any) -> None:
-    """A guide messenger runs the model, and its codes may depend on parameters that are not its own."""
-    x = torch.randn(4)
-
-    def model() -> None:
-        shift = pyro.param("shift", torch.tensor(0.3))
-        with pyro.plate("data", 4):
-            z = pyro.sample("z", dist.Normal(shift, 1.0))
-            pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
-
-    critic = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1))
-    optims = {"discriminator_optim": sgd(0.0), "guide_optim": sgd(0.1)}
-    svi = AdversarialSVI(model, kind(model), critic, sgd(0.0), **optims)
-    svi.evaluate_loss()
-    before = values()
-    svi.step()
-    changed = {name for name, value in before.items() if not torch.equal(values()[name], value)}
-    assert any("loc" in name or name == "AutoDelta.z" for name in changed)
-    assert pyro.param("shift") == before["shift"]
-    assert set(svi.get_state()["guide"]) == changed
-    assert "shift" in svi.get_state()["reconstruction"]
-
-
-def test_a_module_pair() -> None:
-    class Model(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.decoder = PyroModule[nn.Linear](D, PIXELS)
-
-        def forward(self, x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(torch.zeros(D), 1.0).to_event(1))
-                pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
-
-    class Guide(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = PyroModule[nn.Linear](PIXELS, D)
-
-        def forward(self, x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Delta(self.encoder(x), event_dim=1))
-
-    svi = AdversarialSVI(Model(), Guide(), nn.LazyLinear(1), Adam({"lr": 0.05}))
-    x = images().float()
-    losses = [svi.step(x).reconstruction for _ in range(50)]
-    assert losses[-1] < losses[0]
-    assert set(svi.get_state()["guide"]) == {"encoder.weight", "encoder.bias"}
-    assert svi.discriminators.keys() == {"z"}
-
-
-def test_a_mixture_prior_that_knows_labels() -> None:
-    """Each cell of class c is drawn from component c, and the discriminator is told the class."""
-    p, x = pair(noise=None), images()
-    labels = torch.tensor([0, 1, 2, 2, 1, 0])
-
-    def model(x: Tensor, labels: Tensor) -> None:
-        pyro.module("decoder", p.decoder)
-        with pyro.plate("data", len(x)):
-            anyone = pyro.sample("component", dist.Categorical(torch.ones(2)), infer={"is_auxiliary": True})
-            component = torch.where(labels == 2, anyone, labels)
-            centre = 10.0 * component[:, None].double().expand(-1, D)
-            z = pyro.sample("z", dist.Normal(centre, 1e-9).to_event(1))
-            pyro.sample("x", dist.Normal(p.decoder(z), 0.7).to_event(1), obs=x)
-
-    class Critic(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.seen = nn.Linear(D + 3, 1).double(), []
-
-        def forward(self, values: Tensor, features: Tensor) -> Tensor:
-            self.seen.append((values.detach(), features))
-            return self.linear(torch.cat([values, features], -1))[:, 0]
-
-    critic = Critic()
-    svi = AdversarialSVI(
-        model,
-        lambda x, labels: p.guide(x),
-        critic,
-        sgd(0.1),
-        condition=lambda x, labels: nn.functional.one_hot(labels, 3).double(),
-    )
-    svi.step(x, labels)
-    critic.seen.clear()
-    svi.step(x, labels)
-    (both, features), (_, again) = critic.seen
-    assert torch.equal(features, torch.cat([again, again]))
-    assert torch.equal(again.argmax(-1), labels)
-    known = labels != 2
-    torch.testing.assert_close(both[:6][known], 10.0 * labels[known, None].double().expand(-1, D))
-    assert set(both[:6].round().flatten().tolist()) <= {0.0, 10.0}
-
-
-def test_the_priors_own_parameters_stay() -> None:
-    p, x = pair(noise=None), images()
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", p.decoder)
-        loc = pyro.param("prior", torch.ones(D, dtype=torch.float64))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
-            assert p.decoder.weight.requires_grad
-            graphs.append(z.requires_grad)
-            pyro.sample("x", dist.Normal(p.decoder(z), 1.0).to_event(1), obs=x)
-
-    graphs: list[bool] = []
-    seen: list[bool] = []
-    p.critic.register_forward_pre_hook(lambda _, values: seen.append(values[0].requires_grad))
-    svi = AdversarialSVI(model, p.guide, p.critics, Adam({"lr": 0.1}))
-    for _ in range(2):
-        seen.clear()
-        svi.step(x)
-    assert seen == [False, True]  # prior draws carry no graph to the discriminator
-    assert graphs == [True, True]  # and the decoder runs once a step
-    assert pyro.param("prior").tolist() == [1.0, 1.0]
-
-
-def test_latents_that_only_the_model_has() -> None:
-    p, x = pair(noise=None), images()
-
-    def model(x: Tensor, marked: bool) -> None:
-        with pyro.plate("data", len(x)):
-            infer = {"is_auxiliary": True} if marked else {}
-            pyro.sample("component", dist.Categorical(torch.ones(2)), infer=infer)
-        p.model(x)
-
-    def guide(x: Tensor, marked: bool) -> None:
-        p.guide(x)
-
-    @pyro.poutine.block(hide=["data"])
-    def plated(x: Tensor, marked: bool) -> None:
-        model(x, marked)
-
-    svi = AdversarialSVI(plated, guide, p.critics, sgd(0.1))
-    svi.step(x, marked=True)
-    with pytest.warns(UserWarning, match=r"not in the guide: \['component'\]"):
-        svi.step(x, marked=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        svi.step(x, marked=False)
-
-
-# The discriminator that wins, and other extremes.
-
-
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_discriminator_that_wins_leaves_gradients(sign: float) -> None:
     """With logits of 1e4 and more, also in single precision."""
@@ -820,9 +262,6 @@ def test_a_discriminator_that_wins_leaves_gradients(sign: float) -> None:
         assert losses.guide["z"] == pytest.approx(1e4, rel=1e-2)
         torch.testing.assert_close(step, torch.full((D,), -1.0))
     assert math.isfinite(losses.discriminator["z"])
-
-
-# Waiting for the device.
 
 
 def test_nothing_is_read_off_the_device_before_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -866,9 +305,6 @@ def test_nothing_is_read_off_the_device_before_the_report(monkeypatch: pytest.Mo
             svi.evaluate_loss(x)
 
 
-# Checkpoints.
-
-
 @pytest.mark.parametrize("kind", [PyroOptim, FusedOptim])
 def test_resume(kind: Any) -> None:
     """Four steps at once equal two and, from their state, two more; also where moments are there already."""
@@ -906,9 +342,6 @@ def test_resume(kind: Any) -> None:
         torch.testing.assert_close(values(), expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="phases"):
         AdversarialSVI(p.model, p.guide, p.critics, Adam({"lr": 0.1})).set_state(state)
-
-
-# What it is for.
 
 
 @pytest.mark.slow
@@ -984,133 +417,6 @@ def test_the_aggregated_posterior_becomes_the_prior() -> None:
     assert error < 0.1 * test.var(0).mean()
 
 
-def test_one_module_for_all_parts() -> None:
-    """Registered by guide and model as a whole, it has the discriminator's parameters among the guide's."""
-    torch.manual_seed(1)
-    whole = nn.ModuleDict(
-        {"encoder": nn.Linear(PIXELS, D), "decoder": nn.Linear(D, PIXELS), "critic": nn.Linear(D, 1)}
-    ).double()
-
-    def model(x: Tensor) -> None:
-        pyro.module("whole", whole)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 2.0).to_event(1))
-            pyro.sample("x", dist.Normal(whole["decoder"](z), 0.7).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("whole", whole)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(whole["encoder"](x), event_dim=1))
-
-    still = {"optim": sgd(0.0), "discriminator_optim": sgd(0.0), "guide_optim": sgd(0.1)}
-    before = copy.deepcopy(whole.state_dict())
-    AdversarialSVI(model, guide, whole["critic"], **still).step(images())
-    moved = {name for name, value in whole.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"encoder.weight", "encoder.bias"}
-
-
-def test_a_layer_of_both_guide_and_discriminator() -> None:
-    parts, trunk = pair(), nn.Linear(D, D).double()
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", parts.encoder)
-        pyro.module("trunk", trunk)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(trunk(parts.encoder(x)), event_dim=1))
-
-    before = copy.deepcopy(parts.encoder.state_dict())
-    svi = AdversarialSVI(parts.model, guide, nn.Sequential(trunk, parts.critic), sgd(0.1))
-    with pytest.raises(ValueError, match=r"depend on parameters of a discriminator.*trunk\$\$\$weight"):
-        svi.step(images())
-    assert all(torch.equal(value, before[name]) for name, value in parts.encoder.state_dict().items())
-
-
-def test_phases_in_a_users_autocast() -> None:
-    """Each sees the parameters as they are then, not as autocast has kept them."""
-    torch.manual_seed(1)
-    parts = pair()
-    for module in (parts.encoder, parts.decoder, parts.critic):
-        module.float()
-    codes = []
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", parts.encoder)
-        with pyro.plate("data", len(x)):
-            codes.append(parts.encoder(x).float())
-            pyro.sample("z", dist.Delta(codes[-1], event_dim=1))
-
-    svi = AdversarialSVI(parts.model, guide, parts.critics, sgd(0.1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        svi.step(images().float())
-    assert not torch.equal(*codes)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_networks() -> None:
-    """What torch.compile wraps calls no hooks inside: statistics and modes are as without."""
-    found = []
-    for compiled in (False, True):
-        pyro.clear_param_store()
-        parts = pair(None, norm=True)
-        encoder = parts.encoder
-        encode = torch.compile(encoder, backend="eager") if compiled else encoder
-
-        def guide(x: Tensor, encoder: nn.Module = encoder, encode: Callable = encode) -> None:
-            pyro.module("encoder", encoder)
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Delta(encode(x), event_dim=1))
-
-        svi = AdversarialSVI(parts.model, guide, parts.critics, sgd(0.01))
-        torch.manual_seed(3)
-        losses = [svi.step(images()) for _ in range(2)]
-        losses += [svi.evaluate_loss(images()), svi.step(images())]
-        assert encoder[0].training
-        assert encoder[0].num_batches_tracked == 3
-        found.append((losses, encoder[0].running_mean))
-    assert found[0][0] == found[1][0]
-    torch.testing.assert_close(found[0][1], found[1][1])
-
-
-def test_evaluation_of_a_partial() -> None:
-    """A part that is only read, of a module that is hidden in a functools.partial."""
-    parts, modes = pair(), []
-
-    class Guide(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = parts.encoder
-
-        def forward(self, x: Tensor, noise: float) -> None:
-            pyro.module("encoder", self.encoder)
-            modes.append(self.encoder.training)
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Normal(x @ self.encoder.weight.T, noise).to_event(1))
-
-    svi = AdversarialSVI(parts.model, functools.partial(Guide(), noise=0.1), parts.critics, sgd(0.1))
-    svi.evaluate_loss(images())
-    assert modes == [False]
-    assert parts.encoder.training
-
-
-def test_evaluation_refuses_a_discriminator_first() -> None:
-    parts = pair()
-    svi = AdversarialSVI(parts.model, parts.guide, nn.Sequential(parts.critic, nn.Sigmoid()), sgd(0.1))
-    with pytest.raises(ValueError, match="sigmoid"):
-        svi.evaluate_loss(images())
-
-
-def test_a_model_that_handles_exceptions() -> None:
-    parts = pair()
-
-    def model(x: Tensor) -> None:
-        try:
-            parts.model(x)
-        except Exception as error:
-            raise RuntimeError("in the model") from error
-
-    AdversarialSVI(model, parts.guide, parts.critics, sgd(0.1)).step(images())
-
-
 def test_nothing_is_updated_silently_without_gradients() -> None:
     p = pair()
     svi = AdversarialSVI(p.model, p.guide, p.critics, sgd(0.1))
@@ -1131,46 +437,3 @@ def test_a_state_is_taken_up_whole() -> None:
         svi.step(x)
         svi.set_state(start)
         assert svi.get_state() == start
-
-
-def test_evaluation_of_a_closures_module_that_is_not_called() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(PIXELS, D).double()
-
-        def encode(self, x: Tensor) -> Tensor:
-            assert not self.training
-            return self.linear(x)
-
-    p, net = pair(), Net()
-    encode = Net().encode  # a method, likewise
-
-    def guide(x: Tensor) -> None:
-        pyro.module("net", net)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(net.encode(x) + encode(x), event_dim=1))
-
-    AdversarialSVI(p.model, guide, p.critics, sgd(0.1)).evaluate_loss(images())
-    assert net.training
-
-
-def test_statistics_of_instance_normalisation_follow_once() -> None:
-    def statistics(run: Callable) -> Tensor:
-        pyro.clear_param_store()
-        p = pair(noise=None)
-        torch.manual_seed(1)
-        norm = nn.InstanceNorm1d(1, track_running_stats=True).double()
-
-        def guide(x: Tensor) -> None:
-            pyro.module("encoder", p.encoder)
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Delta(p.encoder(norm(x.unsqueeze(1)).squeeze(1)), event_dim=1))
-
-        run(p, guide)
-        return norm.running_mean
-
-    once = statistics(lambda p, guide: guide(images()))
-    stepped = statistics(lambda p, guide: AdversarialSVI(p.model, guide, p.critics, sgd(0.0)).step(images()))
-    assert once.abs().item() > 0
-    torch.testing.assert_close(stepped, once)
