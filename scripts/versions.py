@@ -96,22 +96,24 @@ def install(name: str, leg: Leg, seconds: float) -> str:
     """Make or update the environment of a leg; its Python."""
     folder = ENVIRONMENTS / name
     python = str(folder / "bin" / "python")
+    log = ENVIRONMENTS / f"{name}-pip.log"
     if not os.path.exists(python):
-        subprocess.run([interpreter(leg.python), "-m", "venv", "--clear", str(folder)], check=True)
+        made = logged([interpreter(leg.python), "-m", "venv", str(folder)], log, seconds)
+        if made != 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise Skip(f"no environment can be made; see {log}")
     # With bytecode compiled now: Pyro 1.9.1 has escapes that Python warns of where it compiles them, and
     # warnings are errors in the tests.
     command = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     command += [*shlex.split(os.environ.get("VERSIONS_PIP_ARGS", "")), *leg.pip, "-e", ".[test]"]
-    log = ENVIRONMENTS / f"{name}-pip.log"
     status = logged(command, log, seconds)
     if status != 0:
         shutil.rmtree(folder)  # it may hold gigabytes, and none that runs
+    if status is None:
+        raise Skip(f"pip was not done after {seconds / 60:.0f} minutes")
+    if status != 0:
         errors = re.findall(r"^ERROR: (.*)", log.read_text(), re.M)
-        raise Skip(
-            f"pip is not done after {seconds:.0f} s"
-            if status is None
-            else f"pip cannot install it: {errors[-1] if errors else f'see {log}'}"
-        )
+        raise Skip(f"pip cannot install it: {errors[0][:200] if errors else f'see {log}'}")
     return python
 
 
