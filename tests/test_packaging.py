@@ -1,6 +1,8 @@
 """What is shipped: the wheel and the source archive, and that the package needs no installation to run."""
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,3 +108,17 @@ print(data.posterior.attrs["inference_library_version"])
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "pyro_iw" / "__init__.py"), pyro_iw.__version__]
+
+
+def test_what_is_promised_is_what_is_run():
+    """The legs of ``make test-versions``: every Python in the classifiers, and the floor of the requirements."""
+    spec = importlib.util.spec_from_file_location("versions", ROOT / "scripts" / "versions.py")
+    versions = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(versions)
+    project = (ROOT / "pyproject.toml").read_text()
+    promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    assert promised == [leg.python for leg in versions.LEGS.values()]
+    assert f'requires-python = ">={promised[0]}"' in project
+    lowest = dict(pin.split("==") for pin in versions.LEGS["floor"].pip)
+    assert set(lowest) == {"torch", "pyro-ppl"}
+    assert all(f'"{name}>={version}"' in project for name, version in lowest.items())
