@@ -111,7 +111,7 @@ print(data.posterior.attrs["inference_library_version"])
 
 
 def test_what_is_promised_is_what_is_run():
-    """The legs of ``make test-versions``: every Python in the classifiers, and the floor of the requirements."""
+    """The legs of ``make test-versions``: all Pythons of the classifiers, the lowest versions required."""
     spec = importlib.util.spec_from_file_location("versions", ROOT / "scripts" / "versions.py")
     versions = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(versions)
