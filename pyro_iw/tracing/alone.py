@@ -57,7 +57,7 @@ class Alone:
 
     Arguments:
         pair: the pair and its arguments.
-        traces: the traces of the run.
+        traces: the traces of the run, as it was made: with or without gradients.
         minibatch: the subsamples that it drew, by the name of their plate.
     """
 
@@ -66,6 +66,7 @@ class Alone:
         self._traces = traces
         self._minibatch = minibatch
         self._particle = traces.num_particles // 2
+        self._gradients = torch.is_grad_enabled()
         self._sites: list[Site] | None = None
 
     def run(self) -> bool:
@@ -108,9 +109,14 @@ class Alone:
         return False
 
     def _read_together(self) -> list[Site] | None:
-        """The sites of the vectorised run, read off a copy of its traces."""
+        """The sites of the vectorised run, read off a copy of its traces.
+
+        As the run itself reads them, with or without gradients: distributions keep what they have evaluated
+        (Pyro's rejection samplers, transforms), and will give it out again.
+        """
         traces = self._traces._replace(pairs=[_copy(self._traces.pairs[0])])
-        return _read(traces)
+        with torch.set_grad_enabled(self._gradients):
+            return _read(traces)
 
     def _read_again(self, move: float) -> list[Site] | None:
         """The sites of a run of the particle by itself."""

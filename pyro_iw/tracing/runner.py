@@ -225,8 +225,8 @@ class Runner:
             minibatch: the subsamples of a new run.
         """
         if is_new or seen:
+            alone = Alone(pair, traces, minibatch.indices)
             with torch.no_grad(), fork_rng():
-                alone = Alone(pair, traces, minibatch.indices)
                 with watch_batch_norm(restore=True) as normalised:
                     runs = alone.run()
                 mixed = self._check_batch_norm(seen, normalised, pair) if runs else True
