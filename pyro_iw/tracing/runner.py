@@ -72,7 +72,9 @@ class Runner:
         self.check = check
         self.look = look
         self.warn = warn
-        self._probes: weakref.WeakKeyDictionary[Any, Probe] = weakref.WeakKeyDictionary()
+        # By guide and by model: a guide may take turns with several.
+        self._probes: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Probe]]
+        self._probes = weakref.WeakKeyDictionary()
         self._warned_modules: weakref.WeakSet[_BatchNorm] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,20 +197,19 @@ class Runner:
     def _probe(self, pair: Pair) -> Probe:
         """What is known of the pair, from one pass with one particle if it is new."""
         model, guide = _anchor(pair.model), _anchor(pair.guide)
+        probe = Probe()
         try:
-            known = self._probes.get(guide)
-            if known is not None and known.model() is model:
-                return known
-            reference: Callable[[], Any] | None = weakref.ref(model)
+            known = self._probes.setdefault(guide, weakref.WeakKeyDictionary())
+            if model in known:
+                return known[model]
         except TypeError:  # not hashable or not weakly referable: probed at every call
-            reference = guide = None
-        probe = Probe(reference)
+            known = None
         for message in probe.run(pair, self.check, self.look):
             self.warn(message)
         if self.max_plate_nesting != math.inf:
             probe.nesting = max(probe.nesting, int(self.max_plate_nesting))
-        if guide is not None:
-            self._probes[guide] = probe
+        if known is not None:
+            known[model] = probe
         return probe
 
     def _look_closer(
