@@ -54,6 +54,7 @@ class Alone:
     """A particle of a vectorised run, to be run by itself.
 
     It is the middle one: a wrong index from the left or the right most often takes the first or the last.
+    To be made under the run's own setting of gradients, and run without.
 
     Arguments:
         pair: the pair and its arguments.
@@ -66,6 +67,7 @@ class Alone:
         self._traces = traces
         self._minibatch = minibatch
         self._particle = traces.num_particles // 2
+        self._gradients = torch.is_grad_enabled()
         self._sites: list[Site] | None = None
 
     def run(self) -> bool:
@@ -110,7 +112,10 @@ class Alone:
     def _read_together(self) -> list[Site] | None:
         """The sites of the vectorised run, read off a copy of its traces."""
         traces = self._traces._replace(pairs=[_copy(self._traces.pairs[0])])
-        return _read(traces)
+        # Flows and rejection samplers keep the density of their last value, or what it came from: found
+        # without gradients, it would be without when the run itself is read.
+        with torch.set_grad_enabled(self._gradients):
+            return _read(traces)
 
     def _read_again(self, move: float) -> list[Site] | None:
         """The sites of a run of the particle by itself."""

@@ -56,6 +56,8 @@ class Runner:
             why.
         look: called once for each pair and pattern of guide sites that the model does not have, see
             :mod:`~pyro_iw.tracing.counterparts`.
+        look_along: called once for each pair, with the traces of its first run with gradients; returns
+            warnings.
         warn: called with a message.
     """
 
@@ -65,19 +67,21 @@ class Runner:
         max_plate_nesting: float = math.inf,
         check: Callable[[Traces], Any] | None = None,
         look: Look | None = None,
+        look_along: Callable[[Traces], list[str]] = lambda traces: [],
         warn: Callable[[str], None] = warn,
     ) -> None:
         self.vectorize = vectorize
         self.max_plate_nesting = max_plate_nesting
         self.check = check
         self.look = look
+        self.look_along = look_along
         self.warn = warn
         self._probes: weakref.WeakKeyDictionary[Any, Probe] = weakref.WeakKeyDictionary()
         self._warned_modules: weakref.WeakSet[_BatchNorm] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         # What was learnt about a pair holds weak references, which do not pickle, and is soon relearnt.
-        names = ("vectorize", "max_plate_nesting", "check", "look", "warn")
+        names = ("vectorize", "max_plate_nesting", "check", "look", "look_along", "warn")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -126,6 +130,10 @@ class Runner:
                     self.warn(message)
                 if vectorized:
                     self._look_closer(pair, traces, probe, is_new, seen, minibatch)
+                if torch.is_grad_enabled() and not probe.looked_along:
+                    for message in self.look_along(traces):
+                        self.warn(message)
+                    probe.looked_along = True
                 return traces
 
     def prepare(self, pair: Pair) -> int:
@@ -225,8 +233,8 @@ class Runner:
             minibatch: the subsamples of a new run.
         """
         if is_new or seen:
+            alone = Alone(pair, traces, minibatch.indices)
             with torch.no_grad(), fork_rng():
-                alone = Alone(pair, traces, minibatch.indices)
                 with watch_batch_norm(restore=True) as normalised:
                     runs = alone.run()
                 mixed = self._check_batch_norm(seen, normalised, pair) if runs else True
