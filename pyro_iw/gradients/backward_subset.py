@@ -20,15 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pyro.poutine as poutine
 import torch
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
 from ..bounds import Bound
 from ..resampling import systematic
 from ..tracing.batch_norm import watch_batch_norm
+from ..tracing.messages import guide_messenger
 from ..tracing.particles import Particles
 from ..tracing.runner import Runner
 from ..tracing.traces import OneMinibatch, Pair, Route, Traces
@@ -62,9 +61,10 @@ def estimate(
         ValueError: as the estimator's ``check``; if the guide runs the model itself; and under validation if
             the model gives another density when it is run again.
     """
-    if isinstance(poutine.unwrap(pair.guide), GuideMessenger):
+    messenger = guide_messenger(pair.guide)
+    if messenger is not None:
         raise ValueError(
-            f"backward_particles runs the guide and the model apart, but {type(poutine.unwrap(pair.guide))} "
+            f"backward_particles runs the guide and the model apart, but {type(messenger)} "
             "is a guide messenger, which runs the model itself. Use chunk_size to save memory instead."
         )
     boundary = route.through if isinstance(route.through, Boundary) else None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from ..tracing.jumps import wrong_outside
 from ..tracing.latents import enumerated_sites
 from ..tracing.masks import warn_of_masks
-from ..tracing.messages import base_of
+from ..tracing.messages import is_delta
 from ..tracing.particles import Particles
 from ..tracing.sites import Site
 from ..tracing.supports import limits
@@ -47,7 +46,7 @@ def check_proposal(
         )
     warn_of_masks(sites, warn)
     for name, site in latent.items():
-        if isinstance(base_of(guide[name].message["fn"]), dist.Delta):
+        if is_delta(guide[name].message["fn"]):
             continue
         if check_support:
             _check_support(name, site, guide[name])

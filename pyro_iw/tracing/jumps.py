@@ -21,11 +21,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from .messages import base_of, is_latent, masks_of
+from .messages import is_delta, is_latent, masks_of
 from .paths import class_name, has_path
 from .sites import Site, read_sites
 from .supports import is_discrete, limits, own_support, stripped, support_moves
@@ -148,7 +147,7 @@ def _latents(model: dict[str, Any], guide: dict[str, Any]) -> Iterator[tuple[str
         proposal = guide.get(name)
         if proposal is None or not is_latent(prior) or not is_latent(proposal):
             continue
-        if isinstance(base_of(proposal["fn"]), Delta) or any(mask is False for mask in masks_of(prior)):
+        if is_delta(proposal["fn"]) or any(mask is False for mask in masks_of(prior)):
             continue
         yield name, prior, proposal
 
@@ -182,9 +181,7 @@ def _jumps_at(prior: Any) -> Callable[[_Edge], bool]:
 
 def _dead(traces: Traces, guide: dict[str, Any], judged: set[str]) -> list[str]:
     """Warning of other sites that kill some particles, where no discrete draw can be the reason."""
-    draws = [
-        site for site in guide.values() if is_latent(site) and not isinstance(base_of(site["fn"]), Delta)
-    ]
+    draws = [site for site in guide.values() if is_latent(site) and not is_delta(site["fn"])]
     if not draws or not all(has_path(site["fn"], site["infer"]) for site in draws):
         return []
     found = [
