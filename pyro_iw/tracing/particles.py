@@ -24,7 +24,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from .._support.warn import warn
-from .masks import warn_of_masks
+from .masks import warn_of_masks, warn_of_masks_of_guide
 from .sites import Site, plate_key, read_sites
 from .traces import Traces
 
@@ -179,6 +179,7 @@ def collect(
     scale, sites, shared = _split_scales(sites, kept)
     if not is_linear:
         _warn_of_tempering(sites, warn_once)
+        warn_of_masks_of_guide(sites, warn_once)
     if is_validation_enabled():
         warn_of_masks(sites, warn_once)
     kept_dims = tuple(frame.dim for frame in kept if frame.dim is not None)
