@@ -56,6 +56,8 @@ class Runner:
             why.
         look: called once for each pair and pattern of guide sites that the model does not have, see
             :mod:`~pyro_iw.tracing.counterparts`.
+        look_along: called once for each pair, with the traces of its first run with gradients; returns
+            warnings.
         warn: called with a message.
     """
 
@@ -65,12 +67,14 @@ class Runner:
         max_plate_nesting: float = math.inf,
         check: Callable[[Traces], Any] | None = None,
         look: Look | None = None,
+        look_along: Callable[[Traces], list[str]] = lambda traces: [],
         warn: Callable[[str], None] = warn,
     ) -> None:
         self.vectorize = vectorize
         self.max_plate_nesting = max_plate_nesting
         self.check = check
         self.look = look
+        self.look_along = look_along
         self.warn = warn
         # By guide and by model: a guide may take turns with several.
         self._probes: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Probe]]
@@ -79,7 +83,7 @@ class Runner:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was learnt about a pair holds weak references, which do not pickle, and is soon relearnt.
-        names = ("vectorize", "max_plate_nesting", "check", "look", "warn")
+        names = ("vectorize", "max_plate_nesting", "check", "look", "look_along", "warn")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -134,6 +138,10 @@ class Runner:
                     self.warn(message)
                 if vectorized:
                     self._look_closer(pair, traces, probe, is_new, seen, drawn)
+                if torch.is_grad_enabled() and not probe.looked_along:
+                    for message in self.look_along(traces):
+                        self.warn(message)
+                    probe.looked_along = True
                 return traces._replace(began=began)
 
     def prepare(self, pair: Pair) -> int:
