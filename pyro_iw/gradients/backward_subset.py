@@ -32,12 +32,13 @@ from ..tracing.particles import Particles
 from ..tracing.runner import Runner
 from ..tracing.traces import OneMinibatch, Pair, Route, Traces
 from .estimators import Estimator
+from .refusals import refuse_another_density
 from .surrogate import Boundary, Estimate, boundary_ratio, tie
 
-__all__ = ["estimate"]
+__all__ = ["estimate_from_subset"]
 
 
-def estimate(
+def estimate_from_subset(
     runner: Runner,
     collect: Callable[[Traces], Particles],
     pair: Pair,
@@ -70,8 +71,7 @@ def estimate(
     boundary = route.through if isinstance(route.through, Boundary) else None
     with OneMinibatch() as minibatch:
         forward = route._replace(through=None, model_gradients=False)
-        # What a probe draws first is not the minibatch of the run.
-        traces = runner.run(pair, bound.num_particles, forward, minibatch.indices.clear)
+        traces = runner.run(pair, bound.num_particles, forward, minibatch)
         particles = collect(traces)
         estimator.check(particles, bound)
         log_w = particles.log_weights.detach()
@@ -91,7 +91,7 @@ def estimate(
             log_p = particles.log_p_of(runner.run_model_again(pair, traces, count, through))
     # In train mode BatchNorm, of which the runner has warned, sees other particles now.
     if is_validation_enabled() and not normalised:
-        _check_same(log_p, particles.log_p.gather(0, indices))
+        refuse_another_density(log_p, particles.log_p.gather(0, indices), _RUN_AGAIN)
     if boundary is not None:
         model, ratio = boundary_ratio(model, path)
         boundary.set_ratio(particles.to_batch(ratio))
@@ -142,10 +142,8 @@ def _gather(value: Tensor, event_dim: int, places: Tensor) -> Tensor:
     return value.expand(-1, *rest, *event).gather(0, places)
 
 
-def _check_same(log_p: Tensor, before: Tensor) -> None:
-    if not torch.allclose(log_p.detach(), before, rtol=1e-2, atol=1e-2, equal_nan=True):
-        raise ValueError(
-            "The model gives another density when it is run again on some of its particles, as "
-            "backward_particles does. Put its random layers (dropout) in eval mode, let particles not depend "
-            "on one another, or leave out backward_particles."
-        )
+_RUN_AGAIN = (
+    "The model gives another density when it is run again on some of its particles, as backward_particles "
+    "does. Put its random layers (dropout) in eval mode, let particles not depend on one another, or leave "
+    "out backward_particles."
+)

@@ -19,6 +19,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 
+from .._support.random_state import RandomState
 from .messages import guide_messenger, is_latent, sample_sites
 from .paths import carried, has_path
 
@@ -95,12 +96,14 @@ class Traces(NamedTuple):
         particle_dim: the (negative) batch dim of the particles; None where each pair holds one.
         enum_dim: the first (negative) dim for enumerated sites of the model, left of all others; None where
             nothing is enumerated.
+        began: the random state that the run began from, where it was asked for.
     """
 
     pairs: list[PairTraces]
     num_particles: int
     particle_dim: int | None
     enum_dim: int | None = None
+    began: RandomState | None = None
 
     @property
     def plate_nesting(self) -> int:
