@@ -13,12 +13,15 @@ JOBS ?= 2
 BENCH_ARGS ?=
 FUZZ_PAIRS ?= 20000
 FUZZ_ARGS ?=
+# Of test-versions: which legs, if not all, and options of scripts/versions.py.
+LEGS ?=
+VERSIONS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz lint types docs check bench clean
+.PHONY: help venv demo test test-versions fuzz lint types docs check bench clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST))
 
 venv: $(FULL)  ## Create .venv with the pinned versions
 
@@ -45,6 +48,10 @@ demo: $(BASE)  ## Train a VAE with five bounds on real images (under two minutes
 test: $(FULL)  ## Run the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=10 $(PYTEST_ARGS)
 
+# LEGS="floor newest-3.13" and PYTEST_ARGS="-m 'not slow'" for less; pip takes options from VERSIONS_PIP_ARGS.
+test-versions:  ## Run the tests on the oldest, pinned and newest versions promised (gigabytes, an hour)
+	@$(PYTHON) scripts/versions.py $(LEGS) --jobs $(JOBS) --pytest="$(PYTEST_ARGS)" $(VERSIONS_ARGS)
+
 # A failure prints the seed of its pair, to be run alone: make fuzz FUZZ_ARGS="--seed 123".
 fuzz: $(FULL)  ## Compare random model/guide pairs with a slow reference (hours; FUZZ_PAIRS=300: a minute)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --pairs $(FUZZ_PAIRS) --jobs $(JOBS) --refusals $(FUZZ_ARGS)
@@ -69,6 +76,6 @@ bench: $(BASE)  ## Time and memory beside what a user would pick instead (half a
 	done
 
 clean:  ## Remove .venv and everything generated
-	rm -rf $(VENV) build dist *.egg-info docs/_build results
+	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,124 @@
+"""What is shipped: the wheel and the source archive, and that the package needs no installation to run."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pyro_iw
+
+ROOT = Path(__file__).parent.parent
+# Everything that a version control would not hold.
+GENERATED = shutil.ignore_patterns(
+    ".git", ".venv*", "*.egg-info", "build", "dist", "results", "data", "_build", "__pycache__", ".*_cache"
+)
+BUILD = (
+    "import sys; from setuptools import build_meta as build; to = sys.argv[1]; "
+    "build.build_wheel(to); build.build_sdist(to)"
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder with both archives, built from a copy: setuptools writes beside the sources."""
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip("pyproject.toml asks for setuptools 77 or newer")
+    folder = tmp_path_factory.mktemp("packaging")
+    tree = folder / "tree"
+    shutil.copytree(ROOT, tree, ignore=GENERATED)
+    (folder / "built").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, str(folder / "built")], cwd=tree, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "built"
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    (path,) = built.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def test_the_wheel_holds_the_package_and_its_licence_alone(wheel):
+    info = f"pyro_iw-{pyro_iw.__version__}.dist-info"
+    names = set(wheel.namelist())
+    assert {name.split("/")[0] for name in names} == {"pyro_iw", info}
+    assert f"{info}/licenses/LICENSE" in names
+    package = ROOT / "pyro_iw"
+    sources = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py")}
+    assert {name for name in names if name.startswith("pyro_iw/")} == sources | {"pyro_iw/py.typed"}
+
+
+def test_the_version_is_read_from_the_sources(wheel):
+    metadata = wheel.read(f"pyro_iw-{pyro_iw.__version__}.dist-info/METADATA").decode()
+    assert f"\nVersion: {pyro_iw.__version__}\n" in metadata
+
+
+def test_the_source_archive_can_be_tested(built):
+    """It holds the tests with their helpers, what they read, and all that make works on."""
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("pyro_iw", "tests", "examples", "benchmarks", "docs", "scripts")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".md", ".png"} and not {"_build", "results"} & set(path.parts)
+    }
+    wanted |= {"LICENSE", "README.md", "Makefile", "conftest.py", "constraints.txt", "pyproject.toml"}
+    assert wanted <= names
+    assert not any("__pycache__" in name or name.startswith((".venv", "docs/_build")) for name in names)
+
+
+def test_to_arviz_without_an_installation(wheel, tmp_path):
+    """A checkout on PYTHONPATH, of which no metadata speaks."""
+    wheel.extractall(tmp_path, [name for name in wheel.namelist() if name.startswith("pyro_iw/")])
+    program = """
+import importlib.metadata, warnings
+found = importlib.metadata.Distribution.from_name
+def from_name(name):
+    if name.replace("_", "-") == "pyro-iw":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+importlib.metadata.Distribution.from_name = from_name
+warnings.simplefilter("ignore")
+import pyro, pyro.distributions as dist, pyro_iw
+def model():
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+data = pyro_iw.ImportanceSampler(model, model, 100)().to_arviz(num_samples=5)
+print(pyro_iw.__file__)
+print(data.posterior.attrs["inference_library_version"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "pyro_iw" / "__init__.py"), pyro_iw.__version__]
+
+
+def test_what_is_promised_is_what_is_run():
+    """The legs of ``make test-versions``: all Pythons of the classifiers, the lowest versions required."""
+    spec = importlib.util.spec_from_file_location("versions", ROOT / "scripts" / "versions.py")
+    versions = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(versions)
+    project = (ROOT / "pyproject.toml").read_text()
+    promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    assert promised == [leg.python for leg in versions.LEGS.values()]
+    assert f'requires-python = ">={promised[0]}"' in project
+    lowest = dict(pin.split("==") for pin in versions.LEGS["floor"].pip)
+    assert set(lowest) == {"torch", "pyro-ppl"}
+    assert all(f'"{name}>={version}"' in project for name, version in lowest.items())
