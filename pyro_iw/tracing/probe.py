@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from .._support.random_state import fork_rng
 from .batch_norm import watch_batch_norm
@@ -43,7 +43,7 @@ class Probe:
     def __init__(self, model: Callable[[], Any] | None = None) -> None:
         self.model = model or (lambda: None)
         self.nesting = 0
-        self.normalised: dict[_BatchNorm, int] = {}
+        self.normalised: dict[nn.Module, int] = {}
         self.enumerates = False
         self.watched = False
         self.patterns: set[Pattern] = set()

@@ -33,10 +33,11 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyro_iw.compiling.announce as announce
-import pyro_iw.compiling.matmul as products
+import pyro_iw.compiling.inductor as inductor_module
 import pyro_iw.compiling.step as compiled
 from helpers.cases import CASES, DataPlate, ScaledPerCell
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, Bound, ImportanceWeightedELBO
+from pyro_iw.compiling.program import Program
 
 LOSSES = {
     "iwae": lambda **kw: IWAE_ELBO(K=5, **kw),
@@ -59,10 +60,10 @@ LOSSES = {
 def _interpreted(request, monkeypatch):
     if "inductor" not in request.fixturenames:
 
-        def interpret(graph, inputs, exclusive):
+        def interpret(graph, inputs):
             return lambda args: graph(*args)
 
-        monkeypatch.setattr(compiled, "_inductor", interpret)
+        monkeypatch.setattr(inductor_module, "inductor", interpret)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def inductor():
 
 
 def compiled_programs(loss):
-    return [p for p in loss._compiler._programs.values() if isinstance(p, compiled._Program)]
+    return [p for p in loss._compiler._programs.values() if isinstance(p, Program)]
 
 
 def run(loss, model, guide, args=(), steps=6, lr=0.01):
@@ -295,38 +296,14 @@ def test_a_plate_that_subsamples_does_so_at_each_step():
     assert len(values) > 3
 
 
-@pytest.mark.usefixtures("inductor")
-def test_products_by_the_other_library(monkeypatch):
-    asked = []
-    monkeypatch.setattr(products, "_is_faster", lambda x, w: not asked.append((x.shape, w.shape)))
-    pyro.set_rng_seed(0)
-    x = torch.rand(6, 5).round()
-    vae = SmallVAE().eval()
-    loss, eager = PIWAE_ELBO(M=2, K=3, compile=True), PIWAE_ELBO(M=2, K=3)
-    for _ in range(2):
-        loss.loss_and_grads(vae.model, vae.guide, x)
-    assert len(asked) > 8
-    values, grads = [], []
-    for each in (loss, eager):
-        vae.zero_grad()
-        pyro.set_rng_seed(1)
-        values.append(each.loss_and_grads(vae.model, vae.guide, x))
-        grads.append([param.grad for param in vae.parameters()])
-    assert values[0] == pytest.approx(values[1], rel=1e-6)
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
-
-
-def test_a_product_is_timed_once_for_its_shapes(monkeypatch):
-    monkeypatch.setattr(products, "_choices", {})
-    x, w = torch.ones(120, 100), torch.ones(100, 110)
-    first = products._is_faster(x, w)
-    monkeypatch.setattr(products, "_measure", None)
-    assert products._is_faster(x, w) is first
-    assert products._is_faster(x[:2], w) is False  # too small to be worth a call
-    assert products._is_faster(x.double(), w.double()) is False
-
-
-# What reads values only to check them -------------------------------------------------------------
+def test_the_tanh_of_a_program_is_as_accurate_as_eagers():
+    x = torch.cat([torch.linspace(-12, 12, 40_001), torch.logspace(-30, 0, 1000), torch.tensor([0.0, -0.0])])
+    tanh = inductor_module.DECOMPOSITIONS[torch.ops.aten.tanh.default]
+    torch.testing.assert_close(tanh(x).double(), x.double().tanh(), rtol=2.5e-7, atol=0.0)
+    ends = torch.tensor([torch.inf, -torch.inf, 1e30, -1e30])
+    assert tanh(ends).tolist() == [1.0, -1.0, 1.0, -1.0]
+    assert tanh(torch.tensor(torch.nan)).isnan()
+    assert tanh(x.double()) is NotImplemented
 
 
 LABELS = torch.tensor([0, 2, 1, 1])
@@ -385,7 +362,7 @@ def test_von_mises_and_one_hot_categorical(through, request):
     if through == "inductor":
         from pyro_iw.compiling.inductor import inductor
 
-        request.getfixturevalue("monkeypatch").setattr(compiled, "_inductor", inductor)
+        request.getfixturevalue("monkeypatch").setattr(inductor_module, "inductor", inductor)
     check_same(LOSSES["score"], circular)
 
 
@@ -477,7 +454,7 @@ def test_every_draw_is_eagers_own(dtype):
         return [draw(p) for draw in DRAWS.values()]
 
     with torch.no_grad():
-        program = compiled._inductor(make_fx(draws)(p), [p], exclusive=True)
+        program = inductor_module.inductor(make_fx(draws)(p), [p])
         for seed in range(2):
             torch.manual_seed(seed)
             eager, after = draws(p), torch.rand(1)
@@ -1442,7 +1419,7 @@ def test_without_a_compiler_the_step_is_eager(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("No C++ compiler found\nand more")
 
-    monkeypatch.setattr(compiled, "_inductor", broken)
+    monkeypatch.setattr(inductor_module, "inductor", broken)
     case = DataPlate()
     refused(IWAE_ELBO(K=3, compile=True), "No C.. compiler found", case.model, case.guide)
 
