@@ -1,9 +1,12 @@
 r"""The compiled step, behind ``compile=True``, and what it takes of PyTorch that is not public.
 
-:mod:`~pyro_iw.compiling.step` decides, step by step, whether a program runs; what that is made of are the other
-modules, which are imported when a first step is to be compiled. All of them get private names of PyTorch's,
-Python's and Pyro's through :mod:`~pyro_iw.compiling.private`. Where one is missing, that import fails: one
-warning says which, and steps run eagerly.
+:mod:`~pyro_iw.compiling.step` decides, step by step, whether a program runs. What makes programs are the other
+modules, imported when a first step is to be compiled; they get private names of PyTorch's, Python's and Pyro's through
+:mod:`~pyro_iw.compiling.private`. Where one is missing, that import fails: one warning says which, and steps
+run eagerly.
+
+Inductor is called as ``torch.compile`` calls it, which is public but checks all inputs at each call: 0.4 ms,
+where a step takes 2 ms for one particle and 20 for 64.
 
 .. list-table:: Private and undocumented names of PyTorch, Python and Pyro
    :header-rows: 1
@@ -13,6 +16,9 @@ warning says which, and steps run eagerly.
      - where it is missing
    * - ``torch.fx.experimental.proxy_tensor``: ``make_fx``, ``extract_val``
      - recording; without a fake copy of each result, which takes most of its time
+     - steps are eager
+   * - ``torch._inductor.compile``
+     - the compiler behind ``torch.compile``
      - steps are eager
    * - ``torch.utils._python_dispatch``: ``TorchDispatchMode``, ``_disable_current_modes``
      - seeing each operation of a recording, and reading known values unseen

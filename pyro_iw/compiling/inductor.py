@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .private import library
+from .private import compile_graph, library
 
 __all__ = ["DECOMPOSITIONS", "inductor"]
 
@@ -21,7 +21,7 @@ library.impl("bernoulli", lambda p: torch.empty_like(p), "Meta")
 
 
 def inductor(graph: Any, inputs: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-    """The graph as a function of a list of inputs, which is compiled when it is first called.
+    """The graph compiled, as a function of a list of inputs.
 
     Arguments:
         graph: the graph; changed in place.
@@ -36,7 +36,8 @@ def inductor(graph: Any, inputs: list[Tensor]) -> Callable[[list[Tensor]], Seque
     options: dict[str, Any] = {"fallback_random": True}
     if any(tensor.device.type == "cuda" for tensor in inputs):
         options["triton.cudagraphs"] = True
-    compiled: Any = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+    with torch.no_grad():
+        compiled: Any = compile_graph(graph, list(inputs), options=options)
     return lambda args: compiled(*args)
 
 

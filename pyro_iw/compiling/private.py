@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, von_mises
 
 try:
+    from torch._inductor import compile as compile_graph
     from torch.fx.experimental import proxy_tensor
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +48,7 @@ __all__ = [
     "StorageWeakRef",
     "TorchDispatchMode",
     "add_each",
+    "compile_graph",
     "hooks_of",
     "library",
     "members_of",

@@ -112,11 +112,7 @@ class CompiledStep:
         self._leaves = [*program.leaves, *(args[index] for index in program.leaf_args)]
         self._emit = program.emit_params
         self._undo = program.snapshot()
-        try:
-            self.loss, *self._grads = program(args, kl_weight)
-        except Exception:
-            self._undo()
-            raise
+        self.loss, *self._grads = program(args, kl_weight)
 
     def accumulate(self) -> None:
         """Add the gradients to the leaves' ``.grad`` and tell Pyro's handlers of the parameters."""

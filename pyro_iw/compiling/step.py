@@ -163,13 +163,12 @@ class Compiler:
                     warnings.simplefilter("ignore")  # the pair's own came from the eager step
                     with announced(_title(pair, tensors, self._changed.pop(key, None))):
                         program = make_program(pair, tensors, kl_weight, _kind(kl_weight) is None, estimate)
-                        step = program.run(tensors, kl_weight)  # compiled as it first runs
             except Exception as error:
                 reason = str(error) if isinstance(error, Refused) else _in_words(error)
                 self._refuse(identity, pair, reason)
                 return None
             self._remember(key, program)
-            return step
+            return program.run(tensors, kl_weight)
         changed = program.guards.changed()
         if changed is not None:
             self._remember(key, (pair.model, pair.guide))
@@ -240,6 +239,5 @@ def _title(pair: Pair, tensors: Sequence[Tensor], changed: str | None) -> str:
 
 
 def _in_words(error: Exception) -> str:
-    error = getattr(error, "inner_exception", error)  # of a compiler
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"

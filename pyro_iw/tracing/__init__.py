@@ -44,6 +44,6 @@ densities into log-weights per cell.
      - an optimiser of Pyro's that takes the same arguments and states
      - ``FusedOptim`` raises; ``AdversarialSVI`` forgets states that no step has taken up
 
-``_pyro_sample``, ``_pyro_post_sample`` and ``_pyro_post_param`` are how Pyro's handlers are written, and in that
-sense public.
+``_pyro_sample``, ``_pyro_post_sample`` and ``_pyro_post_param`` are how Pyro's handlers are written,
+and public in that sense.
 """

@@ -15,6 +15,7 @@ PACKAGE = Path(pyro_iw.__file__).parent
 # Names of PyTorch's, Python's and Pyro's that compiled steps alone need: the owner and the attribute; a whole
 # module, where there is none.
 MISSING = [
+    "torch._inductor:compile",
     "torch.fx.experimental.proxy_tensor:",
     "torch.fx.experimental.proxy_tensor:make_fx",
     "torch.fx.experimental.proxy_tensor:extract_val",
@@ -27,7 +28,7 @@ MISSING = [
 # Breaks one name in a process of its own each, forked from one that has imported all but the package.
 PROGRAM = """
 import functools, importlib, os, sys, traceback, warnings
-import pyro, pyro.distributions as dist, torch, torch.fx.experimental.proxy_tensor
+import pyro, pyro.distributions as dist, torch, torch._inductor, torch.fx.experimental.proxy_tensor
 from torch.multiprocessing import reductions
 from pyro.infer import SVI
 from pyro.optim import Adam
@@ -104,7 +105,10 @@ def imported(path):
 
 def test_private_names_are_imported_by_the_doors_alone():
     doors = {
-        PACKAGE / "compiling" / "private.py": {"torch.fx.experimental.proxy_tensor"},
+        PACKAGE / "compiling" / "private.py": {
+            "torch.fx.experimental.proxy_tensor",
+            "torch._inductor.compile",
+        },
         PACKAGE / "tracing" / "handlers.py": {"pyro.poutine.runtime._PYRO_STACK"},
     }
     for path in PACKAGE.rglob("*.py"):
