@@ -22,17 +22,17 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import aae_evaluation
-import aae_pictures
-import checkpoint
-import datasets
 import pyro
 import torch
-import vae
-from aae_networks import HeadsAAE, LatentAAE
-from aae_priors import COMPONENTS, PRIORS
-from aae_training import Data, Trainer, choose_labelled, train_classifier
-from options import as_settings, at_smoke_size, new_parser, positive_float, positive_int, torch_device
+
+from shared import checkpoint, datasets
+from shared.aae import evaluation, pictures
+from shared.aae.networks import HeadsAAE, LatentAAE
+from shared.aae.priors import COMPONENTS, PRIORS
+from shared.aae.training import Data, Trainer, choose_labelled, train_classifier
+from shared.evaluation import seeded
+from shared.options import as_settings, at_smoke_size, new_parser, positive_float, positive_int, torch_device
+from shared.running import results_folder
 
 KIND = "examples/aae.py"
 DATA = ("digits", "mnist", "fashion-mnist")
@@ -92,14 +92,14 @@ def make_pair(args: argparse.Namespace, pixels: int) -> LatentAAE | HeadsAAE:
 def compare_classifier(data: Data, args: argparse.Namespace, seed: int, steps: int) -> dict[str, float]:
     """The error of the same classifier trained on the labels alone, with as many steps of the same kind."""
     assert data.few is not None
-    with vae.seeded(seed, args.device):
+    with seeded(seed, args.device):
         pair = make_pair(args, data.images.shape[1]).to(args.device)
         options = {"batch_size": args.batch_size, "learning_rate": args.learning_rate, "seed": seed}
         train_classifier(pair.encoder, data.few, steps=steps, **options)
         pair.eval()
         with torch.no_grad():
             predicted = pair.encoder.logits(data.heldout).argmax(-1)
-    return {"error_labels_alone": aae_evaluation.error(predicted, data.heldout_labels)}
+    return {"error_labels_alone": evaluation.error(predicted, data.heldout_labels)}
 
 
 def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
@@ -130,13 +130,13 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any
 
     description = f"{args.mode} on {args.data}, seed {seed}"
     trainer.run(save=save, save_every=args.checkpoint_every, description=description)
-    results = aae_evaluation.evaluate(pair, data, args.mode, parzen_samples=args.parzen_samples, seed=seed)
+    results = evaluation.evaluate(pair, data, args.mode, parzen_samples=args.parzen_samples, seed=seed)
     if args.mode == "semi-supervised":
         results |= compare_classifier(data, args, seed, trainer.step)
         results["error_difference"] = results["error"] - results["error_labels_alone"]
     results["training_seconds"] = sum(record["seconds"] for record in trainer.history)
     plane = args.mode == "reduction" and args.latent == 2
-    aae_pictures.save_all(pair, data, trainer.history, plane=plane, seed=seed, folder=folder)
+    pictures.save_all(pair, data, trainer.history, plane=plane, seed=seed, folder=folder)
     metrics = {"settings": settings, "results": results, "history": trainer.history}
     checkpoint.write_json(folder / "metrics.json", metrics)
     return metrics
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     runs = [run_seed(args, seed, args.out / f"seed-{seed}") for seed in seeds]
     metrics = {
         "settings": as_settings(args),
-        "summary": aae_evaluation.summarise(metrics["results"] for metrics in runs),
+        "summary": evaluation.summarise(metrics["results"] for metrics in runs),
         "runs": runs,
     }
     checkpoint.write_json(args.out / "metrics.json", metrics)
@@ -250,7 +250,7 @@ def default_folder(args: argparse.Namespace) -> Path:
         parts.append(args.prior)
     if args.mode == "reduction" and args.labels:
         parts.append("labels")
-    return Path("results", *(["smoke"] if args.smoke else []), "-".join([*parts, args.data]))
+    return results_folder("-".join([*parts, args.data]), args.smoke)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"interrupted: --resume goes on from the checkpoint in {args.out}", file=sys.stderr)
         raise SystemExit(130) from None
     print(f"{args.mode} on {args.data}, {count(args.epochs, 'epoch')}, {count(args.seeds, 'run')}")
-    print(aae_evaluation.table(metrics["summary"]))
+    print(evaluation.table(metrics["summary"]))
     over = "the runs" if args.seeds > 1 else "the held-out images"
     print(
         f"± is a standard error over {over}; a two-sample accuracy of 0.5 is a perfect match with the prior"

@@ -16,12 +16,12 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
-from checkpoint import write_json
 from matplotlib.figure import Figure
-from options import new_parser, positive_int
 from torch import Tensor
 
 from pyro_iw import ImportanceSampler
+from shared.checkpoint import write_json
+from shared.options import new_parser, positive_int
 
 X = 2.0
 POSTERIOR_LOC, POSTERIOR_VARIANCE = X / 2, 0.5

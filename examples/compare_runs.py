@@ -21,11 +21,12 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from checkpoint import write_bytes, write_json
 from deep_vae import MODEL_SETTINGS, TRAINING_SETTINGS
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from options import new_parser
+
+from shared.checkpoint import write_bytes, write_json
+from shared.options import new_parser
 
 # Of one line's runs these may differ: the bits of the images are drawn with the seed.
 FREE = ("seed", "data_checksum")

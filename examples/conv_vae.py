@@ -17,13 +17,13 @@ from __future__ import annotations
 import argparse
 
 import vae
-from datasets import ImageData
-from options import at_smoke_size, positive_int
-from running import results_folder
 from torch import Tensor, nn
-from vae import VAE
 
 from pyro_iw.nn import FoldBatch
+from shared.datasets import ImageData
+from shared.networks import VAE
+from shared.options import at_smoke_size, positive_int
+from shared.running import results_folder
 
 DEFAULTS = {"latent": 16, "M": 4, "K": 4, "epochs": 30, "learning_rate": 2e-3}
 

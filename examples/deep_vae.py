@@ -24,16 +24,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-import datasets
-import pictures
 import pyro
 import torch
-import vae
-from datasets import ImageData
-from deep_networks import DeepVAE, KLWarmup, layer_widths, schedule
-from deep_training import Trainer
-from options import (
+from torch import Tensor
+
+from pyro_iw import ImportanceWeightedELBO, active_units
+from pyro_iw.bounds import IWAE
+from shared import checkpoint, datasets, pictures
+from shared.datasets import ImageData, heldout_images
+from shared.deep.networks import DeepVAE, KLWarmup, layer_widths, schedule
+from shared.deep.training import Trainer
+from shared.evaluation import sampler_and_batches, seeded
+from shared.options import (
     LOSS_OPTIONS,
     LOSSES,
     add_loss_options,
@@ -45,10 +47,7 @@ from options import (
     positive_int,
     torch_device,
 )
-from torch import Tensor
-
-from pyro_iw import ImportanceSampler, ImportanceWeightedELBO, active_units
-from pyro_iw.bounds import IWAE
+from shared.running import results_folder
 
 KIND = "examples/deep_vae.py"
 # K of the IWAE bound that the log evidence is compared with, as in Rainforth et al. (2018).
@@ -74,7 +73,7 @@ def load_data(args: argparse.Namespace) -> tuple[ImageData, Tensor, Tensor, bool
     if args.binarisation == "static" and not data.binary:
         train = datasets.binarize(train, torch.Generator().manual_seed(args.seed))
     binary = data.binary or args.binarisation == "static"
-    heldout = vae.heldout_images(data, args.seed)
+    heldout = heldout_images(data, args.seed)
     return data, train.flatten(1), heldout.flatten(1), binary
 
 
@@ -120,10 +119,8 @@ def evaluate(
     """
     network.eval()
     bound = IWAE(min(IWAE_PARTICLES, nll_particles))
-    batches = heldout.split(vae.EVALUATION_BATCH)
-    chunk_size = max(1, vae.EVALUATION_ROWS // len(batches[0]))
-    sampler = ImportanceSampler(network.model, network.guide, nll_particles, chunk_size=chunk_size)
-    with vae.seeded(seed, heldout.device):
+    sampler, batches = sampler_and_batches(network, heldout, nll_particles)
+    with seeded(seed, heldout.device):
         evidence = sampler.log_marginal_dataset(batches, bound=bound)
         activity = active_units(network.guide, heldout.split(1000))
     layers = [activity[f"z{i}"] for i in range(1, len(network.encoders) + 1)]
@@ -149,7 +146,7 @@ def save_pictures(
     network: DeepVAE, heldout: Tensor, data: ImageData, history: list[dict], args: argparse.Namespace
 ) -> None:
     """What the trained model makes of noise and of held-out images, and its learning curve."""
-    with vae.seeded(args.seed, heldout.device), pyro.plate("pictures", 64):
+    with seeded(args.seed, heldout.device), pyro.plate("pictures", 64):
         samples = network.logits(network.sample_latents(heldout)).sigmoid()
     title = "Decoder means of prior draws"
     pictures.save_images(samples.reshape(-1, *data.image_shape), 8, title, args.out / "samples.png")
@@ -233,8 +230,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.out is None:
         name = f"{args.loss}-to-{args.switch_to}" if args.switch_to else args.loss
         # Apart from the others, which would take a smoke run's checkpoint for one of theirs.
-        folder = Path("results/smoke") if args.smoke else Path("results")
-        args.out = folder / f"deep-{args.data}-{args.layers}-{name}"
+        args.out = results_folder(f"deep-{args.data}-{args.layers}-{name}", args.smoke)
     return args
 
 

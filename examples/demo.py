@@ -11,12 +11,13 @@ import json
 import time
 from pathlib import Path
 
-import options
 import vae
 from matplotlib.figure import Figure
-from running import in_one_line, smoke_apart
 
 from pyro_iw import IWAE_ELBO
+from shared import options
+from shared.evaluation import plus_minus
+from shared.running import in_one_line, smoke_apart
 
 M, K = 8, 8
 # First the bound of the package's front page, then the others.
@@ -49,10 +50,10 @@ def table_rows(metrics: dict[str, dict]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 TITLES[loss],
-                vae.plus_minus(results["heldout_nll"], results["nll_monte_carlo_error"]),
+                plus_minus(results["heldout_nll"], results["nll_monte_carlo_error"]),
                 str(results["active_units"]),
                 f"{results['heldout_bound']:.2f}",
-                vae.plus_minus(results["minus_kl"], results["minus_kl_error"]),
+                plus_minus(results["minus_kl"], results["minus_kl_error"]),
                 f"{results['training_seconds']:.1f}",
             )
         )

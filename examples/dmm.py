@@ -26,14 +26,14 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 import torch.nn.functional as F
-from common import finish, fit, parse, training_parser
 from matplotlib.figure import Figure
-from options import loss_of, positive_int
 from torch import Tensor, nn
-from vae import mlp
 
 from pyro_iw import ImportanceSampler
 from pyro_iw.bounds import IWAE
+from shared.networks import mlp
+from shared.options import loss_of, positive_int
+from shared.skeleton import finish, fit, parse, training_parser
 
 KEYS, CHORDS, SHORTEST, LONGEST = 24, 6, 4, 16
 STAY, SOUND, WRONG = 0.2, 0.9, 0.03

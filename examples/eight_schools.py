@@ -27,16 +27,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
-from options import at_smoke_size, new_parser, positive_int
 from pyro.infer import MCMC, NUTS, SVI
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.ops.stats import effective_sample_size
-from running import in_one_line, smoke_apart
 from torch import Tensor
-from vae import progress_bar
 
 from pyro_iw import IWAE_ELBO, ImportanceSampler
 from pyro_iw._support.optional import require
+from shared.options import at_smoke_size, new_parser, positive_int
+from shared.running import in_one_line, progress_bar, smoke_apart
 
 SCHOOLS = list("ABCDEFGH")
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])

@@ -21,13 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-import datasets
-import options
 import pyro
 import torch
-import vae
-from datasets import ImageData
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -35,13 +30,17 @@ from torch import Tensor
 from pyro_iw import ImportanceSampler, active_units, bound_curve, plots, rate_distortion
 from pyro_iw.bounds import IWAE
 from pyro_iw.psis import khat_threshold, pareto_smoothed
+from shared import checkpoint, datasets, options
+from shared.datasets import ImageData, heldout_images
+from shared.evaluation import guide_means, plus_minus, seeded
+from shared.networks import VAE
 
 # K of the IWAE bound that the log evidence is compared with, as in Rainforth et al. (2018).
 IWAE_PARTICLES = 64
 SMOKE = {"num_particles": 50, "test_size": 40, "khat_images": 20, "arviz_images": 4}
 
 
-def load_vae(run: Path) -> tuple[vae.VAE, dict[str, Any]]:
+def load_vae(run: Path) -> tuple[VAE, dict[str, Any]]:
     """The trained VAE and the settings of its run.
 
     Arguments:
@@ -58,7 +57,7 @@ def load_vae(run: Path) -> tuple[vae.VAE, dict[str, Any]]:
         saved = checkpoint.read_torch(path)
         state, settings = saved["state_dict"], saved["settings"]
         hidden, latent = state["decoder.0.weight"].shape
-        network = vae.VAE(state["encoder.trunk.0.0.weight"].shape[1], latent, hidden)
+        network = VAE(state["encoder.trunk.0.0.weight"].shape[1], latent, hidden)
         network.load_state_dict(state)
         wanted = ("data", "data_dir", "train_size", "test_size", "seed", "heldout_images")
         return network.eval(), {name: settings[name] for name in wanted}
@@ -71,7 +70,7 @@ def load_heldout(settings: dict[str, Any], data_dir: Path | None) -> tuple[Image
     """The data of the run and its held-out images ``[N, D]``, with the same bits as there."""
     data = datasets.load(settings["data"], settings["data_dir"] if data_dir is None else data_dir)
     data = data.subset(settings["train_size"], settings["test_size"], seed=settings["seed"])
-    images = vae.heldout_images(data, settings["seed"]).flatten(1)
+    images = heldout_images(data, settings["seed"]).flatten(1)
     if len(images) != settings["heldout_images"]:
         raise ValueError(
             f"the run held out {settings['heldout_images']} images, but there are {len(images)}: the files "
@@ -132,7 +131,7 @@ def evaluate(sampler: ImportanceSampler, images: Tensor, args: argparse.Namespac
 
 
 def save_pictures(
-    network: vae.VAE, images: Tensor, labels: Tensor | None, data: ImageData, drawn: dict, folder: Path
+    network: VAE, images: Tensor, labels: Tensor | None, data: ImageData, drawn: dict, folder: Path
 ) -> None:
     def save(name: str, plot: Callable[..., Axes], *args: Any, height: float = 4.2, **options: Any) -> None:
         figure = Figure(figsize=(6, height), layout="constrained")
@@ -144,7 +143,7 @@ def save_pictures(
     save("ess", plots.plot_ess, drawn["ess"], size)
     save("khat", plots.plot_khat, drawn["khat"], size)
     save("weights", plots.plot_weights, drawn["log_weights"])
-    save("latents", plots.plot_latents, vae.guide_means(network, images), labels, height=5.2)
+    save("latents", plots.plot_latents, guide_means(network, images), labels, height=5.2)
     if network.latent == 2:
 
         def decode(z: Tensor) -> Tensor:
@@ -162,7 +161,7 @@ def summary(results: dict) -> str:
         (f"IWAE-{r['iwae_particles']} bound", f"{r['iwae']:.3f} nats"),
         (
             f"−KL, IWAE-{r['iwae_particles']} − log p̂",
-            f"{vae.plus_minus(r['minus_kl'], r['minus_kl_error'])} nats",
+            f"{plus_minus(r['minus_kl'], r['minus_kl_error'])} nats",
         ),
         ("ELBO", f"{r['elbo']:.3f} nats"),
         ("distortion", f"{r['distortion']:.3f} nats"),
@@ -223,7 +222,7 @@ def run(args: argparse.Namespace) -> dict:
     # Moved when all of them are there, so that what is in the folder is whole and of one evaluation.
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=args.out) as unfinished:
         folder = Path(unfinished)
-        with vae.seeded(args.seed, args.device):
+        with seeded(args.seed, args.device):
             results, drawn = evaluate(sampler, images, args)
             with warnings.catch_warnings():
                 # Of a high k̂ or a low ESS, which the report states.

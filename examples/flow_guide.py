@@ -22,14 +22,14 @@ import math
 import pyro
 import pyro.distributions as dist
 import torch
-from common import finish, fit, parse, training_parser
 from matplotlib.figure import Figure
-from options import loss_of, positive_int
 from pyro.distributions.transforms import Permute, conditional_spline_autoregressive
 from torch import Tensor, nn
-from vae import mlp
 
 from pyro_iw import ImportanceSampler
+from shared.networks import mlp
+from shared.options import loss_of, positive_int
+from shared.skeleton import finish, fit, parse, training_parser
 
 STATIONS = torch.tensor([[-1.5, 0.0], [1.5, 0.0]])
 SPREAD, NOISE = 2.0, 0.3

@@ -25,13 +25,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from common import finish, fit, parse, training_parser
 from matplotlib.figure import Figure
-from options import loss_of, positive_int, unit_interval
 from torch import Tensor, nn
-from vae import mlp
 
 from pyro_iw import ImportanceSampler, ImportanceSamples
+from shared.networks import mlp
+from shared.options import loss_of, positive_int, unit_interval
+from shared.skeleton import finish, fit, parse, training_parser
 
 DATA = ("breast-cancer", "wine", "diabetes")
 SMOKE = {"epochs": 2, "num_particles": 50, "hidden": 16}

@@ -24,19 +24,20 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import datasets
-import options
 import pyro
-import vae
-from checkpoint import write_bytes, write_json
-from datasets import ImageData
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from running import in_one_line, results_folder
 
-from pyro_iw import IWAE_ELBO, ImportanceSampler, active_units
+from pyro_iw import IWAE_ELBO, active_units
 from pyro_iw.bounds import IWAE
+from shared import datasets, options
+from shared.checkpoint import write_bytes, write_json
+from shared.datasets import ImageData, heldout_images
+from shared.evaluation import sampler_and_batches, seeded
+from shared.networks import VAE
+from shared.running import in_one_line, results_folder
+from shared.training import train
 
 METRICS = {
     "iwae": "IWAE-{budget} bound",
@@ -83,10 +84,10 @@ def train_and_measure(cell: Cell, seed: int, data: ImageData, args: argparse.Nam
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     images = data.train.flatten(1).to(args.device)
-    heldout = vae.heldout_images(data, 0).flatten(1).to(args.device)
-    network = vae.VAE(images.shape[1], mean_image=images.mean(0)).to(args.device)
+    heldout = heldout_images(data, 0).flatten(1).to(args.device)
+    network = VAE(images.shape[1], mean_image=images.mean(0)).to(args.device)
     loss = options.make_loss(cell.loss, cell.M, cell.K, beta=cell.beta, estimator=args.estimator)
-    history = vae.train(
+    history = train(
         network,
         images,
         heldout,
@@ -99,10 +100,8 @@ def train_and_measure(cell: Cell, seed: int, data: ImageData, args: argparse.Nam
         heldout_losses={"iwae": IWAE_ELBO(K=args.budget)},
         description=f"{cell.name}, seed {seed}",
     )
-    batches = heldout.split(vae.EVALUATION_BATCH)
-    chunk_size = max(1, vae.EVALUATION_ROWS // len(batches[0]))
-    sampler = ImportanceSampler(network.model, network.guide, args.nll_particles, chunk_size=chunk_size)
-    with vae.seeded(seed, heldout.device):
+    sampler, batches = sampler_and_batches(network, heldout, args.nll_particles)
+    with seeded(seed, heldout.device):
         evidence = sampler.log_marginal_dataset(batches, bound=IWAE(args.budget))
         units = active_units(network.guide, heldout.split(1000))["z"].num_active
     return {

@@ -21,13 +21,13 @@ import math
 import pyro
 import pyro.distributions as dist
 import torch
-from common import finish, fit, parse, training_parser
 from matplotlib.figure import Figure
-from options import loss_of, positive_int
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from pyro_iw import ImportanceSampler
+from shared.options import loss_of, positive_int
+from shared.skeleton import finish, fit, parse, training_parser
 
 SHAPE, RATE = 2.0, 1.0
 GUIDES = {"AutoNormal": AutoNormal, "AutoMultivariateNormal": AutoMultivariateNormal}

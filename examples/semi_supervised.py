@@ -16,20 +16,20 @@ from __future__ import annotations
 
 import argparse
 
-import datasets
 import pyro
 import pyro.distributions as dist
 import torch
-from common import finish, fit, parse, training_parser
-from datasets import ImageData, binarize
 from matplotlib.figure import Figure
-from options import loss_of, positive_int
-from pictures import tile
 from pyro.infer import config_enumerate
 from torch import Tensor, nn
-from vae import Encoder, mlp
 
 from pyro_iw import ImportanceSampler
+from shared import datasets
+from shared.datasets import ImageData, binarize
+from shared.networks import Encoder, mlp
+from shared.options import loss_of, positive_int
+from shared.pictures import tile
+from shared.skeleton import finish, fit, parse, training_parser
 
 CLASSES = 10
 EACH = 12

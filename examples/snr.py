@@ -28,10 +28,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
-from options import new_parser, positive_int, torch_device
-from running import in_one_line, smoke_apart
 from torch import Tensor
-from vae import progress_bar
 
 from pyro_iw import (
     CIWAE_ELBO,
@@ -42,6 +39,8 @@ from pyro_iw import (
     ImportanceWeightedELBO,
     gradient_snr,
 )
+from shared.options import new_parser, positive_int, torch_device
+from shared.running import in_one_line, progress_bar, smoke_apart
 
 BOUNDS = ("elbo", "iwae", "miwae", "piwae", "ciwae")
 ESTIMATORS = ("reparam", "stl", "dreg")

@@ -22,21 +22,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import datasets
-import parzen
 import pyro
 import torch
-import vae
-from common import finish, parse
-from datasets import ImageData, binarize
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from options import make_loss, new_parser, positive_float, positive_int
-from pictures import tile
 from pyro.infer import SVI
 from pyro.optim import ClippedAdam
 from torch import Tensor, nn
-from vae import VAE
 
 from pyro_iw import (
     AdversarialSVI,
@@ -47,6 +39,14 @@ from pyro_iw import (
     rate_distortion,
 )
 from pyro_iw.psis import pareto_smoothed
+from shared import datasets, parzen
+from shared.datasets import ImageData, binarize, heldout_images
+from shared.evaluation import EVALUATION_BATCH, log_marginal
+from shared.networks import VAE
+from shared.options import make_loss, new_parser, positive_float, positive_int
+from shared.pictures import tile
+from shared.running import progress_bar
+from shared.skeleton import finish, parse
 
 ROADS = {"elbo": "ELBO", "iwae": "IWAE", "miwae": "MIWAE", "adversarial": "adversarial"}
 COLUMNS = {
@@ -113,7 +113,7 @@ def train(
         svi = SVI(network.model, network.guide, optim, loss=make_loss(road, args.M, args.K))
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    with vae.progress_bar(steps, ROADS[road]) as bar:
+    with progress_bar(steps, ROADS[road]) as bar:
         for epoch in range(args.epochs):
             bar.set_postfix_str(f"seed {seed}, epoch {epoch + 1}/{args.epochs}", refresh=False)
             for rows in torch.randperm(len(images), generator=generator).split(args.batch_size):
@@ -128,7 +128,7 @@ def grid_log_marginal(network: VAE, images: Tensor, spacing: float = SPACING) ->
     axis = torch.arange(-REACH, REACH + spacing / 2, spacing)
     grid = torch.cartesian_prod(axis, axis)
     total = torch.full((len(images),), -math.inf, dtype=torch.float64)
-    bar = vae.progress_bar(len(grid), "grid")
+    bar = progress_bar(len(grid), "grid")
     for z in grid.split(10_000):
         logits = network.decoder(z)
         log_p = images @ logits.T - torch.nn.functional.softplus(logits).sum(1)
@@ -159,7 +159,7 @@ def judge(
         args: From the command line.
     """
     accuracy, mmd = both.classifier_accuracy(), both.mmd()
-    batches = heldout.split(vae.EVALUATION_BATCH)
+    batches = heldout.split(EVALUATION_BATCH)
     sampler = ImportanceSampler(network.model, network.guide, num_particles=100)
     distortion = torch.cat([rate_distortion(sampler, batch).distortion for batch in batches])
     samples = network.decoder(torch.randn(args.parzen_samples, args.latent)).sigmoid()
@@ -175,7 +175,7 @@ def judge(
         "parzen": window.mean().item(),
         "parzen_error": window.std().item() / math.sqrt(len(window)),
         "parzen_bandwidth": sigma,
-        "nll": -vae.log_marginal(network, heldout, args.nll_particles, seed=args.seed).mean().item(),
+        "nll": -log_marginal(network, heldout, args.nll_particles, seed=args.seed).mean().item(),
         "active_units": active_units(network.guide, heldout.split(1000))["z"].num_active,
     }
     few = heldout[:KHAT_IMAGES]
@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.validation_size >= len(everything):
         raise SystemExit(f"error: --validation-size leaves none of {len(everything)} images to train on")
     validation, images = everything[: args.validation_size], everything[args.validation_size :]
-    heldout = vae.heldout_images(data, 0).flatten(1)
+    heldout = heldout_images(data, 0).flatten(1)
     seen = images[: args.codes]
     bits = seen if data.binary else binarize(seen, torch.Generator().manual_seed(0))
     roads: dict[str, Any] = {road: {"runs": []} for road in ROADS}

@@ -22,19 +22,19 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from ._support.arguments import as_plate_names, positive_integer
+from ._support.random_state import RandomState
 from ._support.warn import warn
 from .bounds import Bound
 from .compiling.step import Compiler
-from .gradients import backward_subset as resampled
-from .gradients import chunks as chunked
-from .gradients.chunks import Chunks
+from .gradients.backward_subset import estimate_from_subset
+from .gradients.chunks import Chunks, estimate_in_chunks
 from .gradients.estimators import get_estimator
 from .gradients.surrogate import Estimate
 from .tracing.counterparts import check_guide
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import read_sites
-from .tracing.traces import Pair, Route, Traces, trace_pair
+from .tracing.traces import OneMinibatch, Pair, Route, Traces, trace_pair
 
 if TYPE_CHECKING:
     from .compiling.program import CompiledStep
@@ -53,6 +53,7 @@ class Keywords(TypedDict, total=False):
     backward_particles: int | None
     max_plate_nesting: float
     strict_enumeration_warning: bool
+    retain_graph: bool | None
     compile: bool
 
 
@@ -278,20 +279,20 @@ class ImportanceWeightedELBO(ELBO):
             >>> IWAE_ELBO(K=5).particles(model, guide, torch.zeros(3)).log_weights.shape
             torch.Size([5, 3])
         """
-        return self._draw(1.0, Pair(model, guide, args, kwargs), self.num_particles)
+        return self._draw(1.0, Pair(model, guide, args, kwargs), self.num_particles)[0]
 
     def _estimate(self, pair: Pair, kl_weight: float) -> tuple[Particles | Chunks, Estimate]:
         gradients = torch.is_grad_enabled()
         route = self._estimator.route(self.bound) if gradients else None
         if _is_less(self.chunk_size, self.num_particles):
             draw = partial(self._draw, kl_weight)
-            return chunked.estimate(draw, pair, self._estimator, self.bound, route, self.chunk_size)
+            return estimate_in_chunks(draw, pair, self._estimator, self.bound, route, self.chunk_size)
         if route is not None and _is_less(self.backward_particles, self.num_particles):
             collect = partial(self._collect, kl_weight)
-            return resampled.estimate(
+            return estimate_from_subset(
                 self._runner, collect, pair, self._estimator, self.bound, route, self.backward_particles
             )
-        particles = self._draw(kl_weight, pair, self.num_particles, route)
+        particles, _ = self._draw(kl_weight, pair, self.num_particles, route)
         if gradients:
             self._estimator.check(particles, self.bound)
         return particles, self._estimator.estimate(particles, self.bound, route)
@@ -302,9 +303,12 @@ class ImportanceWeightedELBO(ELBO):
         pair: Pair,
         num_particles: int,
         route: Route | None = None,
-        on_start: Callable[[], None] = lambda: None,
-    ) -> Particles:
-        return self._collect(kl_weight, self._runner.run(pair, num_particles, route, on_start))
+        minibatch: OneMinibatch | None = None,
+        note_state: bool = False,
+    ) -> tuple[Particles, RandomState | None]:
+        """Particles, and the random state that they were drawn from, as of :meth:`Runner.run`."""
+        traces = self._runner.run(pair, num_particles, route, minibatch, note_state)
+        return self._collect(kl_weight, traces), traces.began
 
     def _collect(self, kl_weight: float, traces: Traces) -> Particles:
         is_linear = self.bound.is_linear and self.bound.guide_bound.is_linear

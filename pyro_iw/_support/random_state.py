@@ -23,15 +23,17 @@ class RandomState(NamedTuple):
     python: Any
 
     @classmethod
-    def now(cls, before: RandomState | None = None) -> RandomState:
-        """The present state; what it shares with an earlier one is held in memory once."""
+    def now(cls) -> RandomState:
+        """The present state."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         numpy, python = np.random.get_state(), random.getstate()  # noqa: NPY002 - the state models may use
-        if before is not None:
-            python = before.python if before.python == python else python
-            same = all(np.array_equal(a, b) for a, b in zip(before.numpy, numpy, strict=True))
-            numpy = before.numpy if same else numpy
         return cls(torch.get_rng_state(), cuda, numpy, python)
+
+    def sharing(self, before: RandomState) -> RandomState:
+        """The same state; what it has in common with an earlier one is held in memory once."""
+        python = before.python if before.python == self.python else self.python
+        same = all(np.array_equal(a, b) for a, b in zip(before.numpy, self.numpy, strict=True))
+        return self._replace(numpy=before.numpy if same else self.numpy, python=python)
 
     def restore(self) -> None:
         """Make it the present state."""

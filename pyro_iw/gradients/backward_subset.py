@@ -20,25 +20,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pyro.poutine as poutine
 import torch
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
 from ..bounds import Bound
 from ..resampling import systematic
 from ..tracing.batch_norm import watch_batch_norm
+from ..tracing.messages import guide_messenger
 from ..tracing.particles import Particles
 from ..tracing.runner import Runner
 from ..tracing.traces import OneMinibatch, Pair, Route, Traces
 from .estimators import Estimator
+from .refusals import refuse_another_density
 from .surrogate import Boundary, Estimate, boundary_ratio, tie
 
-__all__ = ["estimate"]
+__all__ = ["estimate_from_subset"]
 
 
-def estimate(
+def estimate_from_subset(
     runner: Runner,
     collect: Callable[[Traces], Particles],
     pair: Pair,
@@ -62,16 +62,16 @@ def estimate(
         ValueError: as the estimator's ``check``; if the guide runs the model itself; and under validation if
             the model gives another density when it is run again.
     """
-    if isinstance(poutine.unwrap(pair.guide), GuideMessenger):
+    messenger = guide_messenger(pair.guide)
+    if messenger is not None:
         raise ValueError(
-            f"backward_particles runs the guide and the model apart, but {type(poutine.unwrap(pair.guide))} "
+            f"backward_particles runs the guide and the model apart, but {type(messenger)} "
             "is a guide messenger, which runs the model itself. Use chunk_size to save memory instead."
         )
     boundary = route.through if isinstance(route.through, Boundary) else None
     with OneMinibatch() as minibatch:
         forward = route._replace(through=None, model_gradients=False)
-        # What a probe draws first is not the minibatch of the run.
-        traces = runner.run(pair, bound.num_particles, forward, minibatch.indices.clear)
+        traces = runner.run(pair, bound.num_particles, forward, minibatch)
         particles = collect(traces)
         estimator.check(particles, bound)
         log_w = particles.log_weights.detach()
@@ -91,7 +91,7 @@ def estimate(
             log_p = particles.log_p_of(runner.run_model_again(pair, traces, count, through))
     # In train mode BatchNorm, of which the runner has warned, sees other particles now.
     if is_validation_enabled() and not normalised:
-        _check_same(log_p, particles.log_p.gather(0, indices))
+        refuse_another_density(log_p, particles.log_p.gather(0, indices), _RUN_AGAIN)
     if boundary is not None:
         model, ratio = boundary_ratio(model, path)
         boundary.set_ratio(particles.to_batch(ratio))
@@ -142,10 +142,8 @@ def _gather(value: Tensor, event_dim: int, places: Tensor) -> Tensor:
     return value.expand(-1, *rest, *event).gather(0, places)
 
 
-def _check_same(log_p: Tensor, before: Tensor) -> None:
-    if not torch.allclose(log_p.detach(), before, rtol=1e-2, atol=1e-2, equal_nan=True):
-        raise ValueError(
-            "The model gives another density when it is run again on some of its particles, as "
-            "backward_particles does. Put its random layers (dropout) in eval mode, let particles not depend "
-            "on one another, or leave out backward_particles."
-        )
+_RUN_AGAIN = (
+    "The model gives another density when it is run again on some of its particles, as backward_particles "
+    "does. Put its random layers (dropout) in eval mode, let particles not depend on one another, or leave "
+    "out backward_particles."
+)

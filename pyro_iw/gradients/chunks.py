@@ -34,12 +34,16 @@ from ..tracing.sites import Site, plate_key
 from ..tracing.traces import OneMinibatch, Pair, Route
 from .estimators import Estimator
 from .graph import Graph, without_hooks
+from .refusals import refuse_another_density
 from .surrogate import Boundary, Estimate, refuse_second_derivative
 
-__all__ = ["Chunks", "Draw", "estimate"]
+__all__ = ["Chunks", "Draw", "estimate_in_chunks"]
 
-#: Draws a number of particles of a pair by a route, and calls its last argument when it starts.
-Draw = Callable[[Pair, int, "Route | None", Callable[[], None]], Particles]
+#: Draws a number of particles of a pair by a route, as part of a minibatch if one is given, and notes the
+#: random state that they were drawn from if the last argument asks for it.
+Draw = Callable[
+    [Pair, int, "Route | None", "OneMinibatch | None", bool], "tuple[Particles, RandomState | None]"
+]
 
 
 class _Chunk(NamedTuple):
@@ -106,20 +110,14 @@ class Chunks:
 
     def _first_pass(self, start: int, stop: int, minibatch: OneMinibatch) -> Tensor:
         """The log-weights of a chunk. Nothing else of it outlives this call."""
-        before = self._chunks[-1].random_state if self._chunks else None
         known = dict(minibatch.indices)
-        chunk = None
-
-        def remember() -> None:
-            nonlocal chunk
-            minibatch.indices = dict(known)  # not what a probe drew, or a run that is thrown away
-            state = RandomState.now(before)
-            cpu = self._cpu_states[len(self._chunks)].copy_(state.cpu)
-            chunk = _Chunk(slice(start, stop), state._replace(cpu=cpu), known)
-
         torch.clear_autocast_cache()  # of casts that belong to another chunk's graph
-        particles = self._draw(self._pair, stop - start, self._route, remember)
-        assert chunk is not None, "draw must say when it starts"
+        particles, state = self._draw(self._pair, stop - start, self._route, minibatch, True)
+        assert state is not None
+        if self._chunks:
+            state = state.sharing(self._chunks[-1].random_state)
+        cpu = self._cpu_states[len(self._chunks)].copy_(state.cpu)
+        chunk = _Chunk(slice(start, stop), state._replace(cpu=cpu), known)
         cells = [plate_key(frame) for frame in particles.plates], particles.log_p.shape[1:]
         if not self._chunks:
             self._cells, self.scale, self.log_q_weight = cells, particles.scale, particles.log_q_weight
@@ -147,7 +145,9 @@ class Chunks:
                     torch.clear_autocast_cache()
                     with OneMinibatch(chunk.minibatch):
                         # Never by a name here, which would keep it alive beside the next.
-                        if visit(chunk.particles, self._draw(self._pair, chunk.size, self._route, _nothing)):
+                        if visit(
+                            chunk.particles, self._draw(self._pair, chunk.size, self._route, None, False)[0]
+                        ):
                             break
         finally:
             random_state.restore()
@@ -166,11 +166,7 @@ class Chunks:
         return found
 
 
-def _nothing() -> None:
-    pass
-
-
-def estimate(
+def estimate_in_chunks(
     draw: Draw, pair: Pair, estimator: Estimator, bound: Bound, route: Route | None, chunk_size: int
 ) -> tuple[Chunks, Estimate]:
     """The loss of S particles, whose gradient is taken chunk by chunk in its backward pass.
@@ -199,7 +195,7 @@ def estimate(
         estimator.check(particles, bound)
         graph.explore(_densities(estimator, particles))
 
-    def draw_watched(*args: Any) -> Particles:
+    def draw_watched(*args: Any) -> tuple[Particles, RandomState | None]:
         graph.start()
         return draw(*args)
 
@@ -220,7 +216,7 @@ def estimate(
 
         def visit(part: slice, particles: Particles) -> None:
             if is_validation_enabled():
-                _check_same(particles.log_weights.detach(), chunks.log_weights[part])
+                refuse_another_density(particles.log_weights, chunks.log_weights[part], _DRAWN_AGAIN)
             graph.explore(_densities(estimator, particles), known=True)
             share = estimator.attach(torch.zeros_like(grad), particles, weights.of(part), route)
             if share.requires_grad:
@@ -248,14 +244,11 @@ def _add(total: Tensor | None, new: Tensor | None) -> Tensor | None:
     return total + new if total.is_sparse else total.add_(new)
 
 
-def _check_same(log_weights: Tensor, before: Tensor) -> None:
-    if not torch.allclose(log_weights, before, rtol=1e-2, atol=1e-2, equal_nan=True):
-        raise ValueError(
-            "A chunk of particles has other log-weights when it is drawn again from the same random state, "
-            "so its gradient would be wrong. chunk_size needs all randomness to come from PyTorch's, NumPy's "
-            "or Python's global generators, and model, guide and parameters not to change between the loss "
-            "and its backward pass."
-        )
+_DRAWN_AGAIN = (
+    "A chunk of particles has other log-weights when it is drawn again from the same random state, so its "
+    "gradient would be wrong. chunk_size needs all randomness to come from PyTorch's, NumPy's or Python's "
+    "global generators, and model, guide and parameters not to change between the loss and its backward pass."
+)
 
 
 class _Chunked(torch.autograd.Function):

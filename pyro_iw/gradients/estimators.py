@@ -65,6 +65,7 @@ from ..tracing.particles import Particles
 from ..tracing.traces import Route
 from .refusals import (
     listed,
+    refuse_another_density,
     refuse_baselines,
     refuse_hidden_draws,
     refuse_late_parameters,
@@ -272,12 +273,13 @@ class STL(Reparam):
         refuse_late_parameters(particles.guide_sites, self.name)
         refuse_moving_supports(particles.guide_sites, self.name)
         assert particles.log_q_stopped is not None
-        log_q, again = particles.log_q, particles.log_q_stopped
-        if is_validation_enabled() and not torch.allclose(log_q, again, rtol=1e-2, atol=1e-2, equal_nan=True):
-            raise ValueError(
-                f"The guide gives another density when it is run again on its own values, which "
+        if is_validation_enabled():
+            refuse_another_density(
+                particles.log_q_stopped,
+                particles.log_q,
+                "The guide gives another density when it is run again on its own values, which "
                 f"estimator={self.name!r} does. Put its random layers (dropout) in eval mode, or use "
-                "estimator='reparam'."
+                "estimator='reparam'.",
             )
 
     def path_weights(self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor) -> Tensor:

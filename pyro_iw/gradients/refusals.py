@@ -1,18 +1,22 @@
-r"""Guide sites whose gradient an estimator would get wrong, refused by name.
+r"""What would make a gradient wrong, refused.
 
-Each function takes the sites in question and the name of the estimator, and raises a ``ValueError`` that says
-which sites, why, and what to do instead.
+Most functions take the guide sites in question and the name of the estimator, and raise a ``ValueError`` that
+says which sites, why, and what to do instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+from torch import Tensor
+
 from ..tracing.paths import class_name
 from ..tracing.sites import Site
 
 __all__ = [
     "listed",
+    "refuse_another_density",
     "refuse_baselines",
     "refuse_hidden_draws",
     "refuse_late_parameters",
@@ -24,6 +28,18 @@ __all__ = [
 def listed(sites: Iterable[Site]) -> str:
     """The sites' names, each once."""
     return ", ".join(dict.fromkeys(repr(site.name) for site in sites))
+
+
+def refuse_another_density(again: Tensor, before: Tensor, message: str) -> None:
+    """Refuse particles that have another density when they are drawn or run again, beyond rounding.
+
+    Arguments:
+        again: the log density now.
+        before: what it was.
+        message: what to say.
+    """
+    if not torch.allclose(again.detach(), before.detach(), rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise ValueError(message)
 
 
 def refuse_baselines(sites: Iterable[Site]) -> None:

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import pyro.poutine as poutine
 import torch
 from pyro.infer.elbo import ELBO
-from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .._support.progress import progress_bar
 from .._support.warn import warn
+from ..tracing.messages import guide_messenger
 from ..tracing.traces import Pair
 
 __all__ = ["GradientSNR", "GroupSNR", "gradient_snr"]
@@ -233,7 +233,7 @@ def _names(pair: Pair) -> dict[str, set[str]]:
                 f"Model and guide each have a parameter named {name!r} of their own, which "
                 "module_local_params allows, but which cannot be told apart here. Rename one of them."
             )
-    if isinstance(poutine.unwrap(pair.guide), GuideMessenger):  # which runs the model, too
+    if guide_messenger(pair.guide) is not None:  # which runs the model, too
         names["guide"] -= names["model"]
     return names
 

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .._support.arguments import check_loader, positive_integer, read_batch
 from .._support.progress import progress_bar
 from ..bounds import IWAE
 from ..running import RunningBound, RunningLogMean
+from ..tracing.messages import is_auxiliary, latent_sites
 from ..tracing.sites import Site
 from .sampler import ImportanceSampler
 
@@ -283,12 +283,8 @@ def _conditional_means(
     trace: Any, sites: Sequence[str] | None
 ) -> tuple[dict[str, tuple[Tensor, torch.Size]], bool]:
     """Mean ``[datapoints, units]`` and event shape of each site, and whether they depend on no sample."""
-    latent = {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
-    }
-    named = [name for name, site in latent.items() if not site["infer"].get("is_auxiliary")]
+    latent = latent_sites(trace)
+    named = [name for name, site in latent.items() if not is_auxiliary(site)]
     unknown = sorted(set(sites or ()) - set(latent))
     if unknown:
         raise ValueError(f"sites names {unknown}, but the guide has only the latent sites {sorted(latent)}.")

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..tracing.enumeration import is_enumerated, marginalize
 from ..tracing.latents import own_frames
-from ..tracing.sites import Site, has_no_density, plate_key
+from ..tracing.messages import has_no_density
+from ..tracing.sites import Site, plate_key
 
 __all__ = ["LogLikelihood", "summed_out"]
 

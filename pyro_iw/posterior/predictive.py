@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Predictive, infer_discrete
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..tracing.latents import Enumerated, Latent, own_frames, own_shape
 from ..tracing.masks import masked_value
+from ..tracing.messages import is_deterministic
 from ..tracing.traces import PARTICLE_PLATE, OneMinibatch, Pair
 from .marginal import LogLikelihood, summed_out
 
@@ -77,7 +78,7 @@ class Rerun(NamedTuple):
                 is_data = site["type"] == "sample" and site["is_observed"] and name not in draws
                 if not is_data or isinstance(site["fn"], Unit):  # a factor has no observation
                     continue
-                if not _is_deterministic(site):
+                if not is_deterministic(site):
                     found.setdefault(name, []).append(self._read_data(site, size))
                     continue
                 found.setdefault(name, []).append(_read_deterministic(name, site, first[name]["value"], size))
@@ -272,18 +273,8 @@ class _SampleData(UnconditionMessenger):
     """Samples what was observed, and leaves factors and deterministic sites as they are."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not _is_deterministic(msg) and not isinstance(msg["fn"], Unit):
+        if not is_deterministic(msg) and not isinstance(msg["fn"], Unit):
             super()._pyro_sample(msg)
-
-
-def _is_deterministic(site: Any) -> bool:
-    """Whether a site only records a value: by pyro.deterministic, or as what is left of one
-    reparameterised.
-    """
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return bool(site["infer"] and site["infer"].get("_deterministic")) or isinstance(fn, Delta)
 
 
 def _read_deterministic(name: str, site: Any, single: Tensor, size: int | None) -> Observed:

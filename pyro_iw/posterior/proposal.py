@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..tracing.latents import enumerated_sites
 from ..tracing.masks import warn_of_masks
+from ..tracing.messages import is_delta
 from ..tracing.particles import Particles
 from ..tracing.sites import Site
 from ..tracing.traces import Traces
@@ -46,15 +47,8 @@ def check_proposal(
         )
     warn_of_masks(sites, warn)
     for name, site in latent.items():
-        if check_support and not isinstance(_base(guide[name]), dist.Delta):
+        if check_support and not is_delta(guide[name].message["fn"]):
             _check_support(name, site, guide[name])
-
-
-def _base(site: Site) -> Any:
-    fn = site.message["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
 
 
 def _check_support(name: str, model: Site, guide: Site) -> None:

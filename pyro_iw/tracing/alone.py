@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from .latents import own_frames, own_shape
+from .messages import base_of, latent_sites
 from .sites import Site, read_sites
 from .traces import OneMinibatch, Pair, PairTraces, Traces, is_transformed, trace_particle
 
@@ -57,7 +57,7 @@ class Alone:
 
     Arguments:
         pair: the pair and its arguments.
-        traces: the traces of the run.
+        traces: the traces of the run, as it was made: with or without gradients.
         minibatch: the subsamples that it drew, by the name of their plate.
     """
 
@@ -66,6 +66,7 @@ class Alone:
         self._traces = traces
         self._minibatch = minibatch
         self._particle = traces.num_particles // 2
+        self._gradients = torch.is_grad_enabled()
         self._sites: list[Site] | None = None
 
     def run(self) -> bool:
@@ -108,9 +109,14 @@ class Alone:
         return False
 
     def _read_together(self) -> list[Site] | None:
-        """The sites of the vectorised run, read off a copy of its traces."""
+        """The sites of the vectorised run, read off a copy of its traces.
+
+        As the run itself reads them, with or without gradients: distributions keep what they have evaluated
+        (Pyro's rejection samplers, transforms), and will give it out again.
+        """
         traces = self._traces._replace(pairs=[_copy(self._traces.pairs[0])])
-        return _read(traces)
+        with torch.set_grad_enabled(self._gradients):
+            return _read(traces)
 
     def _read_again(self, move: float) -> list[Site] | None:
         """The sites of a run of the particle by itself."""
@@ -129,8 +135,8 @@ class Alone:
         Those of a Delta are left to be computed: they would have to be met to the last bit.
         """
         values = {}
-        for name, site in _latent_sites(self._traces.pairs[0].guide):
-            if isinstance(_base(site["fn"]), Delta):
+        for name, site in latent_sites(self._traces.pairs[0].guide).items():
+            if isinstance(base_of(site["fn"]), Delta):
                 continue
             value: Any = self._take(site, site["value"])
             if move and _is_real(site["fn"]):
@@ -150,7 +156,7 @@ class Alone:
     def _fill_in(self, guide: Trace) -> None:
         """Give sites that cannot be scored here (flows without an inverse) the density that they had."""
         before = self._traces.pairs[0].guide.nodes
-        for name, site in _latent_sites(guide):
+        for name, site in latent_sites(guide).items():
             if is_transformed(site["fn"]) and name in before:
                 known: Any = before[name].get("unscaled_log_prob")
                 try:
@@ -223,18 +229,6 @@ def _copy(pair: PairTraces) -> PairTraces:
             copy.nodes[name] = message
         copies.append(copy)
     return PairTraces(*copies)
-
-
-def _latent_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not site["is_observed"]:
-            yield name, site
-
-
-def _base(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
 
 
 def _is_real(fn: Any) -> bool:

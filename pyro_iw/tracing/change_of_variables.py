@@ -24,11 +24,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import Delta, MaskedDistribution, Unit
+from pyro.distributions import MaskedDistribution, Unit
 from torch import Tensor
 from torch.distributions import biject_to
 
 from .._support.random_state import RandomState
+from .messages import is_delta, is_latent
+from .supports import is_discrete
 from .traces import OneMinibatch, Pair, PairTraces, trace_guide_given
 
 __all__ = ["Verdict", "change_of_variables", "deltas", "points"]
@@ -61,8 +63,8 @@ def deltas(traces: PairTraces) -> dict[str, Any]:
     return {
         name: site["fn"]
         for name, site in dict[str, Any](traces.model.nodes).items()
-        if _is_latent(site) and not _is_delta(site["fn"])
-        if name in guide and _is_latent(guide[name]) and _is_delta(guide[name]["fn"])
+        if is_latent(site) and not is_delta(site["fn"])
+        if name in guide and is_latent(guide[name]) and is_delta(guide[name]["fn"])
     }
 
 
@@ -97,16 +99,16 @@ def change_of_variables(pair: Pair, traces: PairTraces, names: Sequence[str]) ->
         names: the guide's latents that are no latents of the model.
     """
     nodes: dict[str, Any] = dict(traces.guide.nodes)
-    drawn = [name for name in names if not _is_delta(nodes[name]["fn"])]
+    drawn = [name for name in names if not is_delta(nodes[name]["fn"])]
     if drawn and not deltas(traces):
         return Verdict(fault=_mixture(drawn))
-    discrete = [name for name in drawn if _is_discrete(nodes[name]["fn"])]
+    discrete = [name for name in drawn if is_discrete(nodes[name]["fn"])]
     function = _Function(pair, traces, [name for name in drawn if name not in discrete])
     unfed = [name for name in discrete if not _feeds_a_discrete_delta(function, name)]
     if unfed:
         return Verdict(fault=_mixture(unfed))
     # A discrete Delta that a discrete site goes into is no point.
-    targets = [name for name, fn in function.targets.items() if not (discrete and _is_discrete(fn))]
+    targets = [name for name, fn in function.targets.items() if not (discrete and is_discrete(fn))]
     if not function.sizes:
         return Verdict(targets)
     runs = list(function.runs())
@@ -212,7 +214,7 @@ class _Function:
             if transform is not None:
                 terms[name] = -transform.log_abs_det_jacobian(value, values[name]).sum()
         for name, site in self.at(values).items():
-            if _is_latent(site) and _is_delta(site["fn"]):
+            if is_latent(site) and is_delta(site["fn"]):
                 terms[name] = _delta_log_prob(site).sum()
                 if name in self.targets:
                     coordinates[name], jacobian = self._coordinates(self.targets[name], site["value"])
@@ -228,7 +230,7 @@ class _Function:
             return dict(trace_guide_given(self._pair, values).nodes)
 
     def _coordinates(self, fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
-        transform = None if _is_discrete(fn) else self._transform(fn)
+        transform = None if is_discrete(fn) else self._transform(fn)
         if transform is None:
             return value.reshape(-1), torch.zeros((), device=value.device)
         free = transform.inv(value)
@@ -285,7 +287,7 @@ def _excess(run: _Run, moving: Sequence[str], still: Sequence[str]) -> float | N
 
 def _feeds_a_discrete_delta(function: _Function, name: str) -> bool:
     """Whether every entry of a discrete site becomes one of a discrete latent."""
-    targets = [latent for latent, fn in function.targets.items() if _is_discrete(fn)]
+    targets = [latent for latent, fn in function.targets.items() if is_discrete(fn)]
     if not targets:
         return False
     fn, value = function.nodes[name]["fn"], function.nodes[name]["value"]
@@ -303,18 +305,8 @@ def _held(nodes: Mapping[str, Any]) -> dict[str, Tensor]:
     return {
         name: site["value"].detach()
         for name, site in nodes.items()
-        if _is_latent(site) and not _is_delta(site["fn"])
+        if is_latent(site) and not is_delta(site["fn"])
     }
-
-
-def _is_latent(site: Any) -> bool:
-    return site["type"] == "sample" and not site["is_observed"]
-
-
-def _is_delta(fn: Any) -> bool:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
 
 
 def _delta_log_prob(site: Any) -> Tensor:
@@ -323,13 +315,6 @@ def _delta_log_prob(site: Any) -> Tensor:
     while isinstance(fn, MaskedDistribution):
         fn = fn.base_dist
     return fn.log_prob(site["value"])
-
-
-def _is_discrete(fn: Any) -> bool:
-    try:
-        return bool(fn.support.is_discrete)
-    except (NotImplementedError, AttributeError):
-        return False
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from pyro.distributions import Unit
 from pyro.util import check_model_guide_match
 
 from .change_of_variables import Verdict, change_of_variables, deltas, points
-from .sites import has_no_density
+from .messages import has_no_density
 from .traces import Pair, PairTraces, plate_nesting
 
 __all__ = ["Pattern", "check_guide", "pattern_of"]

@@ -15,6 +15,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from .enumeration import is_enumerated
+from .messages import is_latent
 from .traces import PARTICLE_PLATE, Traces
 
 __all__ = [
@@ -57,7 +58,7 @@ def read_latents(traces: Traces) -> dict[str, Latent]:
         nodes: dict[str, Any] = dict(pair.model.nodes)
         latents = {}
         for name, site in nodes.items():
-            if site["type"] == "sample" and not site["is_observed"] and name in pair.guide.nodes:
+            if is_latent(site) and name in pair.guide.nodes:
                 event_dim, frames = site["fn"].event_dim, own_frames(site)
                 values = own_shape(site["value"], event_dim, frames, nesting, size)
                 latents[name] = Latent(values, event_dim, frames)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution, Unit
+from pyro.distributions import ExpandedDistribution, MaskedDistribution, Unit
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Independent, biject_to, constraints
+
+from .messages import is_delta
 
 if TYPE_CHECKING:
     from .sites import Site
@@ -167,14 +169,7 @@ def _masked(site: Site, mask: Tensor) -> Site:
 def _is_computed(site: Site) -> bool:
     """Whether a site is a Delta, of what may come from other sites, and the guide does not mask it itself."""
     # A guide's own mask is taken to be on what the value is made of as well.
-    return _is_delta(site) and not isinstance(site.message["mask"], Tensor)
-
-
-def _is_delta(site: Site) -> bool:
-    fn = site.message["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
+    return is_delta(site.message["fn"]) and not isinstance(site.message["mask"], Tensor)
 
 
 def warn_of_masks(sites: Sequence[Site], warn: Callable[[str], None]) -> None:
@@ -193,7 +188,7 @@ def warn_of_masks(sites: Sequence[Site], warn: Callable[[str], None]) -> None:
         repr(model.name)
         for model, guide in pairs
         if isinstance(_kept_entries(model.message), Tensor)
-        and not (points and _is_delta(guide))  # a point estimate has no density to be left over
+        and not (points and is_delta(guide.message["fn"]))  # a point estimate has no density to be left over
         and _masks_more(model, guide)
     ]
     if found:

@@ -22,6 +22,7 @@ __all__ = [
     "guide_messenger",
     "has_no_density",
     "is_auxiliary",
+    "is_delta",
     "is_deterministic",
     "is_latent",
     "latent_sites",
@@ -60,7 +61,12 @@ def is_deterministic(message: Any) -> bool:
     reparameterised.
     """
     marked = bool(message["infer"] and message["infer"].get("_deterministic"))
-    return marked or isinstance(base_of(message["fn"]), Delta)
+    return marked or is_delta(message["fn"])
+
+
+def is_delta(fn: Any) -> bool:
+    """Whether a distribution is a point mass under its wrappers."""
+    return isinstance(base_of(fn), Delta)
 
 
 def has_no_density(message: Any) -> bool:

@@ -2,17 +2,15 @@ r"""What passes with one particle show about a pair, before particles run in one
 
 Particles run under an outermost plate, on a dim left of every plate of the pair, so the pair's plates must
 be known beforehand. A probe also lets lazily initialised guides make their parameters outside the particle
-dim, and records what batch normalisation sees without it. It puts the random state and BatchNorm's running
-statistics back: for one seed, a pair's first run gives the same numbers as any later one. Its own draws come
-from a stream apart, so that parameters made at random do not repeat the first particle's noise.
+dim. It puts the random state and BatchNorm's running statistics back: for one seed, a pair's first run gives
+the same numbers as any later one. Its own draws come from a stream apart, so that parameters made at random
+do not repeat the first particle's noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-
-from torch import nn
 
 from .._support.random_state import fork_rng
 from .batch_norm import watch_batch_norm
@@ -30,9 +28,7 @@ class Probe:
     """What is known of a pair.
 
     Attributes:
-        model: gives the model of the pair, or None once that is gone.
         nesting: number of batch dims that the pair's own plates take.
-        normalised: how many values each BatchNorm in train mode sees at once.
         enumerates: whether the model has sites that are to be enumerated in parallel.
         watched: whether batch normalisation has been looked at in a pass with gradients.
         patterns: what has been looked at of the guide's sites without a counterpart in the model.
@@ -40,10 +36,8 @@ class Probe:
             :mod:`~pyro_iw.tracing.alone`.
     """
 
-    def __init__(self, model: Callable[[], Any] | None = None) -> None:
-        self.model = model or (lambda: None)
+    def __init__(self) -> None:
         self.nesting = 0
-        self.normalised: dict[nn.Module, int] = {}
         self.enumerates = False
         self.watched = False
         self.patterns: set[Pattern] = set()
@@ -59,13 +53,12 @@ class Probe:
             check: called with the traces, to refuse the pair.
             look: as in :meth:`look_at_guide`, whose warnings are returned.
         """
-        with fork_rng(), watch_batch_norm(restore=True) as seen:
+        with fork_rng(), watch_batch_norm(restore=True):
             traces = Traces([trace_pair(pair)], 1, None)
             if check is not None:
                 check(traces)
             messages = self.look_at_guide(pair, traces, look)
         self.learn(traces)
-        self.normalised.update(seen)
         return messages
 
     def look_at_guide(self, pair: Pair, traces: Traces, look: Look | None) -> list[str]:

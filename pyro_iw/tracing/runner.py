@@ -13,7 +13,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from .._support.random_state import fork_rng
+from .._support.random_state import RandomState, fork_rng
 from .._support.warn import PACKAGE, warn
 from .alone import Alone
 from .batch_norm import watch_batch_norm
@@ -71,7 +71,9 @@ class Runner:
         self.check = check
         self.look = look
         self.warn = warn
-        self._probes: weakref.WeakKeyDictionary[Any, Probe] = weakref.WeakKeyDictionary()
+        # By guide and by model: a guide may take turns with several.
+        self._probes: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Probe]]
+        self._probes = weakref.WeakKeyDictionary()
         self._warned_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,7 +89,8 @@ class Runner:
         pair: Pair,
         num_particles: int,
         route: Route | None = None,
-        on_start: Callable[[], None] = lambda: None,
+        minibatch: OneMinibatch | None = None,
+        note_state: bool = False,
     ) -> Traces:
         """Run the pair on S particles.
 
@@ -95,21 +98,26 @@ class Runner:
             pair: the pair and its arguments.
             num_particles: the number S of particles.
             route: how latent values travel; straight, if None.
-            on_start: called before the run, and again before another one if that turns out to be needed.
+            minibatch: one that this run takes part in; what a probe draws, or an attempt that is thrown away,
+                is taken out of it again.
+            note_state: whether to note the random state that the run began from, for it to be repeated.
 
         Raises:
             ValueError: if the pair runs with one particle but not under the particle dim, naming the last
                 site that was reached; or if a particle has other densities there than by itself, naming the
                 first site.
         """
+        known = {} if minibatch is None else dict(minibatch.indices)
         probe = self._probe(pair)
         vectorized = self.vectorize and num_particles > 1
         while True:
-            on_start()
+            if minibatch is not None:
+                minibatch.indices = dict(known)
+            began = RandomState.now() if note_state else None
             is_new = vectorized and _is_new(pair, probe)
             watch = watch_batch_norm(enabled=is_new or (vectorized and not probe.watched))
-            minibatch = OneMinibatch()
-            with watch as seen, minibatch if is_new else nullcontext():
+            drawn = OneMinibatch()
+            with watch as seen, drawn if is_new else nullcontext():
                 if vectorized:
                     traces = self._one_pass(pair, num_particles, route, probe)
                 else:
@@ -124,8 +132,8 @@ class Runner:
                 for message in probe.look_at_guide(pair, traces, self.look):
                     self.warn(message)
                 if vectorized:
-                    self._look_closer(pair, traces, probe, is_new, seen, minibatch)
-                return traces
+                    self._look_closer(pair, traces, probe, is_new, seen, drawn)
+                return traces._replace(began=began)
 
     def prepare(self, pair: Pair) -> int:
         """Get to know the pair, and make its lazy parameters, ahead of the first run.
@@ -188,20 +196,19 @@ class Runner:
     def _probe(self, pair: Pair) -> Probe:
         """What is known of the pair, from one pass with one particle if it is new."""
         model, guide = _anchor(pair.model), _anchor(pair.guide)
+        probe = Probe()
         try:
-            known = self._probes.get(guide)
-            if known is not None and known.model() is model:
-                return known
-            reference: Callable[[], Any] | None = weakref.ref(model)
+            known = self._probes.setdefault(guide, weakref.WeakKeyDictionary())
+            if model in known:
+                return known[model]
         except TypeError:  # not hashable or not weakly referable: probed at every call
-            reference = guide = None
-        probe = Probe(reference)
+            known = None
         for message in probe.run(pair, self.check, self.look):
             self.warn(message)
         if self.max_plate_nesting != math.inf:
             probe.nesting = max(probe.nesting, int(self.max_plate_nesting))
-        if guide is not None:
-            self._probes[guide] = probe
+        if known is not None:
+            known[model] = probe
         return probe
 
     def _look_closer(
@@ -224,8 +231,8 @@ class Runner:
             minibatch: the subsamples of a new run.
         """
         if is_new or seen:
+            alone = Alone(pair, traces, minibatch.indices)
             with torch.no_grad(), fork_rng():
-                alone = Alone(pair, traces, minibatch.indices)
                 with watch_batch_norm(restore=True) as normalised:
                     runs = alone.run()
                 mixed = self._check_batch_norm(seen, normalised, pair) if runs else True

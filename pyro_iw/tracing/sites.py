@@ -22,11 +22,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .enumeration import is_enumerated, marginalize
 from .masks import fits, masked_value, with_masks_of_model
+from .messages import base_of, has_no_density
 from .paths import class_name, draws_hard_values, has_biased_path, has_path
 from .supports import is_discrete, support_moves
 from .traces import PARTICLE_PLATE, Traces, is_transformed
 
-__all__ = ["Site", "has_no_density", "plate_key", "read_sites"]
+__all__ = ["Site", "plate_key", "read_sites"]
 
 
 class Site(NamedTuple):
@@ -78,9 +79,7 @@ class Site(NamedTuple):
         if not self.is_latent:
             site = self if self.rescored is None else self.rescored_site()
             return site.log_prob.requires_grad
-        fn = (self.rescored or self.message)["fn"]
-        while hasattr(fn, "base_dist"):
-            fn = fn.base_dist
+        fn = base_of((self.rescored or self.message)["fn"])
         return isinstance(fn, Delta) and (fn.v.requires_grad or fn.log_density.requires_grad)
 
     def rescored_site(self) -> Site:
@@ -177,13 +176,6 @@ def _without_enum_dims(site: Site, nesting: int) -> Site:
     if extra > 0 and all(size == 1 for size in shape[:extra]):
         return site._replace(log_prob=site.log_prob.reshape(shape[extra:]))
     return site
-
-
-def has_no_density(message: Any) -> bool:
-    """Whether an observed site is there for the record only, as those of ``pyro.deterministic`` are."""
-    return message["is_observed"] and (
-        message["mask"] is False or getattr(message["fn"], "_mask", None) is False
-    )
 
 
 def _check_names(model_trace: Any, guide_trace: Any) -> None:

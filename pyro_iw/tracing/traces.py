@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
-from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 
+from .._support.random_state import RandomState
+from .messages import guide_messenger, is_latent, sample_sites
 from .paths import carried, has_path
 
 __all__ = [
@@ -95,12 +96,14 @@ class Traces(NamedTuple):
         particle_dim: the (negative) batch dim of the particles; None where each pair holds one.
         enum_dim: the first (negative) dim for enumerated sites of the model, left of all others; None where
             nothing is enumerated.
+        began: the random state that the run began from, where it was asked for.
     """
 
     pairs: list[PairTraces]
     num_particles: int
     particle_dim: int | None
     enum_dim: int | None = None
+    began: RandomState | None = None
 
     @property
     def plate_nesting(self) -> int:
@@ -145,11 +148,7 @@ class Progress:
 
     def where(self) -> str:
         """The last sample site that was reached, in words."""
-        names = [
-            name
-            for name, site in self.trace.nodes.items()
-            if site["type"] == "sample" and not site_is_subsample(site)
-        ]
+        names = list(sample_sites(self.trace))
         return f"after sample site {names[-1]!r}" if names else "before its first sample site"
 
 
@@ -331,8 +330,8 @@ def _trace_model(
 
 def _trace_guide(pair: Pair, guide: Callable, progress: Progress) -> tuple[Trace, Trace, Trace | None]:
     """All that the guide recorded, its sites without subsampling, and the model's if it ran that as well."""
-    messenger = poutine.unwrap(pair.guide)
-    if not isinstance(messenger, GuideMessenger):
+    messenger = guide_messenger(pair.guide)
+    if messenger is None:
         recorded = progress.record("guide", guide, pair)
         return recorded, prune_subsample_sites(recorded), None
     progress.role = "guide"
@@ -367,7 +366,7 @@ def _with_values(trace: Trace, change: Through, particle: int | None = None) -> 
     """The trace with its latent values changed."""
     trace = trace.copy()
     for name, site in list(trace.nodes.items()):
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site):
+        if is_latent(site):
             event_dim = getattr(site["fn"], "event_dim", 0)
             value: Any = site["value"]
             changed: Any = {**site, "value": carried(value, change, event_dim, particle)}

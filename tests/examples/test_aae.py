@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import aae
-import aae_evaluation
-import checkpoint
-import datasets
 import numpy as np
 import pytest
 import torch
-from aae_training import Trainer
 from matplotlib.image import imread
 
 from helpers.resuming import run_stopped
 from helpers.tiny_aae import MODES, TINY, training
+from shared import checkpoint, datasets
+from shared.aae import evaluation
+from shared.aae.training import Trainer
 
 SMOKES: dict[str, tuple[list[str], set[str], set[str]]] = {
     "unsupervised": (
@@ -58,12 +57,12 @@ def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [record["epoch"] for record in history] == [1, 2]
     printed = capsys.readouterr().out
     for key in numbers:
-        assert re.search(rf"^{re.escape(aae_evaluation.ROWS[key].words)}  ", printed, re.MULTILINE)
+        assert re.search(rf"^{re.escape(evaluation.ROWS[key].words)}  ", printed, re.MULTILINE)
     lines = printed.splitlines()
     assert lines[0] == f"{name.split(',')[0]} on digits, 2 epochs, 1 run"
     # Every number has its words, or stands beside the one that it is the error of.
-    own = {row.error for row in aae_evaluation.ROWS.values()}
-    assert set(results) <= set(aae_evaluation.ROWS) | own
+    own = {row.error for row in evaluation.ROWS.values()}
+    assert set(results) <= set(evaluation.ROWS) | own
     files = [str(path) for path in sorted(folder.iterdir())]
     assert lines[-len(files) - 1 :] == [*files, str(tmp_path / "metrics.json")]
     assert "_" not in "".join(lines[: -len(files) - 1])
@@ -133,8 +132,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], d
 
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aae.aae_pictures, "save_all", lambda *_, **__: None)
-    monkeypatch.setattr(aae.aae_evaluation, "evaluate", lambda *_, **__: {"error": 0.0})
+    monkeypatch.setattr(aae.pictures, "save_all", lambda *_, **__: None)
+    monkeypatch.setattr(aae.evaluation, "evaluate", lambda *_, **__: {"error": 0.0})
 
 
 @pytest.mark.usefixtures("_no_pictures")
@@ -337,7 +336,7 @@ def test_too_few_images_for_the_labels(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_unlabelled_images_help_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aae.aae_pictures, "save_all", lambda *_, **__: None)
+    monkeypatch.setattr(aae.pictures, "save_all", lambda *_, **__: None)
     argv = ["--mode", "semi-supervised", "--epochs", "40", "--hidden", "128", "--seeds", "3"]
     summary = aae.main([*argv, "--out", str(tmp_path)])["summary"]["error_difference"]
     assert summary["mean"] < -0.015
@@ -346,7 +345,7 @@ def test_unlabelled_images_help_a_classifier(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_clusters_are_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aae.aae_pictures, "save_all", lambda *_, **__: None)
+    monkeypatch.setattr(aae.pictures, "save_all", lambda *_, **__: None)
     argv = ["--mode", "clustering", "--epochs", "40", "--hidden", "128", "--seeds", "2"]
     metrics = aae.main([*argv, "--out", str(tmp_path)])
     assert all(run["results"]["error_majority"] <= 0.25 for run in metrics["runs"])

@@ -6,20 +6,21 @@ import math
 from collections import Counter
 
 import aae
-import aae_evaluation
 import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from aae_networks import LatentAAE
-from aae_priors import Gaussian, Mixture
+
+from shared.aae import evaluation
+from shared.aae.networks import LatentAAE
+from shared.aae.priors import Gaussian, Mixture
 
 
 def test_cluster_labels_against_loops() -> None:
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(200, 6)), rng.integers(0, 4, 200)
     logits[:, 5] -= 100  # a head that nobody chooses
-    majority, confident = aae_evaluation.cluster_labels(torch.tensor(logits), torch.tensor(labels))
+    majority, confident = evaluation.cluster_labels(torch.tensor(logits), torch.tensor(labels))
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     for head in range(5):
         votes = Counter(labels[probabilities.argmax(1) == head].tolist())
@@ -31,7 +32,7 @@ def test_cluster_labels_against_loops() -> None:
 def test_most_confident_where_single_precision_is_certain() -> None:
     logits = torch.tensor([[40.0, 0.0], [60.0, 0.0], [-30.0, 0.0], [-20.0, 0.0]])
     assert ((logits / 2).softmax(-1)[:2, 0] == 1).all()
-    _, confident = aae_evaluation.cluster_labels(logits / 2, torch.arange(4))
+    _, confident = evaluation.cluster_labels(logits / 2, torch.arange(4))
     assert confident.tolist() == [1, 2]
 
 
@@ -41,7 +42,7 @@ def test_cluster_results() -> None:
     heldout = torch.eye(3)[[0, 0, 1, 1, 2]]
     truth = torch.tensor([4, 7, 5, 5, 4])
     # By majority the heads are 4, 5, nothing; the most confident of head 0 is a 7, of head 2 it is a 4.
-    found = aae_evaluation.cluster_results(logits, labels, heldout, truth)
+    found = evaluation.cluster_results(logits, labels, heldout, truth)
     assert found["error_majority"] == pytest.approx(2 / 5)
     assert found["clusters_used"] == 2
     assert found["error_most_confident"] == pytest.approx(1 / 5)
@@ -57,7 +58,7 @@ def test_neighbours_against_scikit_learn() -> None:
     expected = (predicted != truth).mean()
     assert 0.01 < expected < 0.2
     tensors = map(torch.tensor, (codes, labels, heldout, truth))
-    assert aae_evaluation.neighbour_error(*tensors) == pytest.approx(expected)
+    assert evaluation.neighbour_error(*tensors) == pytest.approx(expected)
 
 
 def test_reconstruction_is_the_density_of_images() -> None:
@@ -65,7 +66,7 @@ def test_reconstruction_is_the_density_of_images() -> None:
     x = torch.rand(1200, 6)
     with torch.no_grad():
         means = pair.images(pair.encoder(x))
-        found = aae_evaluation.reconstruction(pair, x)
+        found = evaluation.reconstruction(pair, x)
     log_p = dist.Normal(means, 0.2).log_prob(x).sum(-1).mean()
     assert found["reconstruction"] == pytest.approx(-log_p.item(), rel=1e-5)
     assert found["pixel_error"] == pytest.approx((means - x).square().mean().sqrt().item(), rel=1e-5)
@@ -78,14 +79,14 @@ def test_parzen_results_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) ->
     pair = LatentAAE(6, Mixture(), hidden=4).eval()
     validation, heldout = torch.rand(30, 6), 0.3 + 0.1 * torch.rand(50, 6)
     drawn = []
-    draws = aae_evaluation.prior_draws
-    monkeypatch.setattr(aae_evaluation, "prior_draws", lambda *args: drawn.append(draws(*args)) or drawn[-1])
+    draws = evaluation.prior_draws
+    monkeypatch.setattr(evaluation, "prior_draws", lambda *args: drawn.append(draws(*args)) or drawn[-1])
     with torch.no_grad():
-        found = aae_evaluation.parzen_results(pair, 1100, validation, heldout)
+        found = evaluation.parzen_results(pair, 1100, validation, heldout)
         samples = pair.images(drawn[0]).numpy()
     assert samples.shape == (1100, 6)
     best = max(
-        aae_evaluation.parzen.BANDWIDTHS,
+        evaluation.parzen.BANDWIDTHS,
         key=lambda sigma: KernelDensity(bandwidth=sigma).fit(samples).score(validation.numpy()),
     )
     values = KernelDensity(bandwidth=best).fit(samples).score_samples(heldout.numpy())
@@ -99,8 +100,8 @@ def test_codes_that_fit_and_codes_that_do_not() -> None:
     x = torch.randn(1000, 2)
     with torch.no_grad():
         pair.encoder.forward = lambda x: x  # type: ignore[method-assign]
-        fits = aae_evaluation.fit_of_codes(pair, x)
-        misses = aae_evaluation.fit_of_codes(pair, x + 1.0)
+        fits = evaluation.fit_of_codes(pair, x)
+        misses = evaluation.fit_of_codes(pair, x + 1.0)
     # 1000 held-out draws; the best classifier of two normals √2 apart is right with probability Φ(√2 / 2).
     assert fits["two_sample_error"] == pytest.approx(0.5 / math.sqrt(1000))
     assert fits["two_sample_accuracy"] == pytest.approx(0.5, abs=4 * fits["two_sample_error"])
@@ -115,7 +116,7 @@ def test_evaluation_is_of_held_out_images_in_eval_mode(mode: list[str]) -> None:
     data = aae.load_data(args, 0)
     pair = aae.make_pair(args, 64).train()
     before = torch.random.get_rng_state()
-    found = aae_evaluation.evaluate(pair, data, args.mode, parzen_samples=10, seed=0)
+    found = evaluation.evaluate(pair, data, args.mode, parzen_samples=10, seed=0)
     assert torch.equal(torch.random.get_rng_state(), before)
     x, truth = data.heldout, data.heldout_labels
     # By the modules themselves: the noise of a pair in train mode would be seen here.
@@ -133,7 +134,7 @@ def test_evaluation_is_of_held_out_images_in_eval_mode(mode: list[str]) -> None:
             assert found["error"] == pytest.approx((logits.argmax(-1) != truth).double().mean().item())
         if "error_majority" in found:
             known = pair.encoder.heads(pair.encoder.trunk(data.images))
-            expected = aae_evaluation.cluster_results(known, data.labels, logits, truth)
+            expected = evaluation.cluster_results(known, data.labels, logits, truth)
             assert {key: found[key] for key in expected} == expected
         log_p = dist.Normal(pair.images(code), 0.2).log_prob(x).sum(-1).mean()
     assert found["reconstruction"] == pytest.approx(-log_p.item(), rel=1e-4)
@@ -142,17 +143,17 @@ def test_evaluation_is_of_held_out_images_in_eval_mode(mode: list[str]) -> None:
 
 def test_summary() -> None:
     runs = [{"a": 1.0, "b": 2}, {"a": 4.0, "b": 2}, {"a": 1.0, "b": 2}]
-    summary = aae_evaluation.summarise(runs)
+    summary = evaluation.summarise(runs)
     assert summary["a"]["mean"] == pytest.approx(2)
     assert summary["a"]["standard_error"] == pytest.approx(np.std([1, 4, 1], ddof=1) / math.sqrt(3))
     assert summary["b"] == {"mean": 2, "standard_error": 0}
-    assert aae_evaluation.summarise(runs[:1]) == {"a": {"mean": 1}, "b": {"mean": 2}}
+    assert evaluation.summarise(runs[:1]) == {"a": {"mean": 1}, "b": {"mean": 2}}
 
 
 def test_table_of_one_run_has_the_numbers_own_errors() -> None:
     results = {"two_sample_accuracy": 0.49712, "two_sample_error": 0.029, "clusters_used": 16}
     results |= {"reconstruction": -28.44, "error": 0.0241}
-    assert aae_evaluation.table(aae_evaluation.summarise([results])).splitlines() == [
+    assert evaluation.table(evaluation.summarise([results])).splitlines() == [
         "classification error                       2.4 %",
         "clusters used                              16",
         "reconstruction, −log p(x | code)           −28.4 nats per image",
@@ -169,7 +170,7 @@ def test_table_of_several_runs_has_their_errors() -> None:
     }
     other = {"two_sample_accuracy": 0.6, "two_sample_error": 0.2, "clusters_used": 15, "parzen_samples": 100}
     results["error_difference"], other["error_difference"] = -0.05, -0.03
-    assert aae_evaluation.table(aae_evaluation.summarise([results, other])).splitlines() == [
+    assert evaluation.table(evaluation.summarise([results, other])).splitlines() == [
         "difference of the two                      −4.0 ± 1.0 percentage points",
         "clusters used                              15.5 ± 0.5",
         "draws for the windows                      100",

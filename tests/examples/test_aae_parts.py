@@ -10,8 +10,9 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from aae_networks import Discriminator, Encoder, HeadsAAE, HeadsDecoder, LatentAAE
-from aae_priors import COMPONENTS, UNLABELLED, Gaussian, Mixture, Prior, SwissRoll
+
+from shared.aae.networks import Discriminator, Encoder, HeadsAAE, HeadsDecoder, LatentAAE
+from shared.aae.priors import COMPONENTS, UNLABELLED, Gaussian, Mixture, Prior, SwissRoll
 
 
 def draw(prior: Prior, labels: torch.Tensor) -> torch.Tensor:

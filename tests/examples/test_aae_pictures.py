@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import aae
-import aae_pictures
 import numpy as np
-import pictures
 import pytest
 import torch
 from matplotlib.figure import Figure
+
+from shared import pictures
+from shared.aae import pictures as aae_pictures
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from aae_networks import Encoder, HeadsAAE, LatentAAE
-from aae_priors import UNLABELLED, Mixture
-from aae_training import Trainer, choose_labelled, decay, train_classifier
 from torch.nn import functional as F
 
 from helpers.tiny_aae import tiny_trainer
+from shared.aae.networks import Encoder, HeadsAAE, LatentAAE
+from shared.aae.priors import UNLABELLED, Mixture
+from shared.aae.training import Trainer, choose_labelled, decay, train_classifier
 
 
 def test_labelled_images_come_beside_the_others() -> None:

@@ -11,7 +11,8 @@ import compare_runs
 import deep_vae
 import numpy as np
 import pytest
-from deep_networks import Layer
+
+from shared.deep.networks import Layer
 
 TINY = [
     "--train-size",

@@ -15,21 +15,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-import deep_training
 import deep_vae
 import numpy as np
-import options
 import pyro
 import pytest
 import torch
-import vae
-from deep_networks import DeepVAE, KLWarmup, Layer, layer_widths, schedule
-from deep_training import Trainer
 from matplotlib.image import imread
 
 from helpers.resuming import flat, run_stopped
 from pyro_iw import IWAE_ELBO
+from shared import checkpoint, options
+from shared.deep.networks import DeepVAE, KLWarmup, Layer, layer_widths, schedule
+from shared.deep.training import Trainer
+from shared.networks import VAE
 
 PICTURES = ("samples.png", "reconstructions.png", "learning_curve.png")
 FILES = {*PICTURES, "checkpoint.pt", "heldout.npz", "metrics.json"}
@@ -100,12 +98,12 @@ def test_two_layers_are_the_papers() -> None:
 def test_one_layer_is_the_vae_of_the_other_example() -> None:
     """The same parameters and the same draws give the same bound."""
     torch.manual_seed(0)
-    one, deep = vae.VAE(6, latent=3, hidden=4), DeepVAE(6, [Layer(3, 4)])
+    one, deep = VAE(6, latent=3, hidden=4), DeepVAE(6, [Layer(3, 4)])
     deep.encoders[0].load_state_dict(one.encoder.state_dict())
     deep.output.load_state_dict(one.decoder.state_dict())
     x = torch.bernoulli(torch.full((5, 6), 0.5))
 
-    def bound(network: vae.VAE | DeepVAE) -> float:
+    def bound(network: VAE | DeepVAE) -> float:
         torch.manual_seed(1)
         return IWAE_ELBO(K=3).loss(network.model, network.guide, x)
 
@@ -469,19 +467,6 @@ def test_signals_end_a_run_after_its_step(
     assert checkpoint.load(tmp_path / "checkpoint.pt", deep_vae.KIND)["training"]["step"] == 10
     deep_vae.main(argv)
     assert training(tmp_path) == uninterrupted("one layer")
-
-
-def test_second_signal_is_as_usual() -> None:
-    # A process that was started in the background may ignore it.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with deep_training.stop_signals() as received:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert received == [signal.SIGINT]
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-import options
 import pyro
 import pytest
 import torch
@@ -19,6 +18,9 @@ from matplotlib import pyplot
 from matplotlib.image import imread
 
 from pyro_iw import plots
+from shared import options
+from shared.evaluation import mean_bound
+from shared.networks import VAE
 
 PICTURES = {"bound.png", "ess.png", "khat.png", "weights.png", "latents.png"}
 FILES = PICTURES | {"report.json", "posterior.nc"}
@@ -63,7 +65,7 @@ def test_images_and_parameters_are_those_of_the_run(run: Path, metrics: dict[str
     data, images = evaluate.load_heldout(settings, None)
     assert data.name == "digits"
     pyro.clear_param_store()
-    bound = vae.mean_bound(network, images, options.make_loss("miwae", 4, 4), seed=settings["seed"])
+    bound = mean_bound(network, images, options.make_loss("miwae", 4, 4), seed=settings["seed"])
     assert bound == metrics["results"]["heldout_bound"]
 
 
@@ -110,7 +112,7 @@ def test_same_seed_same_report(run: Path, report: dict[str, Any], tmp_path: Path
 
 def test_two_dimensional_latent_has_a_manifold(run: Path, tmp_path: Path, capsys: Any) -> None:
     saved = torch.load(run / "vae.pt")
-    saved["state_dict"] = vae.VAE(64, latent=2, hidden=5).state_dict()
+    saved["state_dict"] = VAE(64, latent=2, hidden=5).state_dict()
     torch.save(saved, tmp_path / "vae.pt")
     figures = pyplot.get_fignums()
     report = evaluate.main(["--smoke", str(tmp_path), "--test-size", "10", "--chunk-size", "7"])
@@ -189,7 +191,7 @@ def test_other_data(change: dict[str, Any], message: str, run: Path, tmp_path: P
 
 def test_other_image_size(run: Path, tmp_path: Path) -> None:
     saved = torch.load(run / "vae.pt")
-    torch.save({**saved, "state_dict": vae.VAE(30).state_dict()}, tmp_path / "vae.pt")
+    torch.save({**saved, "state_dict": VAE(30).state_dict()}, tmp_path / "vae.pt")
     with pytest.raises(SystemExit, match="images have 30 pixels, but those of the data 64"):
         evaluate.main(["--smoke", str(tmp_path)])
 

@@ -7,14 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import datasets
 import mk_grid
-import options
 import pytest
 import torch
-import vae
 from matplotlib.image import imread
 from mk_grid import Cell
+
+from shared import datasets, options
+from shared.datasets import heldout_images
+from shared.networks import VAE
 
 PICTURES = {"grid.png", "learning_curves.png"}
 FILES = PICTURES | {"runs", "grid.json", "grid.md"}
@@ -87,15 +88,15 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_measures_against_weights_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same draws, put together here: an untrained network, IWAE-2 of 6 particles."""
-    monkeypatch.setattr(vae, "train", lambda *_, **__: [{"seconds": 0.0, "iwae": 0.0}])
+    monkeypatch.setattr(mk_grid, "train", lambda *_, **__: [{"seconds": 0.0, "iwae": 0.0}])
     argv = ["--smoke", "--budget", "2", "--nll-particles", "6", "--train-size", "10", "--test-size", "7"]
     args = mk_grid.parse_args(argv)
     data = datasets.load("digits").subset(10, 7)
     results = mk_grid.train_and_measure(Cell("miwae", 1, 2), 3, data, args)
 
     torch.manual_seed(3)
-    network = vae.VAE(64, mean_image=data.train.flatten(1).mean(0))
-    x = vae.heldout_images(data, 0).flatten(1)
+    network = VAE(64, mean_image=data.train.flatten(1).mean(0))
+    x = heldout_images(data, 0).flatten(1)
     with torch.no_grad():
         loc, scale = network.encoder(x)
         torch.manual_seed(3)

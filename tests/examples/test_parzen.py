@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import parzen
 import pytest
 import torch
 from sklearn.neighbors import KernelDensity
+
+from shared import parzen
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.2, 3.0])

@@ -10,11 +10,11 @@ import pytest
 import regression
 import scipy.stats
 import torch
-from common import fit
 from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import Tensor
 
 from pyro_iw import IWAE_ELBO
+from shared.skeleton import fit
 
 
 def few_patients() -> tuple[Tensor, Tensor]:

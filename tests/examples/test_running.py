@@ -11,22 +11,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import checkpoint
 import demo
 import eight_schools
 import mk_grid
-import pictures
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 import vae
 from pyro.infer import SVI, Trace_ELBO
-from running import Diverged, in_one_line, step
 
 from pyro_iw._support.progress import progress_bar
+from shared import checkpoint, pictures, running
+from shared.running import Diverged, in_one_line, step
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +162,19 @@ def test_a_signal_ends_in_one_line(
     assert lines[0].startswith("interrupted: ")
 
 
+def test_second_signal_is_as_usual() -> None:
+    # A process that was started in the background may ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with running.stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert received == [signal.SIGINT]
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_files_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for example in (demo, eight_schools):
@@ -184,7 +196,7 @@ class _Terminal(io.StringIO):
 def test_bars_are_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = _Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    with vae.progress_bar(100, "training") as bar:
+    with running.progress_bar(100, "training") as bar:
         for _ in range(100):
             bar.set_postfix_str("bound", refresh=False)
             bar.update()

@@ -6,13 +6,13 @@ import json
 import math
 from pathlib import Path
 
-import datasets
 import pytest
 import semi_supervised
 import torch
 from torch.distributions import Bernoulli, Normal
 
 from pyro_iw import ImportanceSampler
+from shared import datasets
 
 CLASSES = semi_supervised.CLASSES
 

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import parzen
 import pyro
 import pytest
 import torch
 import two_roads
-import vae
-from datasets import ImageData
 from matplotlib.image import imread
 from scipy.integrate import dblquad
 
 from pyro_iw import AdversarialSVI, aggregated_posterior
+from shared import parzen
+from shared.datasets import ImageData, heldout_images
+from shared.networks import VAE
 
 
 def small(**changes: Any) -> argparse.Namespace:
@@ -47,7 +47,7 @@ def images_of(count: int, seed: int = 0) -> ImageData:
 
 def test_the_grid_against_quadrature() -> None:
     torch.manual_seed(0)
-    network = vae.VAE(pixels=3, latent=2, hidden=4)
+    network = VAE(pixels=3, latent=2, hidden=4)
     with torch.no_grad():
         for parameter in network.decoder.parameters():
             parameter.mul_(2.0)
@@ -71,12 +71,12 @@ def test_columns_of_a_model_whose_pixels_depend_on_nothing() -> None:
     p = torch.linspace(0.2, 0.8, 6)
     # Validation images lie near the samples, held-out ones do not: each would choose another bandwidth.
     data = replace(data, train=p.reshape(2, 3) + 0.05 * torch.randn(300, 2, 3))
-    network = vae.VAE(pixels=6, latent=2, hidden=5, mean_image=p)
+    network = VAE(pixels=6, latent=2, hidden=5, mean_image=p)
     with torch.no_grad():
         network.decoder[-1].weight.zero_()
         for head in (network.encoder.loc, network.encoder.log_scale):
             head[-1].weight.zero_()  # the guide is the prior
-    heldout = vae.heldout_images(data, 0).flatten(1)
+    heldout = heldout_images(data, 0).flatten(1)
     both = aggregated_posterior(network.model, network.guide, [heldout])["z"]
     found = two_roads.judge(network, both, heldout, data.train.flatten(1), data, args)
     nll = -(heldout * p.log() + (1 - heldout) * (1 - p).log()).sum(1).mean().item()
@@ -105,8 +105,8 @@ def test_the_tail_of_a_guide_that_is_too_narrow(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(two_roads, "grid_log_marginal", lambda *_: torch.zeros(1))
     data, args = images_of(60), small()
     args.nll_particles = 1000
-    network = vae.VAE(pixels=6, latent=2, hidden=5)
-    heldout = vae.heldout_images(data, 0).flatten(1)
+    network = VAE(pixels=6, latent=2, hidden=5)
+    heldout = heldout_images(data, 0).flatten(1)
     shares = {}
     for scale in (0.01, 1.5):
         with torch.no_grad():
@@ -150,7 +150,7 @@ def test_all_roads_see_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     data = images_of(20)
     for road in two_roads.ROADS:
         pyro.set_rng_seed(0)
-        network = vae.VAE(6, 2, 5)
+        network = VAE(6, 2, 5)
         assert two_roads.train(road, network, data.train.flatten(1), data, 0, small()) > 0
     assert len(seen) == 4
     first, *others = seen.values()
@@ -170,7 +170,7 @@ def test_the_other_road_trains_the_same_pair(monkeypatch: pytest.MonkeyPatch) ->
             made.append(self)
 
     monkeypatch.setattr(two_roads, "AdversarialSVI", Noted)
-    network, data = vae.VAE(6, 2, 5), images_of(20)
+    network, data = VAE(6, 2, 5), images_of(20)
     before = [parameter.detach().clone() for parameter in network.parameters()]
     two_roads.train("adversarial", network, data.train.flatten(1), data, 0, small())
     assert made[0].model == network.model

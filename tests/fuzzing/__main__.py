@@ -26,7 +26,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     seeds = range(options.start, options.start + options.pairs)
     if options.seed is not None:
-        seeds = [options.seed]
+        seeds, options.jobs = [options.seed], 0
     begin = time.time()
     counts, refused, warned, failed = Counter(), Counter(), Counter(), []
     with ExitStack() as stack:
@@ -43,6 +43,9 @@ def main(arguments=None):
             for line in outcome.failed:
                 tqdm.write(line[:800], file=sys.stdout)
                 sys.stdout.flush()
+        if options.jobs:
+            pool.close()
+            pool.join()
     total = counts["agreed"] + refused.total() + warned.total() + len(failed)
     print(
         f"{total} checks of {len(seeds)} pairs in {time.time() - begin:.0f} s: {counts['agreed']} agreed, "

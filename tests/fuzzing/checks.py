@@ -23,7 +23,13 @@ from .replay import log_prob, plates, run
 ESTIMATORS = ["reparam", "stl", "dreg", "score", "vimco", "rws"]
 WAYS = ["vectorized", "vectorized", "one by one", "chunks", "subset"]
 # Warnings that speak of something else than a difference from the reference.
-BENIGN = ["one joint importance weight", "effective particles", "normaliser of that tempered", "Pareto"]
+BENIGN = [
+    "are observed in the guide",
+    "one joint importance weight",
+    "effective particles",
+    "normaliser of that tempered",
+    "Pareto",
+]
 
 
 @dataclass

@@ -133,7 +133,7 @@ def _oddities(r, pair):
     if odd < 0.015:
         pair.extra, pair.improper[""] = "mixture", "the guide is a mixture"
     elif odd < 0.03:
-        pair.extra, pair.improper[""] = "observed", "the guide has an observed site"
+        pair.extra = "observed"
     elif odd < 0.06:
         pair.extra = r.choice(["factor", "factor_none"])
     elif odd < 0.075 and site.family in ("normal", "student") and pair.dtype == torch.float64:

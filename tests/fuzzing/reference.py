@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from .bounds import derivatives, signal
-from .replay import has_path, log_prob, own_scale, plates, run, subsampling
+from .replay import has_path, log_prob, own_scale, plates, proposal, run, subsampling
 
 
 class Refuse(Exception):
@@ -29,7 +29,7 @@ class Reference:
         self.log_w = (self.terms["p"] - self.terms["q"]).detach()
 
     def particle(self, values):
-        drawn = run(self.guide, values, along_path=True)
+        drawn = proposal(self.guide, values, along_path=True)
         z = {**values, **{name: site["value"] for name, site in drawn.items() if not site["is_observed"]}}
         stopped = {name: value.detach() for name, value in z.items()}
         live = self.runs(stopped)
@@ -38,7 +38,7 @@ class Reference:
         p, q = self.sum_out(live), self.total(drawn, "guide")
         if not torch.is_grad_enabled():
             return {"p": p, "q": q}
-        again, moving = run(self.guide, stopped), self.runs(z, stop_parameters=True)
+        again, moving = proposal(self.guide, stopped), self.runs(z, stop_parameters=True)
         discrete = {name: site for name, site in drawn.items() if not has_path(site["fn"])}
         return {
             "p": p,  # its gradient is that of the model's parameters alone

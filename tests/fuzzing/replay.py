@@ -36,6 +36,13 @@ def run(fn, *args, **kwargs):
     return {n: s for n, s in found.items() if not s["infer"].get("_deterministic")}
 
 
+def proposal(guide, *args, **kwargs):
+    """The guide's sites whose density is that of what it draws: those it observes are not drawn."""
+    sites = run(guide, *args, **kwargs)
+    factors = {n for n, s in sites.items() if type(s["fn"]).__name__ == "Unit"}
+    return {n: s for n, s in sites.items() if n in factors or not s["is_observed"]}
+
+
 def plates(site):
     return {frame.name: frame for frame in site["cond_indep_stack"] if frame.vectorized}
 

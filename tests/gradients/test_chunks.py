@@ -539,7 +539,7 @@ def test_peak_memory_is_that_of_one_chunk():
     program = """
         import resource, sys, torch, pyro
         sys.path[:0] = ["examples"]
-        from vae import VAE
+        from shared.networks import VAE
         from pyro_iw import IWAE_ELBO
         K, chunk_size = int(sys.argv[1]), int(sys.argv[2]) or None
         torch.manual_seed(0)

@@ -63,8 +63,9 @@ class Switched:
         return tuple(torch.cat(values)[-count:] for values in zip(*self.drawn, strict=True))
 
     def gradients(self, loss, seed=0):
-        self.drawn.clear()
         pyro.clear_param_store()
+        loss.loss(self.model, self.guide)  # here the pair is got to know, by runs of its own
+        self.drawn.clear()
         pyro.set_rng_seed(seed)
         loss.loss_and_grads(self.model, self.guide)
         found = {}

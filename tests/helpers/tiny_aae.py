@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import aae
-import checkpoint
 import torch
-from aae_networks import HeadsAAE
-from aae_training import Trainer
 
 from helpers.resuming import flat
+from shared import checkpoint
+from shared.aae.networks import HeadsAAE
+from shared.aae.training import Trainer
 
 MODES = tuple(aae.DEFAULTS)
 # 3 steps an epoch, the last of them a small one, in 3 epochs.

@@ -99,6 +99,7 @@ class TestRefused:
         )
         assert f"is {together:.6g} when 5 run in one pass, but {alone:.6g} when" in str(caught.value)
 
+    @pytest.mark.filterwarnings("ignore:.*They make the guide a mixture")
     def test_the_first_site_is_named_and_the_guide_comes_first(self):
         def guide(x):
             with pyro.plate("data", len(x)):

@@ -1,4 +1,4 @@
-"""What the smaller examples share: their options, a training loop, and the files they leave behind."""
+"""The skeleton of the smaller examples: options, a training loop, and the files they leave behind."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 import pyro
 import torch
 from matplotlib.figure import Figure
-from options import add_loss_options, at_smoke_size, new_parser, positive_float, positive_int
 from pyro.infer import SVI
-from running import in_one_line, smoke_apart, step
 from torch import Tensor
-from vae import progress_bar
 
 from pyro_iw import ImportanceWeightedELBO
+
+from .options import add_loss_options, at_smoke_size, new_parser, positive_float, positive_int
+from .running import in_one_line, progress_bar, smoke_apart, step
 
 __all__ = ["finish", "fit", "parse", "training_parser"]
 

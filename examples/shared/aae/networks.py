@@ -12,8 +12,9 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from aae_priors import COMPONENTS, UNLABELLED, Prior
 from torch import Tensor, nn
+
+from .priors import COMPONENTS, UNLABELLED, Prior
 
 __all__ = ["PIXEL_SCALE", "Discriminator", "Encoder", "Few", "HeadsAAE", "LatentAAE", "Pair", "relu_mlp"]
 

@@ -13,7 +13,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from vae import Encoder, mlp
+
+from ..networks import Encoder, mlp
 
 __all__ = ["DeepVAE", "KLWarmup", "Layer", "Stage", "layer_widths", "schedule"]
 

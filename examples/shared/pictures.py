@@ -22,6 +22,7 @@ __all__ = [
     "save_images",
     "save_latents",
     "save_learning_curve",
+    "save_manifold",
     "save_reconstructions",
     "tile",
 ]

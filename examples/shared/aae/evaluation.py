@@ -7,15 +7,16 @@ import statistics
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import parzen
 import pyro
 import torch
-import vae
-from aae_networks import PIXEL_SCALE, HeadsAAE, LatentAAE, Pair
-from aae_training import Data
 from torch import Tensor
 
 from pyro_iw import aggregated_posterior
+
+from .. import parzen
+from ..evaluation import seeded
+from .networks import PIXEL_SCALE, HeadsAAE, LatentAAE, Pair
+from .training import Data
 
 __all__ = [
     "cluster_labels",
@@ -201,7 +202,7 @@ def evaluate(pair: Pair, data: Data, mode: str, *, parzen_samples: int, seed: in
     """
     pair.eval()
     heldout, truth = data.heldout, data.heldout_labels
-    with vae.seeded(seed, heldout.device):
+    with seeded(seed, heldout.device):
         results = reconstruction(pair, heldout) | fit_of_codes(pair, heldout)
         training = fit_of_codes(pair, data.images)
         results |= {f"{name}_training": value for name, value in training.items()}

@@ -1,4 +1,4 @@
-"""How the examples run and end: where results go, steps that diverge, one line in place of a traceback."""
+"""How the examples run and end: where results go, bars, steps that diverge, signals, errors in one line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from pyro.infer import SVI
+from tqdm import tqdm
 
-__all__ = ["Diverged", "in_one_line", "results_folder", "smoke_apart", "step"]
+__all__ = [
+    "Diverged",
+    "in_one_line",
+    "progress_bar",
+    "results_folder",
+    "smoke_apart",
+    "step",
+    "stop_signals",
+]
 
 
 class Diverged(ValueError):
@@ -80,3 +89,27 @@ def in_one_line(*errors: type[Exception], kept: str = "nothing is saved before t
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def progress_bar(total: int, description: str) -> tqdm:
+    """A progress bar, on a terminal alone: a log file would get a line for each look of it."""
+    return tqdm(total=total, desc=description, leave=False, disable=None)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The list of Ctrl-C and SIGTERM received: the first only asks, the second one is as usual."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(signum: int, _: Any) -> None:
+        received.append(signum)
+        signal.signal(signum, previous[signum])
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        previous[signum] = signal.signal(signum, note)
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -6,18 +6,19 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import aae_evaluation as evaluation
-import pictures
 import torch
-import vae
-from aae_networks import HeadsAAE, LatentAAE, Pair
-from aae_training import Data
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from pictures import tile
 from torch import Tensor
+
+from .. import pictures
+from ..evaluation import seeded
+from ..pictures import tile
+from . import evaluation
+from .networks import HeadsAAE, LatentAAE, Pair
+from .training import Data
 
 __all__ = [
     "save_all",
@@ -263,7 +264,7 @@ def save_all(
     codes = evaluation.encode(pair, data.heldout)
     originals = data.heldout[:24].reshape(-1, *data.shape).cpu()
     pictures.save_reconstructions(originals, decoded(codes[:24]), folder / "reconstructions.png")
-    with vae.seeded(seed, device):
+    with seeded(seed, device):
         if isinstance(pair, LatentAAE):
             save_latent(pair, data, codes, decoded, folder)
         elif isinstance(pair, HeadsAAE):

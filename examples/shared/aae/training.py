@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 import torch.nn.functional as F
-from aae_networks import Encoder, Few, HeadsAAE, LatentAAE
-from aae_priors import COMPONENTS
-from checkpoint import random_state, restore_random_state
-from deep_training import set_learning_rate, stop_signals
 from torch import Tensor, nn
-from vae import progress_bar
 
 from pyro_iw import AdversarialSVI, FusedOptim
+
+from ..checkpoint import random_state, restore_random_state
+from ..running import progress_bar, stop_signals
+from ..training import set_learning_rate
+from .networks import Encoder, Few, HeadsAAE, LatentAAE
+from .priors import COMPONENTS
 
 __all__ = ["Data", "Trainer", "choose_labelled", "decay", "train_classifier"]
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pyro
 import torch
-from checkpoint import random_state, restore_random_state
-from datasets import binarize
-from deep_networks import DeepVAE, Stage
 from pyro.infer import SVI
-from pyro.optim import PyroOptim
 from torch import Tensor
-from vae import log_marginal, mean_bound, progress_bar
 
 from pyro_iw import FusedOptim, ImportanceWeightedELBO
 
-__all__ = ["Trainer", "set_learning_rate", "stop_signals"]
+from ..checkpoint import random_state, restore_random_state
+from ..datasets import binarize
+from ..evaluation import log_marginal, mean_bound
+from ..running import progress_bar, stop_signals
+from ..training import set_learning_rate
+from .networks import DeepVAE, Stage
+
+__all__ = ["Trainer"]
 
 # Held-out images and draws for the NLL during training: a second or two an epoch.
 CURVE_IMAGES, CURVE_PARTICLES = 500, 500
@@ -191,32 +191,3 @@ class Trainer:
                         save()
                     if received:
                         raise KeyboardInterrupt
-
-
-def set_learning_rate(optimiser: PyroOptim, rate: float) -> None:
-    """Of the steps to come."""
-    # By way of its state: after it has been loaded there is no optimiser yet whose rate could be set.
-    states = optimiser.get_state()
-    for state in states.values():
-        for group in state["param_groups"]:
-            group["lr"] = rate
-    optimiser.set_state(states)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """The list of Ctrl-C and SIGTERM received: the first only asks, the second one is as usual."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(signum: int, _: Any) -> None:
-        received.append(signum)
-        signal.signal(signum, previous[signum])
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        previous[signum] = signal.signal(signum, note)
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

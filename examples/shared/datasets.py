@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["NAMES", "ImageData", "binarize", "load", "read_idx"]
+__all__ = ["NAMES", "ImageData", "binarize", "heldout_images", "load", "read_idx"]
 
 NAMES = ("digits", "mnist", "binarized-mnist", "omniglot", "fashion-mnist")
 
@@ -80,6 +80,13 @@ class ImageData:
 def binarize(probabilities: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw every pixel from a Bernoulli of its probability: the "dynamic" binarisation."""
     return torch.bernoulli(probabilities, generator=generator)
+
+
+def heldout_images(data: ImageData, seed: int) -> torch.Tensor:
+    """Held-out images as bits, drawn once, so that every epoch and every loss sees the same."""
+    if data.binary:
+        return data.test
+    return binarize(data.test, torch.Generator().manual_seed(seed))
 
 
 def load(name: str, data_dir: str | Path = "data") -> ImageData:

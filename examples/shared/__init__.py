@@ -1,0 +1,1 @@
+"""Parts that several example programs share: data, networks, training, evaluation, files and options."""
