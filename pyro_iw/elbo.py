@@ -14,7 +14,7 @@ import math
 import numbers
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
-from typing import Any, TypedDict, TypeGuard
+from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
 import torch
 from pyro.infer.elbo import ELBO
@@ -25,7 +25,7 @@ from ._support.arguments import as_plate_names, positive_integer
 from ._support.random_state import RandomState
 from ._support.warn import warn
 from .bounds import Bound
-from .compiling.step import CompiledStep, Compiler
+from .compiling.step import Compiler
 from .gradients.backward_subset import estimate_from_subset
 from .gradients.chunks import Chunks, estimate_in_chunks
 from .gradients.estimators import get_estimator
@@ -36,6 +36,9 @@ from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import read_sites
 from .tracing.traces import OneMinibatch, Pair, Route, Traces, trace_pair
+
+if TYPE_CHECKING:
+    from .compiling.program import CompiledStep
 
 __all__ = ["ImportanceWeightedELBO", "Keywords"]
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from .._support.random_state import RandomState, fork_rng
 from .._support.warn import PACKAGE, warn
@@ -79,7 +78,7 @@ class Runner:
         # By guide and by model: a guide may take turns with several.
         self._probes: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Probe]]
         self._probes = weakref.WeakKeyDictionary()
-        self._warned_modules: weakref.WeakSet[_BatchNorm] = weakref.WeakSet()
+        self._warned_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         # What was learnt about a pair holds weak references, which do not pickle, and is soon relearnt.
@@ -226,7 +225,7 @@ class Runner:
         traces: Traces,
         probe: Probe,
         is_new: bool,
-        seen: dict[_BatchNorm, int],
+        seen: dict[nn.Module, int],
         minibatch: OneMinibatch,
     ) -> None:
         """Run one of the particles by itself, and see whether the others made a difference to it.
@@ -254,7 +253,7 @@ class Runner:
         probe.watched = probe.watched or torch.is_grad_enabled()
 
     def _check_batch_norm(
-        self, seen: dict[_BatchNorm, int], normalised: dict[_BatchNorm, int], pair: Pair
+        self, seen: dict[nn.Module, int], normalised: dict[nn.Module, int], pair: Pair
     ) -> bool:
         """Warn of batch normalisation in train mode that saw more than with one particle; whether one did."""
         mixed = [module for module, count in seen.items() if count > normalised.get(module, count)]

@@ -27,7 +27,7 @@ from torch.distributions import (
     TransformedDistribution,
     constraints,
 )
-from torch.distributions.transforms import ComposeTransform, Transform, _InverseTransform
+from torch.distributions.transforms import ComposeTransform, ExpTransform, Transform
 
 __all__ = ["is_discrete", "limits", "own_support", "stripped", "support_moves"]
 
@@ -35,6 +35,8 @@ _WRAPPERS = (Independent, ExpandedDistribution, MaskedDistribution)
 
 # Their density falls faster than any bijection to a bounded interval can compress it: at the ends it is 0.
 _GAUSSIAN = (Normal, MultivariateNormal, LowRankMultivariateNormal)
+# What stands for the inverse of any transform.
+_Inverse = type(ExpTransform().inv)
 
 
 def is_discrete(fn: Any) -> bool | None:
@@ -199,16 +201,14 @@ def _flat(transforms: Any) -> Iterator[Any]:
 
 def _apply(transform: Any, value: Tensor) -> Tensor:
     """Past the cache, in which a transform without an inverse keeps its last draw."""
-    return (
-        transform.inv._inverse(value) if isinstance(transform, _InverseTransform) else transform._call(value)
-    )
+    return transform.inv._inverse(value) if isinstance(transform, _Inverse) else transform._call(value)
 
 
 def _learnt(part: Any) -> list[Tensor]:
     """The tensors with gradients that a transform is made of."""
     if isinstance(part, Tensor):
         return [part] if part.requires_grad else []
-    if isinstance(part, _InverseTransform):
+    if isinstance(part, _Inverse):
         return _learnt(part.inv)
     found: list[Tensor] = []
     if isinstance(part, torch.nn.Module):

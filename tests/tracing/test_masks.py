@@ -29,7 +29,7 @@ from pyro.infer.autoguide import (
 from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
-import pyro_iw.compiling.step as compiled
+import pyro_iw.compiling.inductor as inductor
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, VR_ELBO, ImportanceSampler
 
 N = 6
@@ -50,7 +50,7 @@ WAYS: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was recorded, without Inductor's compilation."""
-    monkeypatch.setattr(compiled, "_inductor", lambda graph, inputs, exclusive: lambda args: graph(*args))
+    monkeypatch.setattr(inductor, "inductor", lambda graph, inputs: lambda args: graph(*args))
 
 
 @pytest.fixture(autouse=True)
