@@ -14,7 +14,7 @@ import math
 import numbers
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
-from typing import Any, TypedDict, TypeGuard
+from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
 import torch
 from pyro.infer.elbo import ELBO
@@ -25,16 +25,20 @@ from ._support.arguments import as_plate_names, positive_integer
 from ._support.random_state import RandomState
 from ._support.warn import warn
 from .bounds import Bound
-from .compiling.step import CompiledStep, Compiler
+from .compiling.step import Compiler
 from .gradients.backward_subset import estimate_from_subset
 from .gradients.chunks import Chunks, estimate_in_chunks
 from .gradients.estimators import get_estimator
 from .gradients.surrogate import Estimate
 from .tracing.counterparts import check_guide
+from .tracing.jumps import find_jumps
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import read_sites
 from .tracing.traces import OneMinibatch, Pair, Route, Traces, trace_pair
+
+if TYPE_CHECKING:
+    from .compiling.program import CompiledStep
 
 __all__ = ["ImportanceWeightedELBO", "Keywords"]
 
@@ -168,6 +172,7 @@ class ImportanceWeightedELBO(ELBO):
             max_plate_nesting,
             check=read_sites,
             look=partial(check_guide, strict=False),
+            look_along=self._look_along,
             warn=self._warn_once,
         )
         self._warned: set[str] = set()
@@ -318,6 +323,11 @@ class ImportanceWeightedELBO(ELBO):
                         "its infer={'enumerate': 'sequential'} or pass strict_enumeration_warning=False."
                     )
         return particles
+
+    def _look_along(self, traces: Traces) -> list[str]:
+        route = self._estimator.route(self.bound)
+        is_linear = self.bound.is_linear and self.bound.guide_bound.is_linear
+        return find_jumps(traces, has_paths=not route.stopped, is_linear=is_linear)
 
     def _next_kl_weight(self) -> float:
         if not callable(self.kl_weight):

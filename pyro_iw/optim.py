@@ -17,7 +17,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-__all__ = ["FusedOptim"]
+__all__ = ["FusedOptim", "full_state", "replace_state", "waiting_state"]
 
 # The devices for which every release of PyTorch from 2.4 on has fused kernels.
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -192,6 +192,25 @@ class FusedOptim(PyroOptim):
         self._state_waiting_to_be_consumed = {**self.get_state(), **state_dict}
         self.optimizer = None
         self._known.clear()
+
+
+def waiting_state(optim: PyroOptim) -> dict[str, Any]:
+    """The states that an optimiser was given and no step has taken up, by parameter name; its own dict."""
+    return getattr(optim, "_state_waiting_to_be_consumed", {})
+
+
+def full_state(optim: PyroOptim) -> dict[str, Any]:
+    """An optimiser's state by parameter name, with what no step has taken up yet."""
+    return {**waiting_state(optim), **optim.get_state()}
+
+
+def replace_state(optim: PyroOptim, state: dict[str, Any]) -> None:
+    """Set an optimiser's state; ``set_state`` would keep what the new one does not have."""
+    optim.optim_objs.clear()
+    waiting_state(optim).clear()
+    if isinstance(optim, FusedOptim):
+        optim.optimizer = None
+    optim.set_state(state)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
 import warnings
 
 import pyro
@@ -19,7 +19,7 @@ _LIBRARIES = (PACKAGE, *(os.path.dirname(str(library.__file__)) + os.sep for lib
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the innermost caller outside this package, Pyro and PyTorch."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .._support.random_state import RandomState
 from .._support.warn import warn
-from ..optim import FusedOptim
+from ..optim import full_state, replace_state, waiting_state
 from ..tracing.batch_norm import watch_batch_norm
 from ..tracing.traces import OneMinibatch, Pair
 from .discriminators import Discriminators
@@ -252,10 +252,7 @@ class AdversarialSVI:
 
         As with an optimiser's own, tensors in it are those at work.
         """
-        return {
-            phase: {**optim._state_waiting_to_be_consumed, **optim.get_state()}
-            for phase, optim in self._optims().items()
-        }
+        return {phase: full_state(optim) for phase, optim in self._optims().items()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`get_state` gave.
@@ -267,12 +264,7 @@ class AdversarialSVI:
         if state.keys() != optims.keys():
             raise ValueError(f"The state is for the phases {sorted(state)}, this has {sorted(optims)}.")
         for phase, optim in optims.items():
-            # set_state alone leaves the moments of parameters that the state does not have.
-            optim.optim_objs.clear()
-            optim._state_waiting_to_be_consumed = {}
-            if isinstance(optim, FusedOptim):
-                optim.optimizer = None
-            optim.set_state(dict(state[phase]))
+            replace_state(optim, dict(state[phase]))
 
     def _optims(self) -> dict[str, PyroOptim]:
         optims = {
@@ -465,7 +457,7 @@ def _check_optims(optims: Mapping[str, Any], copied: bool) -> None:
                 "moments of its own: give each an optimiser, or leave it out to have a copy made."
             )
     optim = optims["optim"]
-    used = optim.optim_objs or getattr(optim, "optimizer", None) or optim._state_waiting_to_be_consumed
+    used = optim.optim_objs or getattr(optim, "optimizer", None) or waiting_state(optim)
     if copied and used:
         raise ValueError(
             "optim has a state already, which is none of the other phases', so it cannot be copied for them. "

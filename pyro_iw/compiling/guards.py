@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib
 import logging
 import os
 import re
@@ -25,16 +24,17 @@ from typing import Any
 import pyro
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from .._support.nested import leaves
 from ..tracing.traces import Pair
+from .arguments import Refused
+from .private import IMPORTING, hooks_of, members_of, params_of_store
 from .reachable import (
     PLAIN,
     Attributes,
     Cell,
     Items,
     Reading,
-    Store,
     codes_of,
     contents,
     file_of,
@@ -51,7 +51,7 @@ from .reachable import (
     reading,
 )
 
-__all__ = ["PLAIN", "Guards", "Refused"]
+__all__ = ["Guards"]
 
 #: Containers of more entries are not looked into.
 _LARGEST = 4096
@@ -66,13 +66,10 @@ _BY_STRING = frozenset(
 #: Those of them that may read any global.
 _ANY_GLOBAL = frozenset({"globals", "vars", "eval", "exec", "__dict__", "modules"})
 
-
 #: Code under which others' hooks run, which have no bearing on a step: handlers of the log, of imports.
-_ASIDE = (logging.Handler.handle.__code__, importlib._bootstrap._find_and_load.__code__)  # type: ignore[attr-defined]
-
-
-class Refused(Exception):
-    """Why a pair cannot be recorded."""
+_ASIDE = (logging.Handler.handle.__code__, IMPORTING)
+#: What a function becomes behind an ``lru_cache``.
+_CACHED = type(functools.lru_cache(len))
 
 
 class Guards:
@@ -134,11 +131,11 @@ class Guards:
         """Watch the shapes of tensors, and where the param store has them."""
         self._tensors += [(tensor, _facts(tensor)) for tensor in tensors]
         known = {id(tensor) for tensor in tensors}
-        store = pyro.get_param_store()
-        for name, leaf in store._params.items():
+        _, constraints = params_of_store(pyro.get_param_store())
+        for name, leaf in pyro.get_param_store().named_parameters():
             if id(leaf) in known:
-                self._same.append((Store("_params"), name, leaf))
-                self._same.append((Store("_constraints"), name, store._constraints.get(name)))
+                self._same.append((Store(0), name, leaf))
+                self._same.append((Store(1), name, constraints.get(name)))
 
     def check_random(self) -> None:
         """Refuse a run that has drawn from a generator of Python's or NumPy's that it can reach."""
@@ -196,7 +193,7 @@ class Guards:
 
         for fn in (self._pair.model, self._pair.guide):
             self._callable(fn)
-        for value in tree_leaves((self._pair.args, self._pair.kwargs)):
+        for value in leaves((self._pair.args, self._pair.kwargs)):
             if isinstance(value, (nn.Module, type, types.FunctionType)):
                 self._inside(value, "an argument")
         self._go_on()
@@ -346,7 +343,7 @@ class Guards:
         elif isinstance(value, functools.partial):
             self._once(value)
             self._partial(value)
-        elif isinstance(value, functools._lru_cache_wrapper):
+        elif isinstance(value, _CACHED):
             self._once(value)
             self._unrun(value.__wrapped__)
             misses = value.cache_info().misses
@@ -402,14 +399,12 @@ class Guards:
         same, equal = self._once(owner)
         self._attributes(owner, same, equal)
         if isinstance(owner, nn.Module):
-            for members in (owner._parameters, owner._buffers, owner._modules):
+            for members in members_of(owner):
                 same += [(members, name, value) for name, value in members.items()]
                 self._sizes.append((members, len(members)))
-            for hooks in (owner._forward_hooks, owner._forward_pre_hooks, owner._backward_hooks):
-                self._sizes.append((hooks, len(hooks)))
-            for child in owner._modules.values():
-                if child is not None:
-                    self._object(child)
+            self._sizes += [(hooks, len(hooks)) for hooks in hooks_of(owner)]
+            for child in owner.children():
+                self._object(child)
 
     def _attributes(self, owner: Any, same: list, equal: list) -> None:
         attributes = vars(owner) if has_dict(owner) else {}
@@ -451,6 +446,16 @@ class Guards:
         if name in self._named:
             raise Refused(f"it can read {name!r}, {why}: changes would go unseen; use a tensor")
         self._unseen[name] = why
+
+
+class Store:
+    """The param store's leaves (0) or their constraints (1) as a mapping, which it may replace by another."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return params_of_store(pyro.get_param_store())[self.index].get(key, default)
 
 
 _ENVIRONMENT = Reading(lambda: dict(os.environ))

@@ -15,13 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import von_mises
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .guards import Refused
-from .matmul import library
+from .arguments import Refused
+from .private import (
+    StorageWeakRef,
+    TorchDispatchMode,
+    library,
+    rejection_sample,
+    rejection_sampling_by,
+    schema_of,
+    without_modes,
+)
 
 __all__ = ["Observer"]
 
@@ -62,7 +67,7 @@ class Observer:
         if torch.cuda.is_initialized():
             own += torch.cuda.default_generators
         self._last = [(each, each.get_state()) for each in (*own, *self.generators)]
-        with _without_loops(), _Operations(self), _Reads(self):
+        with rejection_sampling_by(torch.ops.pyro_iw.von_mises), _Operations(self), _Reads(self):
             yield
         self._check_states()
         self._again = True
@@ -80,8 +85,9 @@ class Observer:
     def before(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Keep what an operation is about to write over; says whether it reads known values alone."""
         known = torch.Tag.nondeterministic_seeded not in func.tags
-        arguments = [*zip(func._schema.arguments, args, strict=False)]
-        arguments += [(each, kwargs[each.name]) for each in func._schema.arguments if each.name in kwargs]
+        parameters = schema_of(func).arguments
+        arguments = [*zip(parameters, args, strict=False)]
+        arguments += [(each, kwargs[each.name]) for each in parameters if each.name in kwargs]
         for argument, value in arguments:
             for each in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(each, Tensor):
@@ -194,7 +200,7 @@ class _Reads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _READS:
             if all(self.observer.is_known(arg) for arg in args if isinstance(arg, Tensor)):
-                with _disable_current_modes():
+                with without_modes():
                     return func(*args, **kwargs)
             raise Refused(f"it reads a tensor's value in Python ({name})")
         if name in ("__getitem__", "__setitem__"):
@@ -214,7 +220,7 @@ class _Reads(TorchFunctionMode):
             places: list[Any] = []
             for each in entries:
                 if any(each is mask for mask in masks):
-                    with _disable_current_modes():
+                    with without_modes():
                         places += [place.clone() for place in each.nonzero(as_tuple=True)]
                 else:
                     places.append(each)
@@ -294,16 +300,5 @@ library.define(
     "von_mises(Tensor loc, Tensor concentration, Tensor proposal_r, Tensor x) -> Tensor",
     tags=[torch.Tag.nondeterministic_seeded],
 )
-_rejection_sample = von_mises._rejection_sample
-library.impl("von_mises", lambda *args: _rejection_sample(*args).clone(), "CompositeExplicitAutograd")
+library.impl("von_mises", lambda *args: rejection_sample(*args).clone(), "CompositeExplicitAutograd")
 library.impl("von_mises", lambda loc, concentration, proposal_r, x: torch.empty_like(x), "Meta")
-
-
-@contextmanager
-def _without_loops() -> Iterator[None]:
-    """A sampler that draws until all is accepted, as one operation."""
-    von_mises._rejection_sample = torch.ops.pyro_iw.von_mises
-    try:
-        yield
-    finally:
-        von_mises._rejection_sample = _rejection_sample

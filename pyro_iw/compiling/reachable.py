@@ -35,7 +35,6 @@ __all__ = [
     "Cell",
     "Items",
     "Reading",
-    "Store",
     "codes_of",
     "contents",
     "file_of",
@@ -65,16 +64,6 @@ _LIBRARIES = (
     *(os.path.dirname(str(library.__file__)) + os.sep for library in (pyro, torch, np, opt_einsum)),
 )
 _STDLIB = tuple({sysconfig.get_paths()["stdlib"] + os.sep, os.path.dirname(os.__file__) + os.sep})
-
-
-class Store:
-    """One of the param store's dicts as a mapping, which the store may replace by another."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return getattr(pyro.get_param_store(), self.name).get(key, default)
 
 
 class Attributes:

@@ -18,11 +18,16 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.fx.node import map_arg
 
+from ..gradients.graph import leaves_below, without_hooks
 from ..gradients.surrogate import Estimate
 from ..tracing.traces import Pair
-from .guards import Guards, Refused
+from .arguments import Refused, rebuild
+from .guards import Guards
+from .inductor import DECOMPOSITIONS
 from .observing import Observer
+from .private import traced, without_validation
 
 __all__ = ["Recorded", "record"]
 
@@ -81,14 +86,11 @@ class _Recording:
 
     def run(self, fixed: list[Tensor], args: list[Tensor], weight: Tensor | None, kl_weight: Any) -> Any:
         """The graph of the step with these inputs; its outputs are the loss and the leaves' gradients."""
-        from torch.fx.experimental.proxy_tensor import make_fx
-
         # Other objects than the tensors of these arguments that the pair may also close over.
         self.fresh = fresh = [arg.detach().requires_grad_(arg.requires_grad) for arg in args]
 
         def step(*inputs: Tensor) -> list[Tensor]:
-            iterator = iter(inputs[len(fixed) :])
-            pair_args, pair_kwargs = _rebuild((self.pair.args, self.pair.kwargs), iterator, {})
+            pair_args, pair_kwargs = rebuild((self.pair.args, self.pair.kwargs), inputs[len(fixed) :])
             pair = self.pair._replace(args=pair_args, kwargs=pair_kwargs)
             beta: Any = kl_weight if weight is None else _Weight(inputs[-1])
             with poutine.trace(param_only=True) as capture:
@@ -97,29 +99,15 @@ class _Recording:
             loss = estimate.loss
             # Those that are arguments come last, in their order.
             place = {id(arg): index for index, arg in enumerate(fresh)}
-            leaves = sorted(_leaves(loss), key=lambda leaf: place.get(id(leaf), -1))
-            with _without_hooks(leaves):
+            leaves = sorted(leaves_below(loss), key=lambda leaf: place.get(id(leaf), -1))
+            with without_hooks(leaves):
                 grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
             found = [(leaf, g) for leaf, g in zip(leaves, grads, strict=True) if g is not None]
             self.leaves = [leaf for leaf, _ in found]
             return [loss.detach(), *_apart(found)]
 
         inputs = [*fixed, *fresh, *([] if weight is None else [weight])]
-        with _without_metadata():
-            return make_fx(step, tracing_mode="real")(*inputs)
-
-
-@contextmanager
-def _without_metadata() -> Iterator[None]:
-    """``make_fx`` without a fake copy of each result, which takes most of its time and is of no use here."""
-    from torch.fx.experimental import proxy_tensor
-
-    extract_val = proxy_tensor.extract_val
-    proxy_tensor.extract_val = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        proxy_tensor.extract_val = extract_val
+        return traced(step, inputs, DECOMPOSITIONS)
 
 
 def record(
@@ -139,15 +127,12 @@ def record(
     Raises:
         Refused: if a recording would freeze what may change from step to step.
     """
-    # Imported here and not as the code is watched: they are large, and their own code would be looked at.
-    import torch._dynamo
-    import torch._inductor.compile_fx
-
+    torch.compiler.list_backends()  # imports what is large, and is not to be watched as it does
     weight = kl_weight if isinstance(kl_weight, Tensor) else None
     guards, guards_again = Guards(pair), Guards(pair)
     observer = Observer()
     first, second = _Recording(pair, estimate), _Recording(pair, estimate)
-    with _as_before(observer, guards) as check_random, _without_validation():
+    with _as_before(observer, guards) as check_random, without_validation(), pyro.validation_enabled(False):
         with observer.watching(), guards.watch():
             graph = first.run([], args, weight, kl_weight)
         fixed = _constants(graph)
@@ -191,34 +176,6 @@ def record(
     )
 
 
-@contextmanager
-def _without_validation() -> Iterator[None]:
-    """No checks of values, in distributions either that were made while validation was on."""
-    kind = torch.distributions.Distribution
-    validate = kind._validate_sample
-    kind._validate_sample = lambda self, value: None  # type: ignore[method-assign]
-    try:
-        with pyro.validation_enabled(False):
-            yield
-    finally:
-        kind._validate_sample = validate  # type: ignore[method-assign]
-
-
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """The tensors whose ``.grad`` a backward pass would fill, in the order of the graph."""
-    found: dict[int, Tensor] = {}
-    pending, seen = [loss.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        pending.extend(parent for parent, _ in node.next_functions)
-    return list(found.values())
-
-
 def _apart(gradients: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Gradients of the leaves' own strides in memory of their own, as ``.backward()`` leaves them."""
     storages = {leaf.untyped_storage().data_ptr() for leaf, _ in gradients}
@@ -231,32 +188,6 @@ def _apart(gradients: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         storages.add(storage.data_ptr())
         result.append(grad)
     return result
-
-
-@contextmanager
-def _without_hooks(leaves: list[Tensor]) -> Iterator[None]:
-    """The leaves without their hooks, which are the user's to run at each step."""
-    hooks = [(leaf, leaf._backward_hooks) for leaf in leaves if leaf._backward_hooks]
-    for leaf, _ in hooks:
-        leaf._backward_hooks = None
-    try:
-        yield
-    finally:
-        for leaf, own in hooks:
-            leaf._backward_hooks = own
-
-
-def _rebuild(value: Any, tensors: Iterator[Tensor], seen: dict[int, Tensor]) -> Any:
-    """The arguments with other tensors in the place of their own, as :func:`_spec` takes them out."""
-    if isinstance(value, Tensor):
-        if id(value) not in seen:
-            seen[id(value)] = next(tensors)
-        return seen[id(value)]
-    if type(value) is tuple or type(value) is list:
-        return type(value)([_rebuild(item, tensors, seen) for item in value])
-    if type(value) is dict:
-        return {key: _rebuild(item, tensors, seen) for key, item in value.items()}
-    return value
 
 
 def _constants(graph: Any) -> list[Tensor]:
@@ -337,8 +268,6 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def _canonical(graph: Any, persistent: dict[int, str], skip: int) -> tuple[list[str], list[Tensor]]:
     """A graph as text, and the constants in it that are made anew by each run."""
-    from torch.fx.node import map_arg
-
     names: dict[Any, str] = {}
     lines: list[str] = []
     constants: dict[int, Tensor] = {}

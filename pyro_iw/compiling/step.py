@@ -49,32 +49,28 @@ and not in those after it.
 
 from __future__ import annotations
 
-import enum
 import types
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyro
 import torch
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
-from torch import Tensor, nn
-from torch.distributions import transform_to
+from torch import Tensor
 
 from .._support.warn import warn
-from ..gradients.surrogate import Estimate, refuse_second_derivative
+from ..gradients.surrogate import Estimate
+from ..tracing.handlers import handlers_in_force
 from ..tracing.traces import Pair
 from .announce import announced
-from .guards import PLAIN, Refused
-from .inductor import inductor as _inductor
-from .recording import Recorded, record
+from .arguments import Refused, spec
 
-__all__ = ["CompiledStep", "Compiler"]
+if TYPE_CHECKING:
+    from .program import CompiledStep, Program
+
+__all__ = ["Compiler"]
 
 #: Programs kept, the least recently used leaves first.
 _CAPACITY = 8
@@ -82,72 +78,6 @@ _CAPACITY = 8
 _PATIENCE = 8
 #: How many steps in a row may have arguments that were not met before.
 _NOVELTIES = 64
-
-
-class CompiledStep:
-    """One run of a program: a loss, and the gradients that its backward pass would give.
-
-    Attributes:
-        loss: minus the bound, a detached scalar.
-    """
-
-    def __init__(self, program: _Program, args: list[Tensor], kl_weight: float) -> None:
-        self._leaves = [*program.leaves, *(args[index] for index in program.leaf_args)]
-        self._emit = program.emit_params
-        self._undo = program.snapshot()
-        self.loss, *self._grads = program(args, kl_weight)
-
-    def accumulate(self) -> None:
-        """Add the gradients to the leaves' ``.grad`` and tell Pyro's handlers of the parameters."""
-        self._emit()
-        if any(
-            leaf.grad_fn is not None or leaf._backward_hooks or leaf._post_accumulate_grad_hooks
-            for leaf in self._leaves
-        ):
-            self._attach().backward()
-            return
-        old, new = [], []
-        for leaf, grad in zip(self._leaves, self._grads, strict=True):
-            if leaf.grad is None:
-                leaf.grad = grad
-            else:
-                old.append(leaf.grad)
-                new.append(grad)
-        if old:
-            with torch.no_grad():
-                torch._foreach_add_(old, new)
-
-    def differentiable(self) -> Tensor:
-        """The loss as a scalar whose ``.backward()`` gives these gradients; tells handlers as well."""
-        self._emit()
-        return self._attach()
-
-    def _attach(self) -> Tensor:
-        if not self._leaves:
-            return self.loss
-        return _Attached.apply(self.loss, len(self._leaves), *self._leaves, *self._grads)
-
-    def rewind(self) -> None:
-        """Put the random state and all that the run changed back, so that an eager run repeats it."""
-        self._undo()
-
-
-class _Attached(torch.autograd.Function):
-    """A loss whose gradients with respect to some leaves are known."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors[count:])
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        grads: Sequence[Tensor] = ctx.saved_tensors
-        # The usual factor of 1 is not worth a pass over the parameters; elsewhere reading it would wait.
-        if grad.device.type != "cpu" or grad.item() != 1:
-            grads = [saved * grad for saved in grads]
-        return (None, None, *grads, *[None] * len(grads))
 
 
 class Compiler:
@@ -161,7 +91,7 @@ class Compiler:
 
     def __init__(self) -> None:
         # For a key met once: its pair's callables, for an id is good as long as its object.
-        self._programs: OrderedDict[Any, _Program | tuple] = OrderedDict()
+        self._programs: OrderedDict[Any, Program | tuple] = OrderedDict()
         self._stale: dict[Any, int] = {}
         self._new: dict[Any, int] = {}
         self._refused: dict[Any, Any] = {}
@@ -201,13 +131,13 @@ class Compiler:
             return None
         tensors: list[Tensor] = []
         try:
-            spec = _spec((pair.args, pair.kwargs), tensors)
-            key = (identity, spec, _signature(tensors), _settings(), _kind(kl_weight), options)
+            arguments = spec((pair.args, pair.kwargs), tensors)
+            key = (identity, arguments, _signature(tensors), _settings(), _kind(kl_weight), options)
             hash(key)
         except (Refused, TypeError) as error:
             self._refuse(identity, pair, str(error))
             return None
-        for messenger in _PYRO_STACK:
+        for messenger in handlers_in_force():
             if type(messenger) is not TraceMessenger or not messenger.param_only:
                 return None  # its effect would be recorded
         if key not in self._programs:
@@ -223,30 +153,34 @@ class Compiler:
             return None
         self._new[identity] = 0
         program = self._programs[key]
-        if not isinstance(program, _Program):
+        if isinstance(program, tuple):
             try:
+                # Here and not above: a PyTorch that lacks what these stand on is to cost this loss its
+                # programs, and not the package its import.
+                from .program import make_program
+
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the pair's own came from the eager step
                     with announced(_title(pair, tensors, self._changed.pop(key, None))):
-                        program = _compile(pair, tensors, kl_weight, estimate)
+                        program = make_program(pair, tensors, kl_weight, _kind(kl_weight) is None, estimate)
             except Exception as error:
                 reason = str(error) if isinstance(error, Refused) else _in_words(error)
                 self._refuse(identity, pair, reason)
                 return None
             self._remember(key, program)
-        else:
-            changed = program.guards.changed()
-            if changed is not None:
-                self._remember(key, (pair.model, pair.guide))
-                self._changed[key] = changed
-                self._stale[identity] = self._stale.get(identity, 0) + 1
-                if self._stale[identity] > _PATIENCE:
-                    self._refuse(identity, pair, f"{changed} keeps changing; a tensor could, in place")
-                return None
-            self._programs.move_to_end(key)
-        return CompiledStep(program, tensors, kl_weight)
+            return program.run(tensors, kl_weight)
+        changed = program.guards.changed()
+        if changed is not None:
+            self._remember(key, (pair.model, pair.guide))
+            self._changed[key] = changed
+            self._stale[identity] = self._stale.get(identity, 0) + 1
+            if self._stale[identity] > _PATIENCE:
+                self._refuse(identity, pair, f"{changed} keeps changing; a tensor could, in place")
+            return None
+        self._programs.move_to_end(key)
+        return program.run(tensors, kl_weight)
 
-    def _remember(self, key: Any, program: _Program | tuple) -> None:
+    def _remember(self, key: Any, program: Program | tuple) -> None:
         self._programs[key] = program
         self._programs.move_to_end(key)
         while len(self._programs) > _CAPACITY:
@@ -269,31 +203,6 @@ def _identity(pair: Pair) -> Any:
     )
 
 
-def _spec(value: Any, tensors: list[Tensor]) -> Any:
-    """Arguments as something hashable, with their tensors taken out in order."""
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided or value.is_nested:
-            raise Refused("an argument is a sparse or nested tensor")
-        for index, seen in enumerate(tensors):
-            if seen is value:  # one tensor twice is one input
-                return Tensor, index
-        tensors.append(value)
-        return Tensor
-    kind = type(value)
-    if kind in PLAIN or isinstance(value, np.generic | enum.Enum):
-        return kind, value
-    if kind is tuple or kind is list:
-        return kind, tuple([_spec(item, tensors) for item in value])
-    if kind is dict:
-        return kind, tuple([(key, _spec(item, tensors)) for key, item in value.items()])
-    if isinstance(value, (nn.Module, types.FunctionType, type)):
-        return kind, value
-    raise Refused(
-        f"an argument is of type {kind.__name__}, whose changes would go unseen; pass tensors, numbers, "
-        "strings or modules"
-    )
-
-
 def _signature(tensors: Sequence[Tensor]) -> tuple:
     return tuple([(t.shape, t.dtype, t.stride(), t.device, t.requires_grad, type(t)) for t in tensors])
 
@@ -309,7 +218,7 @@ def _settings() -> tuple:
         torch.is_inference_mode_enabled(),
         _autocast("cpu"),
         _autocast("cuda"),
-        torch.get_default_device() if torch._C._len_torch_function_stack() else None,
+        torch.get_default_device(),
     )
 
 
@@ -332,113 +241,3 @@ def _title(pair: Pair, tensors: Sequence[Tensor], changed: str | None) -> str:
 def _in_words(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
-
-
-class _Program:
-    """A compiled step and where its inputs come from.
-
-    Arguments:
-        function: the compiled graph, of a list of inputs.
-        recorded: the graph's inputs and outputs.
-        args: the arguments that it was recorded with.
-        weight: holds the weight of the KL term, if that is an input.
-    """
-
-    def __init__(
-        self,
-        function: Callable[[list[Tensor]], Sequence[Tensor]],
-        recorded: Recorded,
-        args: list[Tensor],
-        weight: Tensor | None,
-    ) -> None:
-        self.function = function
-        self.fixed = recorded.fixed
-        self.leaves = recorded.leaves
-        self.leaf_args = recorded.leaf_args
-        self.guards = recorded.guards
-        self.generators = recorded.generators
-        self.weight = weight
-        self.messages = [_message(site) for site in recorded.params]
-        # The next step's arguments are others.
-        own = {arg.untyped_storage().data_ptr() for arg in args}
-        self.written = [t for t in recorded.written if t.untyped_storage().data_ptr() not in own]
-        self.device = next((t.device for t in self.fixed if t.device.type == "cuda"), None)
-
-    def __call__(self, args: list[Tensor], kl_weight: float) -> Sequence[Tensor]:
-        inputs = [*self.fixed, *args]
-        if self.weight is not None:
-            self.weight.fill_(float(kl_weight))
-            inputs.append(self.weight)
-        with torch.no_grad():
-            if self.device is None:
-                return self.function(inputs)
-            torch.compiler.cudagraph_mark_step_begin()
-            # The next replay of a CUDA graph writes over what this one returns.
-            return [out.clone() for out in self.function(inputs)]
-
-    def snapshot(self) -> Callable[[], None]:
-        """What puts the random state, and the tensors that the program writes to, back to now."""
-        generators = [torch.default_generator, *self.generators]
-        states = [generator.get_state() for generator in generators]
-        cuda = None if self.device is None else torch.cuda.get_rng_state(self.device)
-        values = [tensor.clone() for tensor in self.written]
-
-        def undo() -> None:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
-            if cuda is not None:
-                assert self.device is not None
-                torch.cuda.set_rng_state(cuda, self.device)
-            with torch.no_grad():
-                for tensor, value in zip(self.written, values, strict=True):
-                    tensor.copy_(value)
-
-        return undo
-
-    def emit_params(self) -> None:
-        """Send the handlers outside, such as SVI's, the parameters that the eager step would touch."""
-        messenger: Any
-        for messenger in _PYRO_STACK:
-            add_node = messenger.trace.add_node
-            for message, constraint in self.messages:
-                leaf = message["value"]
-                if constraint is not None:
-                    message = {**message, "value": transform_to(constraint)(leaf)}
-                # As the param store does at each access; saving the store takes it off.
-                message["value"].unconstrained = weakref.ref(leaf)
-                add_node(message["name"], **message)
-
-
-def _compile(
-    pair: Pair,
-    args: list[Tensor],
-    kl_weight: float,
-    estimate: Callable[[Pair, Any], tuple[Any, Estimate]],
-) -> _Program:
-    """Record a step and compile it."""
-    device = next((arg.device for arg in args if arg.device.type == "cuda"), torch.device("cpu"))
-    weight = None
-    if _kind(kl_weight) is None:
-        weight = torch.tensor(float(kl_weight), dtype=torch.float64, device=device)
-    recorded = record(pair, args, kl_weight if weight is None else weight, estimate)
-    example = [*recorded.fixed, *args, *([] if weight is None else [weight])]
-    plain = [tensor.detach() for tensor in example]
-    function = _inductor(recorded.graph, plain, exclusive=not recorded.written)
-    return _Program(function, recorded, args, weight)
-
-
-def _message(site: Any) -> tuple[dict[str, Any], Any]:
-    """A param message with the leaf for its value; and the constraint, unless there is none."""
-    value = site["value"]
-    reference = getattr(value, "unconstrained", None)
-    leaf = value if reference is None else reference()
-    if leaf is value:
-        return dict(site), None
-    store = pyro.get_param_store()
-    if store._params.get(site["name"]) is leaf:
-        constraint = store._constraints[site["name"]]
-    else:  # a PyroParam of a module that keeps its own
-        constraint = site["kwargs"].get("constraint")
-    if constraint is None:
-        raise Refused(f"parameter {site['name']!r} does not say how it is constrained")
-    return {**site, "value": leaf}, constraint

@@ -16,23 +16,24 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._support.nested import map_leaves
 from .._support.random_state import RandomState
 from ..bounds import Bound
 from ..tracing.batch_norm import watch_batch_norm
+from ..tracing.handlers import handlers_in_force, under_handlers
 from ..tracing.particles import Particles
 from ..tracing.sites import Site, plate_key
 from ..tracing.traces import OneMinibatch, Pair, Route
 from .estimators import Estimator
+from .graph import Graph, without_hooks
 from .refusals import refuse_another_density
 from .surrogate import Boundary, Estimate, refuse_second_derivative
 
@@ -188,7 +189,7 @@ def estimate_in_chunks(
     pair, sources, cut = _cut_arguments(pair)
     # The first pass runs with gradients too: what the estimator has to check and which tensors the gradient
     # leads to can be told from a chunk's graph, which is then dropped.
-    graph = _Graph(cut)
+    graph = Graph(cut)
 
     def look(particles: Particles) -> None:
         estimator.check(particles, bound)
@@ -222,7 +223,7 @@ def estimate_in_chunks(
                 found = torch.autograd.grad(share, wanted, grad, allow_unused=True)
                 totals[:] = [_add(total, new) for total, new in zip(totals, found, strict=True)]
 
-        with surroundings.again(), _without_hooks(wanted), torch.enable_grad():
+        with surroundings.again(), without_hooks(wanted), torch.enable_grad():
             chunks.draw_again(visit)
         results = iter(totals)
         return [next(results) if is_needed else None for is_needed in needed]
@@ -272,79 +273,19 @@ def _cut_arguments(pair: Pair) -> tuple[Pair, dict[int, Tensor], list[Tensor]]:
     Returns:
         The pair with leaves in their place; what each leaf, by its id, stands for; the leaves.
     """
-    values, structure = tree_flatten((pair.args, pair.kwargs))
     sources: dict[int, Tensor] = {}
     leaves: list[Tensor] = []
-    for index, value in enumerate(values):
-        if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
-            leaf = value.detach().requires_grad_()
-            values[index] = leaf
-            sources[id(leaf)] = value
-            leaves.append(leaf)
-    if not leaves:
-        return pair, sources, leaves
-    args, kwargs = tree_unflatten(values, structure)
-    return pair._replace(args=args, kwargs=kwargs), sources, leaves
 
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf:
+            return value
+        leaf = value.detach().requires_grad_()
+        sources[id(leaf)] = value
+        leaves.append(leaf)
+        return leaf
 
-class _Graph:
-    """The tensors that a gradient leads to, found in the graphs of chunks.
-
-    Arguments:
-        leaves: those known beforehand.
-
-    Attributes:
-        leaves: all that are known, by their id.
-    """
-
-    def __init__(self, leaves: Iterable[Tensor]) -> None:
-        self.leaves: dict[int, Tensor] = {id(leaf): leaf for leaf in leaves}
-        self.start()
-
-    def start(self) -> None:
-        """Take what has been computed up to now for another graph."""
-        self._oldest = _sequence_number()
-
-    def explore(self, roots: Iterable[Tensor], known: bool = False) -> None:
-        """Find the leaves below some tensors.
-
-        Arguments:
-            roots: the tensors.
-            known: whether all leaves should be known by now.
-
-        Raises:
-            ValueError: if the graph leads to another one, or to leaves that should be known and are not.
-        """
-        stack = [root.grad_fn for root in roots if root.grad_fn is not None]
-        seen = set(stack)
-        while stack:
-            node: Any = stack.pop()
-            if node.name() == "torch::autograd::AccumulateGrad":
-                if known and id(node.variable) not in self.leaves:
-                    raise ValueError(
-                        f"Drawn again, a chunk of particles uses a parameter of shape "
-                        f"{list(node.variable.shape)} that it did not use before. Do not exchange parameters "
-                        "between a loss with chunk_size and its backward pass."
-                    )
-                self.leaves[id(node.variable)] = node.variable
-                continue
-            if node._sequence_nr() < self._oldest:
-                raise ValueError(
-                    f"Model or guide use a tensor that was computed before they ran, with a gradient "
-                    f"({node.name()}), and chunk_size runs the backward pass once for every chunk. Pass "
-                    "that tensor to the loss as an argument of model and guide, or compute it inside them."
-                )
-            for parent, _ in node.next_functions:
-                if parent is not None and parent not in seen:
-                    seen.add(parent)
-                    stack.append(parent)
-
-
-def _sequence_number() -> int:
-    """That of a node of the graph made just now; they ascend."""
-    with torch.enable_grad():
-        node: Any = torch.zeros((), requires_grad=True).clone().grad_fn
-    return node._sequence_nr()
+    args, kwargs = map_leaves(cut, (pair.args, pair.kwargs))
+    return (pair._replace(args=args, kwargs=kwargs) if leaves else pair), sources, leaves
 
 
 class _Surroundings:
@@ -355,7 +296,7 @@ class _Surroundings:
     """
 
     def __init__(self, kind: str) -> None:
-        self._handlers = list(_PYRO_STACK)
+        self._handlers = handlers_in_force()
         self._cache = torch.is_autocast_cache_enabled()
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in {kind, "cpu"}
@@ -363,26 +304,8 @@ class _Surroundings:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        handlers = list(_PYRO_STACK)
-        _PYRO_STACK[:] = self._handlers
-        try:
-            with ExitStack() as stack:
-                for autocast in self._autocast:
-                    stack.enter_context(torch.autocast(*autocast, cache_enabled=self._cache))
-                yield
-        finally:
-            _PYRO_STACK[:] = handlers
-
-
-@contextmanager
-def _without_hooks(tensors: list[Tensor]) -> Iterator[None]:
-    """Keep hooks of parameters from running on a chunk's share: they are to see the sum of all."""
-    hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
-    saved = [dict(found) for found in hooks]
-    for found in hooks:
-        found.clear()
-    try:
-        yield
-    finally:
-        for found, kept in zip(hooks, saved, strict=True):
-            found.update(kept)
+        with ExitStack() as stack:
+            stack.enter_context(under_handlers(self._handlers))
+            for autocast in self._autocast:
+                stack.enter_context(torch.autocast(*autocast, cache_enabled=self._cache))
+            yield

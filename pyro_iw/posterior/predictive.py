@@ -69,7 +69,11 @@ class Rerun(NamedTuple):
     enumerated: Mapping[str, Enumerated]
 
     def observed(self, draws: Mapping[str, Latent]) -> dict[str, Observed]:
-        """The observed and deterministic sites of the model on draws of all its latents."""
+        """The observed and deterministic sites of the model on draws of all its latents.
+
+        Raises:
+            ValueError: if a site is another one when all draws run in one pass than by itself; it is named.
+        """
         # One draw by itself shows the shapes that deterministic sites have without a dim for draws.
         first, last = (self._single(draws, index) for index in (0, -1))
         found: dict[str, list[Observed]] = {}
@@ -83,9 +87,15 @@ class Rerun(NamedTuple):
                     continue
                 found.setdefault(name, []).append(_read_deterministic(name, site, first[name]["value"], size))
         for name, parts in found.items():
-            if parts[0].log_prob is None:
-                _check_same(name, parts[0].values[0], first[name]["value"])
-                _check_same(name, parts[-1].values[-1], last[name]["value"])
+            ends = (parts[0], first, 0), (parts[-1], last, -1)
+            for part, single, index in ends:
+                if part.log_prob is None:
+                    if not _is_same(part.values[index], single[name]["value"]):
+                        raise ValueError(_MIXED.format("deterministic", name, "value"))
+                elif not _is_same(part.log_prob[index], self._density(single[name])):
+                    again = self._single(draws, index)[name]
+                    if _is_same(self._density(again), self._density(single[name])):  # else it is random
+                        raise ValueError(_MIXED.format("observed", name, "log density"))
         return {name: _cat(parts) for name, parts in found.items()}
 
     def predictive(self, draws: Mapping[str, Latent], return_sites: Sequence[str]) -> Predictive:
@@ -102,6 +112,8 @@ class Rerun(NamedTuple):
                 f"return_sites names {unknown}, but on these arguments the model has the sites {known}. For "
                 "one that it has on others alone, take pyro.infer.Predictive(model, posterior(num_samples))."
             )
+        if self.vectorize:  # whether draws can run in one pass
+            self.observed({name: latent._replace(values=latent.values[:2]) for name, latent in draws.items()})
         # With all batch dims there: Predictive would count event dims among those it adds.
         nesting = self.model_nesting
         return Predictive(
@@ -256,6 +268,12 @@ class Rerun(NamedTuple):
             trace = poutine.trace(around(conditioned)).get_trace(*self.pair.args, **self.pair.kwargs)
         return prune_subsample_sites(trace)
 
+    def _density(self, site: Any) -> Tensor:
+        """The log density of an observed site on a single draw."""
+        log_prob = self._read_data(site, None).log_prob
+        assert log_prob is not None
+        return log_prob[0]
+
     def _read_data(self, site: Any, size: int | None) -> Observed:
         fn, value = site["fn"], site["value"]
         frames = own_frames(site)
@@ -282,20 +300,19 @@ def _read_deterministic(name: str, site: Any, single: Tensor, size: int | None) 
     value, frames = site["value"], own_frames(site)
     count, shape = 1 if size is None else size, single.shape
     if value.numel() not in (single.numel(), count * single.numel()):
-        raise ValueError(_MIXED.format(name))
+        raise ValueError(_MIXED.format("deterministic", name, "value"))
     rank = max((-frame.dim for frame in frames if frame.dim is not None), default=0)
     values = value.reshape(-1, *shape).expand(count, *shape)
     return Observed(values, None, max(len(shape) - rank, 0), frames)
 
 
-def _check_same(name: str, value: Tensor, single: Tensor) -> None:
-    """Refuse a value that is another one when all draws run in one pass."""
-    if not torch.allclose(value.double(), single.double(), rtol=1e-3, atol=1e-5, equal_nan=True):
-        raise ValueError(_MIXED.format(name))
+def _is_same(value: Tensor, single: Tensor) -> bool:
+    """Whether a value is the one that it is on a single draw."""
+    return torch.allclose(value.double(), single.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 _MIXED = (
-    "The deterministic site {!r} has another value when all draws run in one pass than by itself: its "
+    "The {} site {!r} has another {} when all draws run in one pass than by itself: its "
     "computation mixes the draws (a mean over all dims, an index from the left), or is random (dropout in "
     "train mode). Let it broadcast over a leading dim (index from the right), or pass "
     "vectorize_particles=False."

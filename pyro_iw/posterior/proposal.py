@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ..tracing.jumps import wrong_outside
 from ..tracing.latents import enumerated_sites
 from ..tracing.masks import warn_of_masks
 from ..tracing.messages import is_delta
 from ..tracing.particles import Particles
 from ..tracing.sites import Site
+from ..tracing.supports import limits
 from ..tracing.traces import Traces
 
 __all__ = ["check_proposal"]
@@ -47,18 +46,24 @@ def check_proposal(
         )
     warn_of_masks(sites, warn)
     for name, site in latent.items():
-        if check_support and not is_delta(guide[name].message["fn"]):
+        if is_delta(guide[name].message["fn"]):
+            continue
+        if check_support:
             _check_support(name, site, guide[name])
+        wrong = wrong_outside(name, site.message, guide[name].message)
+        if wrong is not None:
+            warn(wrong)
 
 
 def _check_support(name: str, model: Site, guide: Site) -> None:
     """Refuse a guide that never proposes part of what the model's prior allows."""
-    wanted, proposed = _limits(model.message["fn"]), _limits(guide.message["fn"])
+    wanted, proposed = limits(model.message["fn"]), limits(guide.message["fn"])
     if wanted is None or proposed is None:
         return
     low, high = (torch.as_tensor(limit) for limit in wanted)
     guide_low, guide_high = (torch.as_tensor(limit).to(low.device) for limit in proposed)
-    if bool((guide_low > low).any()) or bool((guide_high < high).any()):
+    slack = 1e-6 * torch.maximum(guide_low.abs(), guide_high.abs()).nan_to_num(posinf=0.0)  # rounding
+    if bool((guide_low > low + slack).any()) or bool((guide_high < high - slack).any()):
         raise ValueError(
             f"The guide proposes {name!r} from [{_extreme(guide_low, max)}, {_extreme(guide_high, min)}], "
             f"but the model's prior reaches over [{_extreme(low, min)}, {_extreme(high, max)}]. No weight "
@@ -66,22 +71,6 @@ def _check_support(name: str, model: Site, guide: Site) -> None:
             f"falls short. Give {name!r} a guide distribution with the prior's support, or pass "
             "check_support=False."
         )
-
-
-def _limits(fn: Any) -> tuple[Any, Any] | None:
-    """The lowest and highest value of a distribution over numbers; None where that is not its support."""
-    try:
-        support = fn.support
-    except NotImplementedError:
-        return None
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    if type(support) is type(dist.constraints.real):
-        return -math.inf, math.inf
-    low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
-    if low is None and high is None:
-        return None
-    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def _extreme(limit: Tensor, pick: Callable[..., float]) -> str:

@@ -22,7 +22,14 @@ from .messages import is_delta
 if TYPE_CHECKING:
     from .sites import Site
 
-__all__ = ["fits", "masked_in_guide_alone", "masked_value", "warn_of_masks", "with_masks_of_model"]
+__all__ = [
+    "fits",
+    "masked_in_guide_alone",
+    "masked_value",
+    "warn_of_masks",
+    "warn_of_masks_of_guide",
+    "with_masks_of_model",
+]
 
 
 def fits(shape: torch.Size, other: torch.Size) -> bool:
@@ -201,6 +208,22 @@ def warn_of_masks(sites: Sequence[Site], warn: Callable[[str], None]) -> None:
         )
 
 
+def warn_of_masks_of_guide(sites: Sequence[Site], warn: Callable[[str], None]) -> None:
+    """Warn of latents that the guide masks in entries where the model keeps their density.
+
+    Arguments:
+        sites: the sites of both.
+        warn: called with a message.
+    """
+    found = masked_in_guide_alone(sites)
+    if found:
+        warn(
+            f"Latent site(s) {', '.join(map(repr, found))} are masked in the guide where the model does not "
+            "mask them, so log q of what was drawn is missing from the importance weight, and what is "
+            "estimated is neither the evidence nor a bound of it. Mask both alike, or neither."
+        )
+
+
 def masked_in_guide_alone(sites: Sequence[Site]) -> list[str]:
     """The latents that the guide masks in entries where the model keeps their density.
 
@@ -209,6 +232,7 @@ def masked_in_guide_alone(sites: Sequence[Site]) -> list[str]:
     return [
         model.name
         for model, guide in _latents(sites)
+        if not is_delta(guide.message["fn"])
         if (is_validation_enabled() or _kept_entries(guide.message) is False) and _masks_more(guide, model)
     ]
 

@@ -24,7 +24,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from .._support.warn import warn
-from .masks import warn_of_masks
+from .masks import warn_of_masks, warn_of_masks_of_guide
 from .sites import Site, plate_key, read_sites
 from .traces import Traces
 
@@ -181,6 +181,7 @@ def collect(
         _warn_of_tempering(sites, warn_once)
     if is_validation_enabled():
         warn_of_masks(sites, warn_once)
+    warn_of_masks_of_guide(sites, warn_once)
     kept_dims = tuple(frame.dim for frame in kept if frame.dim is not None)
     if isinstance(scale, Tensor):
         scale = _Layout(None, kept_dims).sum_to_cells(scale)

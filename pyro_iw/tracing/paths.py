@@ -28,7 +28,7 @@ from pyro.distributions.distribution import Distribution
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 
-from .supports import is_discrete
+from .supports import is_discrete, stripped
 
 __all__ = ["carried", "class_name", "draws_hard_values", "has_biased_path", "has_path"]
 
@@ -85,9 +85,7 @@ def carried(value: Any, change: Callable[..., Tensor], *args: Any) -> Any:
 
 def class_name(fn: Any) -> str:
     """Name of the distribution under those that only expand, mask or reinterpret it."""
-    while isinstance(fn, dist.Independent | ExpandedDistribution | MaskedDistribution):
-        fn = fn.base_dist
-    return type(fn).__name__
+    return type(stripped(fn)).__name__
 
 
 def _is_biased(fn: Any) -> bool:

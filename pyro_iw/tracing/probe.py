@@ -34,6 +34,7 @@ class Probe:
         patterns: what has been looked at of the guide's sites without a counterpart in the model.
         compared: the kinds of runs of which a particle has been run by itself, see
             :mod:`~pyro_iw.tracing.alone`.
+        looked_along: whether what a gradient along the particles' paths may miss has been looked at.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,7 @@ class Probe:
         self.watched = False
         self.patterns: set[Pattern] = set()
         self.compared: set[Any] = set()
+        self.looked_along = False
 
     def run(
         self, pair: Pair, check: Callable[[Traces], Any] | None = None, look: Look | None = None

@@ -11,8 +11,7 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from .._support.random_state import RandomState, fork_rng
 from .._support.warn import PACKAGE, warn
@@ -56,6 +55,8 @@ class Runner:
             why.
         look: called once for each pair and pattern of guide sites that the model does not have, see
             :mod:`~pyro_iw.tracing.counterparts`.
+        look_along: called once for each pair, with the traces of its first run with gradients; returns
+            warnings.
         warn: called with a message.
     """
 
@@ -65,21 +66,23 @@ class Runner:
         max_plate_nesting: float = math.inf,
         check: Callable[[Traces], Any] | None = None,
         look: Look | None = None,
+        look_along: Callable[[Traces], list[str]] = lambda traces: [],
         warn: Callable[[str], None] = warn,
     ) -> None:
         self.vectorize = vectorize
         self.max_plate_nesting = max_plate_nesting
         self.check = check
         self.look = look
+        self.look_along = look_along
         self.warn = warn
         # By guide and by model: a guide may take turns with several.
         self._probes: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Probe]]
         self._probes = weakref.WeakKeyDictionary()
-        self._warned_modules: weakref.WeakSet[_BatchNorm] = weakref.WeakSet()
+        self._warned_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         # What was learnt about a pair holds weak references, which do not pickle, and is soon relearnt.
-        names = ("vectorize", "max_plate_nesting", "check", "look", "warn")
+        names = ("vectorize", "max_plate_nesting", "check", "look", "look_along", "warn")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -134,6 +137,10 @@ class Runner:
                     self.warn(message)
                 if vectorized:
                     self._look_closer(pair, traces, probe, is_new, seen, drawn)
+                if torch.is_grad_enabled() and not probe.looked_along:
+                    for message in self.look_along(traces):
+                        self.warn(message)
+                    probe.looked_along = True
                 return traces._replace(began=began)
 
     def prepare(self, pair: Pair) -> int:
@@ -218,7 +225,7 @@ class Runner:
         traces: Traces,
         probe: Probe,
         is_new: bool,
-        seen: dict[_BatchNorm, int],
+        seen: dict[nn.Module, int],
         minibatch: OneMinibatch,
     ) -> None:
         """Run one of the particles by itself, and see whether the others made a difference to it.
@@ -246,7 +253,7 @@ class Runner:
         probe.watched = probe.watched or torch.is_grad_enabled()
 
     def _check_batch_norm(
-        self, seen: dict[_BatchNorm, int], normalised: dict[_BatchNorm, int], pair: Pair
+        self, seen: dict[nn.Module, int], normalised: dict[nn.Module, int], pair: Pair
     ) -> bool:
         """Warn of batch normalisation in train mode that saw more than with one particle; whether one did."""
         mixed = [module for module, count in seen.items() if count > normalised.get(module, count)]

@@ -24,7 +24,7 @@ from .enumeration import is_enumerated, marginalize
 from .masks import fits, masked_value, with_masks_of_model
 from .messages import base_of, has_no_density
 from .paths import class_name, draws_hard_values, has_biased_path, has_path
-from .supports import is_discrete, support_moves
+from .supports import is_discrete, own_support, support_moves
 from .traces import PARTICLE_PLATE, Traces, is_transformed
 
 __all__ = ["Site", "plate_key", "read_sites"]
@@ -269,10 +269,14 @@ def _log_prob(role: str, name: str, message: Any) -> Tensor:
             "estimator='reparam' or 'score'), and it has to have a log_abs_det_jacobian."
         ) from error
     except (ValueError, RuntimeError) as error:
+        outside = role == "model" and not message["is_observed"] and "within the support" in str(error)
+        advice = (
+            f"\nThe guide proposes values that the prior excludes. {own_support(name)}" if outside else ""
+        )
         raise ValueError(
             f"Evaluating the log density at site {name!r} ({role}) failed with {type(error).__name__}: "
             f"{error}\nvalue: {tuple(value.shape)}, batch shape: {tuple(fn.batch_shape)}, event shape: "
-            f"{tuple(fn.event_shape)}"
+            f"{tuple(fn.event_shape)}{advice}"
         ) from error
 
 

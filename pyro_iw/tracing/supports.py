@@ -17,20 +17,26 @@ from typing import Any
 
 import torch
 from pyro.distributions import Delta, Unit
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch.distributions import (
+    Independent,
     LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
     TransformedDistribution,
     constraints,
 )
-from torch.distributions.transforms import ComposeTransform, Transform, _InverseTransform
+from torch.distributions.transforms import ComposeTransform, ExpTransform, Transform
 
-__all__ = ["is_discrete", "support_moves"]
+__all__ = ["is_discrete", "limits", "own_support", "stripped", "support_moves"]
+
+_WRAPPERS = (Independent, ExpandedDistribution, MaskedDistribution)
 
 # Their density falls faster than any bijection to a bounded interval can compress it: at the ends it is 0.
 _GAUSSIAN = (Normal, MultivariateNormal, LowRankMultivariateNormal)
+# What stands for the inverse of any transform.
+_Inverse = type(ExpTransform().inv)
 
 
 def is_discrete(fn: Any) -> bool | None:
@@ -66,6 +72,65 @@ def _support(fn: Any) -> Any:
         return fn.support
     except (AttributeError, NotImplementedError):
         return None
+
+
+def stripped(fn: Any) -> Any:
+    """A distribution without its event dims, expansions and masks."""
+    while isinstance(fn, _WRAPPERS):
+        fn = fn.base_dist
+    return fn
+
+
+def limits(fn: Any) -> tuple[Any, Any] | None:
+    """The lowest and highest value of a distribution over numbers, by entry; None where that is not known.
+
+    Both are numbers or tensors that broadcast to the shape of a value; infinite where there is no limit. Of a
+    plain :class:`TransformedDistribution` they follow from its base, see :func:`support_moves`.
+    """
+    fn = stripped(fn)
+    component = getattr(fn, "_component_distribution", None)
+    if component is not None:
+        return _limits_of_mixture(component)
+    if isinstance(fn, TransformedDistribution) and type(fn).support is TransformedDistribution.support:
+        return _limits_of_image(fn)
+    return _interval(_support(fn))
+
+
+def _limits_of_mixture(component: Any) -> tuple[Any, Any] | None:
+    """Of all components together, on the last batch dim; gaps between them aside."""
+    both = limits(component)
+    if both is None:
+        return None
+    dim = -1 - len(component.event_shape)
+    shape = component.batch_shape + component.event_shape
+    low, high = (torch.as_tensor(end).expand(shape) for end in both)
+    return low.amin(dim), high.amax(dim)
+
+
+def _limits_of_image(fn: Any) -> tuple[Any, Any] | None:
+    """Where the transforms take the base's limits."""
+    both, domain = limits(fn.base_dist), _support(fn.base_dist)
+    for transform in _flat(fn.transforms):
+        if both is not None and domain is not None and _is_same(domain, transform.domain):
+            domain = transform.codomain  # all of it is reached
+            both = _interval(domain)
+            continue
+        elementwise = transform.domain.event_dim == 0 and transform.bijective
+        if both is None or not elementwise:
+            return None
+        ends = [_apply(transform, torch.as_tensor(end)) for end in both]
+        if any(bool(end.isnan().any()) for end in ends):
+            return None
+        both, domain = (torch.minimum(*ends), torch.maximum(*ends)), None
+    return both
+
+
+def own_support(name: str) -> str:
+    """What to do about a guide that goes beyond the prior's support, as a sentence."""
+    return (
+        f"Give {name!r} a guide with the prior's support: AutoNormal, a dist.TransformedDistribution of a "
+        "dist.Normal by torch.distributions.biject_to(support), or a Beta for an interval."
+    )
 
 
 def support_moves(fn: Any) -> bool:
@@ -136,16 +201,14 @@ def _flat(transforms: Any) -> Iterator[Any]:
 
 def _apply(transform: Any, value: Tensor) -> Tensor:
     """Past the cache, in which a transform without an inverse keeps its last draw."""
-    return (
-        transform.inv._inverse(value) if isinstance(transform, _InverseTransform) else transform._call(value)
-    )
+    return transform.inv._inverse(value) if isinstance(transform, _Inverse) else transform._call(value)
 
 
 def _learnt(part: Any) -> list[Tensor]:
     """The tensors with gradients that a transform is made of."""
     if isinstance(part, Tensor):
         return [part] if part.requires_grad else []
-    if isinstance(part, _InverseTransform):
+    if isinstance(part, _Inverse):
         return _learnt(part.inv)
     found: list[Tensor] = []
     if isinstance(part, torch.nn.Module):
@@ -160,7 +223,7 @@ def _learnt(part: Any) -> list[Tensor]:
 
 def _interval(constraint: Any) -> tuple[Any, Any] | None:
     """The ends of a constraint to an interval, infinite where it has none; None if it is something else."""
-    while isinstance(constraint, constraints.independent):
+    while hasattr(constraint, "base_constraint"):
         constraint = constraint.base_constraint
     lower, upper = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
     if lower is None and upper is None and type(constraint) is not type(constraints.real):

@@ -284,4 +284,6 @@ def judge(outcome, pair, what, estimator, compare):
 
 
 def names_something(message, pair):
-    return any(re.search(rf"['\"]{name}\w*['\"]", message) for name in pair.names)
+    # Terms of enumerated sites are named by all that has gone into them: 'z0 + x1'.
+    names = [*pair.names, "_Auto"]
+    return any(re.search(rf"['\"]([\w +]* )?{name}\w*[ +.'\"]", message) for name in names)

@@ -90,7 +90,7 @@ def _handlers(r, pair):
             if not pair.auto:
                 site.guide_family = "normal"
                 pair.guide_order.append(site.name)
-            elif not site.obs_mask.all():
+            elif pair.auto != "AutoNormal" and not site.obs_mask.all():
                 pair.improper[""] = f"'{site.name}_unobserved' is masked in the model alone"
         elif (site.role == "latent" and not pair.auto) or site.role in ("observed", "factor"):
             site.mask = _bits(r, shape) if r.random() < 0.12 else None
@@ -138,7 +138,7 @@ def _oddities(r, pair):
         pair.extra = r.choice(["factor", "factor_none"])
     elif odd < 0.075 and site.family in ("normal", "student") and pair.dtype == torch.float64:
         pair.conditioned, pair.improper[""] = site.name, f"the model conditions {site.name!r} away"
-    elif odd < 0.09 and site.mask is not None:
+    elif odd < 0.09 and site.mask is not None and not site.mask.all():
         site.masked_in = (r.choice(["model", "guide"]),)
         pair.improper[""] = f"{site.name!r} is masked on one side"
     elif odd < 0.11 and site.family == "normal" and not site.auxiliary:

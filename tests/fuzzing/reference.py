@@ -31,8 +31,7 @@ class Reference:
     def particle(self, values):
         drawn = proposal(self.guide, values, along_path=True)
         z = {**values, **{name: site["value"] for name, site in drawn.items() if not site["is_observed"]}}
-        stopped = {name: value.detach() for name, value in z.items()}
-        live = self.runs(stopped)
+        live = self.runs(stopped := {name: value.detach() for name, value in z.items()})
         if self.kept is None:
             self.lay_out(drawn, next(iter(live.values())))
         p, q = self.sum_out(live), self.total(drawn, "guide")
@@ -72,7 +71,8 @@ class Reference:
             if frames[name].full_size not in (None, frames[name].size) and not self.linear:
                 raise Refuse(f"plate {name!r} is subsampled and not kept")
         self.rank = max([-frame.dim for frame in frames.values()], default=0)
-        self.masks = {n: [side[n]["mask"] for side in (guide, model) if n in side] for n in guide | model}
+        both = {n: [side[n]["mask"] for side in (guide, model) if n in side] for n in guide | model}
+        self.masks = {n: both.get(n.removesuffix("_unconstrained"), both[n]) for n in both}
         own = [torch.as_tensor(own_scale(site), dtype=torch.float64) for site in sites]
         widest = max(own, key=torch.Tensor.dim)
         within = any(n > 1 and i - widest.dim() not in self.dims for i, n in enumerate(widest.shape))

@@ -182,6 +182,7 @@ class TestAgainstAllParticles:
         assert value == again
         assert all(torch.equal(grads[name], full[name]) for name in full)
 
+    @pytest.mark.filterwarnings("ignore:.*give zero density to some particles")
     @pytest.mark.parametrize("estimator", ["reparam", "stl", "dreg"])
     def test_particles_of_weight_zero_are_not_needed(self, estimator):
         """Where all weight rests on one particle, any number of draws gives the full gradient."""

@@ -533,3 +533,32 @@ def test_values_that_do_not_vary_over_particles():
     assert own_shape(torch.ones(2), 0, [plate], nesting=1, size=5).shape == (5, 2)
     assert own_shape(torch.ones(5, 1, 3), 1, [], nesting=1, size=5).shape == (5, 3)
     assert own_shape(torch.ones(2, 3), 1, [plate], nesting=1, size=None).shape == (1, 2, 3)
+
+
+def test_draws_that_mix_in_one_pass_are_refused():
+    """One particle a chunk is run as it is by itself, but many draws are not."""
+    x = torch.tensor([0, 1, 1])
+
+    def model(dim):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            probs = torch.stack([z, -z], -1).softmax(dim)
+            pyro.sample("x", dist.Categorical(probs, validate_args=False), obs=x)
+
+    def guide(dim):
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    for dim in (1, -1):
+        samples = ImportanceSampler(model, guide, 20, chunk_size=1)(dim)
+        draws = samples.posterior(5)
+        if dim == 1:
+            with pytest.raises(ValueError, match="observed site 'x' has another log density"):
+                samples.observed(draws)
+            with pytest.raises(ValueError, match="observed site 'x' has another log density"):
+                samples.predictive_of(draws, ["x"])
+        else:
+            right = torch.stack([draws["z"], -draws["z"]], -1).log_softmax(-1)
+            expected = right.gather(-1, x.expand(5, 3)[..., None])[..., 0]
+            torch.testing.assert_close(samples.observed(draws)["x"].log_prob, expected)
+            assert samples.predictive_of(draws, ["x"])(dim)["x"].shape == (5, 3)
