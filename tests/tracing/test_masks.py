@@ -664,7 +664,7 @@ def test_log_likelihoods_beside_masked_nans(validate: bool) -> None:
     pyro.clear_param_store()
     with pyro.validation_enabled(validate):
         pyro.set_rng_seed(0)
-        data = ImportanceSampler(*hiding("Normal", fill=True), 500)().to_arviz(num_samples=50)
+        data = ImportanceSampler(*hiding("Normal", fill=True), 2000)().to_arviz(num_samples=50)
     log_likelihood = torch.as_tensor(data.log_likelihood["x"].values)
     assert log_likelihood.isfinite().all()
     assert torch.equal(log_likelihood == 0, (~SEEN).expand(1, 50, N))
