@@ -221,6 +221,22 @@ class TestSound:
         for evaluate in (loss.loss_and_grads, loss.loss):
             assert math.isfinite(evaluate(model, guide, X))
 
+    @pytest.mark.parametrize("units", [1, 10])
+    def test_draws_that_happen_to_be_the_same_twice_are_no_evidence(self, units):
+        """Half of all masks on one unit are alike, and a fifth of the sums over ten."""
+        layer = nn.Dropout(0.5)
+
+        def model():
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + layer(torch.ones(units)).sum(), 0.1), obs=torch.tensor(0.3))
+
+        def guide():
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+        for seed in range(40):
+            pyro.set_rng_seed(seed)
+            assert math.isfinite(IWAE_ELBO(K=6).loss(model, guide))
+
     def test_dropout_hides_a_mistake_only_until_it_is_off(self):
         class Decoder(nn.Module):
             def __init__(self):
