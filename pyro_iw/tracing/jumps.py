@@ -184,14 +184,14 @@ def _dead(traces: Traces, guide: dict[str, Any], judged: set[str]) -> list[str]:
     draws = [site for site in guide.values() if is_latent(site) and not is_delta(site["fn"])]
     if not draws or not all(has_path(site["fn"], site["infer"]) for site in draws):
         return []
-    found = [
-        site
-        for site in read_sites(traces, roles=("model",))
-        if site.name not in judged and _kills_some(site, traces)
-    ]
+    sites: dict[str, list[Site]] = {}
+    for site in read_sites(traces, roles=("model",)):
+        if site.name not in judged:
+            sites.setdefault(site.name, []).append(site)
+    found = [name for name, particles in sites.items() if _kills_some(particles, traces)]
     if not found:
         return []
-    names = ", ".join(dict.fromkeys(repr(site.name) for site in found))
+    names = ", ".join(map(repr, found))
     return [
         f"Site(s) {names} of the model give zero density to some particles of the guide and not to others. "
         "If the density jumps to 0 there (an end of a support, a comparison, a factor of -inf), what flows "
@@ -202,13 +202,16 @@ def _dead(traces: Traces, guide: dict[str, Any], judged: set[str]) -> list[str]:
     ]
 
 
-def _kills_some(site: Site, traces: Traces) -> bool:
-    """Whether a site has zero density in some particles, but not in all of them in the same place."""
+def _kills_some(sites: list[Site], traces: Traces) -> bool:
+    """Whether a site, in one run of all particles or one of each, is dead in some but not in all."""
+    dead = [scale_and_mask(site.log_prob.detach(), mask=site.message["mask"]).isneginf() for site in sites]
     dim = traces.particle_dim
-    log_prob = scale_and_mask(site.log_prob.detach(), mask=site.message["mask"])
-    dead = log_prob.isneginf()
-    if dim is None:
-        return bool(dead.any())
-    if dead.dim() < -dim:  # the same for all particles
+    if dim is not None:
+        if dead[0].dim() < -dim:  # the same for all particles
+            return False
+        dead = list(dead[0].unbind(dim))
+    try:
+        together = torch.stack(torch.broadcast_tensors(*dead))
+    except RuntimeError:  # of shapes that vary with what is drawn
         return False
-    return bool((dead.any(dim) & ~dead.all(dim)).any())
+    return bool((together.any(0) & ~together.all(0)).any())

@@ -374,6 +374,7 @@ class TestErrors:
         assert w.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:.*give zero density to some particles")
 def test_particles_and_cells_without_density():
     """-inf in some particles, and in all of one cell."""
     a = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
