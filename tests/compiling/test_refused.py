@@ -12,6 +12,7 @@ import pyro.poutine as poutine
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_iw.compiling.inductor as inductor_module
 from helpers.cases import DataPlate, ScaledPerCell
@@ -89,9 +90,20 @@ REFUSED = {
 }
 
 
+def records_generators():
+    """Whether this PyTorch can record an operation that is given a generator; 2.4 cannot."""
+    try:
+        make_fx(lambda x: x * torch.randn(4, generator=TORCH_GENERATOR))(torch.ones(4))
+    except NotImplementedError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_would_be_frozen_is_refused(why):
     loc, match = REFUSED[why]
+    if why in ("own generator", "generator seeded", "generator set back") and not records_generators():
+        match = "NotImplementedError.*Generator"
     # One by one: some of these read what is of all particles, which one pass may refuse, by its draws.
     loss = IWAE_ELBO(K=3, vectorize_particles=False, compile=True)
     refused(loss, match, model_of(loc), guide_of(torch.ones(4)))
@@ -118,7 +130,7 @@ def test_a_generator_of_ones_own_is_where_the_eager_steps_leave_it(can):
     loss = IWAE_ELBO(K=3, compile=True)
     losses, after = steps_with(loss, loc, TORCH_GENERATOR, state)
     eager, expected = steps_with(IWAE_ELBO(K=3), loc, TORCH_GENERATOR, state)
-    assert bool(compiled_programs(loss)) is can
+    assert bool(compiled_programs(loss)) is (can and records_generators())
     assert losses == pytest.approx(eager, rel=1e-6)
     assert torch.equal(after, expected)
 
