@@ -131,7 +131,7 @@ def _contract(
             "cond_indep_stack": tuple(frames[symbol] for symbol in ordinal),
             "absorbed": names,
             # Sampled by the guide, but with a prior that depends on what is enumerated.
-            "absorbed_latents": [name for name in names if name in guide_trace.nodes],
+            "absorbed_latents": {name: trace.nodes[name] for name in names if name in guide_trace.nodes},
         }
         label = " + ".join(names)
         terms += [(label, message, packed.unpack(tensor, trace.symbol_to_dim)) for tensor in tensors]

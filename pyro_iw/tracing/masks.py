@@ -238,9 +238,17 @@ def masked_in_guide_alone(sites: Sequence[Site]) -> list[str]:
 
 
 def _latents(sites: Sequence[Site]) -> list[tuple[Site, Site]]:
-    """The model's latents, each with the guide's site; of particles that run one by one, the first's."""
+    """The model's latents, each with the guide's site; of particles that run one by one, the first's.
+
+    Those too whose prior depends on an enumerated site, and has gone into a term with it.
+    """
     guide = {site.name: site for site in sites if site.role == "guide" and site.pair == 0}
-    model = [site for site in sites if site.role == "model" and site.pair == 0 and site.is_latent]
+    model = []
+    for site in sites:
+        if site.role == "model" and site.pair == 0:
+            absorbed = site.message.get("absorbed_latents", {})
+            model += [site._replace(name=name, message=message) for name, message in absorbed.items()]
+            model += [site] if site.is_latent else []
     return [(site, guide[site.name]) for site in model if site.name in guide]
 
 

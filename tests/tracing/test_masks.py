@@ -352,6 +352,30 @@ def test_a_mask_in_the_guide_alone_warns_once(how: str) -> None:
         evaluate()
 
 
+@pytest.mark.parametrize("masked", ["model", "guide"])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_prior_that_depends_on_an_enumerated_site(masked: str, vectorize: bool) -> None:
+    """It goes into a term with that site, and is no site of the model's any more."""
+    mask = torch.tensor([True, False, True])
+
+    def of(side: str) -> Any:
+        return poutine.mask(mask=mask) if side == masked else nullcontext()
+
+    def model() -> None:
+        with pyro.plate("data", 3):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            with of("model"):
+                z = pyro.sample("z", dist.Normal(k, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+    def guide() -> None:
+        with pyro.plate("data", 3), of("guide"):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.warns(UserWarning, match=f"'z' are masked in the {masked} where the"):
+        IWAE_ELBO(K=3, vectorize_particles=vectorize).loss(model, guide)
+
+
 def test_the_ways_out_of_a_mask_in_the_model_alone() -> None:
     model = padded("poutine")
     particles = IWAE_ELBO(K=3).particles(model, AutoNormalMessenger(model))
