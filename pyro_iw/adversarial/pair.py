@@ -20,6 +20,7 @@ from pyro.util import check_site_shape
 from torch import Tensor, nn
 
 from ..tracing.batch_norm import watch_batch_norm
+from ..tracing.handlers import GivenValues
 from ..tracing.messages import (
     check_broadcasts,
     guide_messenger,
@@ -177,7 +178,7 @@ def run_pair(
         _check_gradients(prior, latents)
     real = _read_cells(prior, latents, features, of_prior=True)
     fake = _read_cells(prior, latents, features)
-    with _Replay({name: site["value"] for name, site in latents.items()}):
+    with GivenValues({name: site["value"] for name, site in latents.items()}):
         trace = poutine.trace(pair.model).get_trace(*pair.args, **pair.kwargs)
     _check_regularised(prior.names, latents, latent_sites(trace))  # now also of what comes after the prior
     _check_decoders_own(trace, latents, prior.sites)
@@ -241,19 +242,6 @@ def observed_terms(trace: Any, role: str) -> dict[str, Tensor]:
                 check_broadcasts(kind, name, site[kind].shape, log_prob.shape)
         terms[name] = -scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
     return terms
-
-
-class _Replay(Messenger):
-    """Puts values in, as ``poutine.replay`` does, but leaves a site's ``infer`` its own."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
-            msg["done"] = True
 
 
 def _guides_own(pair: Pair, met: dict[str, Tensor], models: Collection[str]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution
 
 from .._support.random_state import RandomState
+from .handlers import GivenValues
 from .messages import guide_messenger, is_latent, sample_sites
 from .paths import carried, has_path
 
@@ -210,32 +211,6 @@ class _CutPaths(Messenger):
             msg["value"] = carried(value, Tensor.detach)
 
 
-class _Given(Messenger):
-    """Gives latent sites their values."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
-            msg["done"] = True
-
-
-class _GivenValues(Messenger):
-    """Gives latent sites their values, and leaves all else as it is (unlike a replay, their ``infer``)."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
-            msg["done"] = True
-
-
 def trace_pair(
     pair: Pair,
     particle: int | None = None,
@@ -280,7 +255,7 @@ def trace_particle(pair: Pair, latents: Mapping[str, Tensor], enum_dim: int | No
         enum_dim: as in :func:`trace_pair`.
     """
     progress = Progress()
-    with _GivenValues(latents):
+    with GivenValues(latents):
         guided, guide_trace, model_trace = _trace_guide(pair, pair.guide, progress)
     if model_trace is None or enum_dim is not None:
         model_trace = _trace_model(pair, guided, lambda fn: fn, enum_dim, progress)
@@ -310,7 +285,7 @@ def trace_model_again(
 
 def trace_guide_given(pair: Pair, values: Mapping[str, Tensor]) -> Trace:
     """Run the guide alone, with given values of some of its latent sites; without subsample sites."""
-    with _Given(values):
+    with GivenValues(values):
         return _trace_guide(pair, pair.guide, Progress())[1]
 
 
