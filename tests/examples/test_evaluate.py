@@ -111,7 +111,7 @@ def test_same_seed_same_report(run: Path, report: dict[str, Any], tmp_path: Path
 
 
 def test_two_dimensional_latent_has_a_manifold(run: Path, tmp_path: Path, capsys: Any) -> None:
-    saved = torch.load(run / "vae.pt")
+    saved = torch.load(run / "vae.pt", weights_only=True)
     saved["state_dict"] = VAE(64, latent=2, hidden=5).state_dict()
     torch.save(saved, tmp_path / "vae.pt")
     figures = pyplot.get_fignums()
@@ -133,7 +133,7 @@ def test_two_dimensional_latent_has_a_manifold(run: Path, tmp_path: Path, capsys
 def damage(kind: str, run: Path, folder: Path) -> None:
     """A damaged copy of the run's ``vae.pt``."""
     content = (run / "vae.pt").read_bytes()
-    saved = torch.load(run / "vae.pt")
+    saved = torch.load(run / "vae.pt", weights_only=True)
     path = folder / "vae.pt"
     if kind == "truncated":
         path.write_bytes(content[: len(content) // 2])
@@ -181,7 +181,7 @@ def test_no_model(tmp_path: Path) -> None:
     ],
 )
 def test_other_data(change: dict[str, Any], message: str, run: Path, tmp_path: Path) -> None:
-    saved = torch.load(run / "vae.pt")
+    saved = torch.load(run / "vae.pt", weights_only=True)
     saved["settings"] |= change
     torch.save(saved, tmp_path / "vae.pt")
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
@@ -190,7 +190,7 @@ def test_other_data(change: dict[str, Any], message: str, run: Path, tmp_path: P
 
 
 def test_other_image_size(run: Path, tmp_path: Path) -> None:
-    saved = torch.load(run / "vae.pt")
+    saved = torch.load(run / "vae.pt", weights_only=True)
     torch.save({**saved, "state_dict": VAE(30).state_dict()}, tmp_path / "vae.pt")
     with pytest.raises(SystemExit, match="images have 30 pixels, but those of the data 64"):
         evaluate.main(["--smoke", str(tmp_path)])

@@ -36,7 +36,7 @@ def test_vae_smoke(loss: str, tmp_path: Path) -> None:
     for name in PICTURES:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
-    saved = torch.load(tmp_path / "vae.pt")
+    saved = torch.load(tmp_path / "vae.pt", weights_only=True)
     assert saved["settings"] == metrics["settings"]
     again = VAE(64)
     again.load_state_dict(saved["state_dict"])
