@@ -189,8 +189,7 @@ def warn_of_masks(sites: Sequence[Site], warn: Callable[[str], None]) -> None:
         warn: called with a message.
     """
     pairs = _latents(sites)
-    names = {model.name for model, _ in pairs}
-    points = all(site.name in names for site in sites if site.role == "guide" and site.is_latent)
+    points = _all_are_models(sites)
     found = [
         repr(model.name)
         for model, guide in pairs
@@ -229,10 +228,11 @@ def masked_in_guide_alone(sites: Sequence[Site]) -> list[str]:
 
     Reads the masks' values, and so looks at tensors only where Pyro's validation is on.
     """
+    points = _all_are_models(sites)
     return [
         model.name
         for model, guide in _latents(sites)
-        if not is_delta(guide.message["fn"])
+        if not (points and is_delta(guide.message["fn"]))
         if (is_validation_enabled() or _kept_entries(guide.message) is False) and _masks_more(guide, model)
     ]
 
@@ -250,6 +250,12 @@ def _latents(sites: Sequence[Site]) -> list[tuple[Site, Site]]:
             model += [site._replace(name=name, message=message) for name, message in absorbed.items()]
             model += [site] if site.is_latent else []
     return [(site, guide[site.name]) for site in model if site.name in guide]
+
+
+def _all_are_models(sites: Sequence[Site]) -> bool:
+    """Whether all latents of the guide are the model's: then Deltas are made of no noise, but points."""
+    names = {model.name for model, _ in _latents(sites)}
+    return all(site.name in names for site in sites if site.role == "guide" and site.is_latent)
 
 
 def _masks_more(site: Site, other: Site) -> bool:

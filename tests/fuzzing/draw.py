@@ -102,7 +102,7 @@ def _handlers(r, pair):
                 site.scales["guide"] = scale
     if r.random() < 0.12:
         pair.scale = r.choice([0.5, 3.0])
-    elif pair.plates and r.random() < 0.05:
+    elif pair.plates and not pair.enumerated and r.random() < 0.05:
         _scale_cells(r, pair)
 
 
@@ -137,6 +137,8 @@ def _oddities(r, pair):
     elif odd < 0.06:
         pair.extra = r.choice(["factor", "factor_none"])
     elif odd < 0.075 and site.family in ("normal", "student") and pair.dtype == torch.float64:
+        if any(pair.plates[i].subsample for i in site.plates):
+            return  # the value would be of all, where a minibatch is asked for
         pair.conditioned, pair.improper[""] = site.name, f"the model conditions {site.name!r} away"
     elif odd < 0.09 and site.mask is not None and not site.mask.all():
         site.masked_in = (r.choice(["model", "guide"]),)

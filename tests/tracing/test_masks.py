@@ -376,6 +376,22 @@ def test_a_prior_that_depends_on_an_enumerated_site(masked: str, vectorize: bool
         IWAE_ELBO(K=3, vectorize_particles=vectorize).loss(model, guide)
 
 
+def test_a_masked_delta_of_noise_is_no_point() -> None:
+    """Its log density is a part of log q, which the mask takes out, together with that of the noise."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        with poutine.mask(mask=torch.tensor(False)):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(u.exp(), log_density=-u))
+
+    with pytest.warns(UserWarning, match="'z' are masked in the guide"):
+        IWAE_ELBO(K=3).loss(model, guide)
+
+
 def test_the_ways_out_of_a_mask_in_the_model_alone() -> None:
     model = padded("poutine")
     particles = IWAE_ELBO(K=3).particles(model, AutoNormalMessenger(model))
