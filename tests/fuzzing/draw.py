@@ -136,9 +136,9 @@ def _oddities(r, pair):
         pair.extra = "observed"
     elif odd < 0.06:
         pair.extra = r.choice(["factor", "factor_none"])
+    elif any(pair.plates[i].subsample for i in site.plates):
+        return  # a minibatch may be one where nothing is odd, and is not of all of a value's shape
     elif odd < 0.075 and site.family in ("normal", "student") and pair.dtype == torch.float64:
-        if any(pair.plates[i].subsample for i in site.plates):
-            return  # the value would be of all, where a minibatch is asked for
         pair.conditioned, pair.improper[""] = site.name, f"the model conditions {site.name!r} away"
     elif odd < 0.09 and site.mask is not None and not site.mask.all():
         site.masked_in = (r.choice(["model", "guide"]),)
