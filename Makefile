@@ -53,7 +53,7 @@ test-versions:  ## Run the tests on the oldest, pinned and newest versions promi
 	@$(PYTHON) scripts/versions.py $(LEGS) --jobs $(JOBS) --pytest="$(PYTEST_ARGS)" $(VERSIONS_ARGS)
 
 # A failure prints the seed of its pair, to be run alone: make fuzz FUZZ_ARGS="--seed 123".
-fuzz: $(FULL)  ## Compare random model/guide pairs with a slow reference (hours; FUZZ_PAIRS=300: a minute)
+fuzz: $(FULL)  ## Compare random model/guide pairs with a slow reference (half an hour; FUZZ_PAIRS=300: half a minute)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --pairs $(FUZZ_PAIRS) --jobs $(JOBS) --refusals $(FUZZ_ARGS)
 
 lint: $(FULL)  ## Check style and formatting with ruff

@@ -30,6 +30,7 @@ from ..tracing.messages import (
     sample_sites,
     unmasked,
 )
+from ..tracing.paths import class_name
 from ..tracing.sites import Site
 from ..tracing.traces import Pair
 
@@ -362,7 +363,7 @@ def _check_gradients(prior: Prior, latents: Mapping[str, Any]) -> None:
         where = f"No gradient flows through the values of site {name!r} of the guide: "
         if not getattr(fn, "has_rsample", False) and _is_learnt(fn):
             raise ValueError(
-                f"{where}{_base_name(fn)} is not reparameterised. Use Delta(probabilities, event_dim=1) for "
+                f"{where}{class_name(fn)} is not reparameterised. Use Delta(probabilities, event_dim=1) for "
                 "a deterministic guide with soft values, RelaxedOneHotCategorical, or "
                 "OneHotCategoricalStraightThrough."
             )
@@ -381,7 +382,7 @@ def _check_decoders_own(trace: Any, latents: Collection[str], before: Collection
         if own and not getattr(fn, "has_rsample", False) and _is_learnt(fn):
             raise ValueError(
                 f"No gradient flows through site {name!r} of the model, which it draws itself: "
-                f"{_base_name(fn)} is not reparameterised, so what it depends on would not learn. Give the "
+                f"{class_name(fn)} is not reparameterised, so what it depends on would not learn. Give the "
                 "site to the guide, with a discriminator, or sum it out in the likelihood "
                 "(MixtureSameFamily)."
             )
@@ -399,9 +400,3 @@ def _is_learnt(value: Any) -> bool:
     elif isinstance(value, (torch.distributions.Distribution, torch.distributions.Transform)):
         parts = vars(value).values()
     return any(map(_is_learnt, parts))
-
-
-def _base_name(fn: Any) -> str:
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return type(fn).__name__
