@@ -181,7 +181,9 @@ class Alone:
         return density.select(dim, self._particle if density.shape[dim] > 1 else 0)
 
     def _values(self, site: Site) -> Tensor:
-        return self._select(scale_and_mask(site.log_prob, mask=site.message["mask"]))
+        # What the guide draws follows its distribution, and goes on to other sites, whatever a mask says.
+        drawn = site.role == "guide" and site.is_latent
+        return self._select(scale_and_mask(site.log_prob, mask=None if drawn else site.message["mask"]))
 
     def _difference(self, together: Site, alone: Site) -> _Difference | None:
         """Where a site's densities differ most, if by more than rounding explains."""

@@ -72,6 +72,26 @@ class TestRefused:
                 evaluate(model, guide, X)
         assert pyro.param("loc").grad is None
 
+    def test_at_a_site_that_the_guide_draws_and_masks(self):
+        """No density of it counts, but its value goes into that of x, and its path into the gradient."""
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+                with poutine.mask(mask=False):
+                    u = pyro.sample("u", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(u, 1.0).to_event(1), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+                with poutine.mask(mask=False):
+                    loc = pyro.param("loc", torch.zeros(4)) + torch.softmax(z @ W, 1)
+                    pyro.sample("u", dist.Normal(loc, 1.0).to_event(1))
+
+        with pytest.raises(ValueError, match=REFUSED.format("u", "guide")):
+            IWAE_ELBO(K=5).loss(model, guide, X)
+
     def test_in_the_sampler(self):
         sampler = ImportanceSampler(decoding(FROM_THE_LEFT["softmax"]), guide, 20, chunk_size=7)
         with pytest.raises(ValueError, match=REFUSED.format("x", "model")):
