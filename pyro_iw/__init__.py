@@ -12,10 +12,12 @@ from .posterior.evaluation import RateDistortion, active_units, bound_curve, rat
 from .posterior.sampler import ImportanceSampler, LogMarginal
 from .posterior.samples import ImportanceSamples
 from .posterior.two_samples import TwoSamples
+from .sequences.fivo import FIVO_ELBO
 from .tracing.particles import Particles
 
 __all__ = [
     "CIWAE_ELBO",
+    "FIVO_ELBO",
     "IWAE_ELBO",
     "MIWAE_ELBO",
     "PIWAE_ELBO",

@@ -28,7 +28,7 @@ from .masks import warn_of_masks, warn_of_masks_of_guide
 from .sites import Site, plate_key, read_sites
 from .traces import Traces
 
-__all__ = ["Particles", "collect"]
+__all__ = ["Particles", "collect", "kept_plates"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,12 @@ class Particles:
         for dim, size in zip(dims, per_cell.shape[1:], strict=True):
             shape[dim] = size
         return per_cell.reshape(-1, *shape)
+
+    def any_in_cell(self, entries: Tensor) -> Tensor:
+        """Whether any of a site's boolean entries, of its batch shape, is true in a cell, ``[*cells]``."""
+        count = self._layout.sum_to_cells(entries.to(torch.int32))
+        count = count if self._layout.particle_dim is None else count.sum(0)
+        return (count > 0).expand(self.log_p.shape[1:])
 
     @property
     def log_q_weight(self) -> float | Tensor:
@@ -155,6 +161,7 @@ def collect(
     is_linear: bool = False,
     kl_weight: float = 1.0,
     warn_once: Callable[[str], None] = warn,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> Particles:
     r"""Read the log-weights off the traces.
 
@@ -166,6 +173,8 @@ def collect(
         kl_weight: :math:`\beta` in :math:`\log p(x \mid z) + \beta (\log p(z) - \log q(z \mid x))`.
         warn_once: called with a message if a plate of all the model's latents is lost to other sites, a scale
             stays inside the logarithm, or a latent is masked in the model alone.
+        before: log p and log q of the same particles, vectorised, ``[S, *cells]``, that those of these traces
+            are added to, site by site: the sum is that of one long trace, to the bit.
 
     Raises:
         ValueError: if a plate is unknown or has sites outside, or a subsampled plate is not kept,
@@ -173,9 +182,7 @@ def collect(
         NotImplementedError: as :func:`read_sites`.
     """
     sites = read_sites(traces)
-    kept = _kept_plates(sites, plates, is_linear, warn_once)
-    if not is_linear:
-        _check_subsampling(sites, kept)
+    kept = kept_plates(sites, plates, is_linear, warn_once)
     scale, sites, shared = _split_scales(sites, kept)
     if not is_linear:
         _warn_of_tempering(sites, warn_once)
@@ -188,7 +195,7 @@ def collect(
     layout = _Layout(traces.particle_dim, kept_dims)
     if kl_weight != 1:
         _check_kl_weight(sites)
-    log_p, log_q, log_q_stopped = _log_densities(sites, layout, traces, kl_weight)
+    log_p, log_q, log_q_stopped = _log_densities(sites, layout, traces, kl_weight, before)
     return Particles(log_p, log_q, scale, kept, tuple(sites), kl_weight, log_q_stopped, layout, shared)
 
 
@@ -218,13 +225,13 @@ def _names(sites: Iterable[Site]) -> str:
     return ", ".join(dict.fromkeys(str(site) for site in sites))
 
 
-def _kept_plates(
+def kept_plates(
     sites: list[Site],
     plates: Sequence[str] | None,
     is_linear: bool,
     warn_once: Callable[[str], None],
 ) -> tuple[CondIndepStackFrame, ...]:
-    """The kept plates, in the order of their dims."""
+    """The kept plates of these sites, in the order of their dims; arguments and errors as of :func:`collect`."""
     kept = _common(sites)
     if plates is not None:
         kept = _named_plates(sites, plates)
@@ -242,6 +249,8 @@ def _kept_plates(
                 )
     for frame in kept:
         _check_sizes(sites, frame)
+    if not is_linear:
+        _check_subsampling(sites, tuple(kept))
     return tuple(sorted(kept, key=lambda frame: frame.dim or 0))
 
 
@@ -411,7 +420,11 @@ def _shared_scale(
 
 
 def _log_densities(
-    sites: list[Site], layout: _Layout, traces: Traces, kl_weight: float
+    sites: list[Site],
+    layout: _Layout,
+    traces: Traces,
+    kl_weight: float,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p, log q and, if the guide was rescored, log q at stopped values, of shape ``[S, *cells]``."""
     guide = [site for site in sites if site.role == "guide"]
@@ -420,7 +433,11 @@ def _log_densities(
     if any(site.rescored is not None for site in guide):
         groups.append([site.rescored_site() for site in guide])
     zero = sites[0].log_prob.new_zeros(()) if sites else torch.zeros(())
-    totals = [_sum_sites(group, layout, len(traces.pairs), kl_weight, zero) for group in groups]
+    starts = [*(before or (None, None)), None]
+    totals = [
+        _sum_sites(group, layout, len(traces.pairs), kl_weight, zero, start)
+        for group, start in zip(groups, starts, strict=False)
+    ]
     shape = totals[0].shape
     if shape[0] != traces.num_particles or any(total.shape != shape for total in totals):
         shape = torch.broadcast_shapes(*(total.shape for total in totals))
@@ -431,11 +448,16 @@ def _log_densities(
 
 
 def _sum_sites(
-    sites: Iterable[Site], layout: _Layout, num_pairs: int, kl_weight: float, zero: Tensor
+    sites: Iterable[Site],
+    layout: _Layout,
+    num_pairs: int,
+    kl_weight: float,
+    zero: Tensor,
+    start: Tensor | None = None,
 ) -> Tensor:
     """The sites' log densities summed, of shape ``[S, *cells]`` with size 1 where they do not vary."""
     rank = len(layout.kept_dims) + (layout.particle_dim is not None)
-    sums: list[Tensor | None] = [None] * num_pairs
+    sums: list[Tensor | None] = [start] * num_pairs
     for site in sites:
         term = layout.log_density(site)
         if kl_weight != 1 and (site.is_latent or site.role == "guide"):
@@ -447,8 +469,8 @@ def _sum_sites(
     totals = []
     for total in sums:
         if total is None or total.dtype != zero.dtype:  # a dtype that all groups share
-            start = zero.reshape((1,) * rank)
-            total = start if total is None else start + total
+            nothing = zero.reshape((1,) * rank)
+            total = nothing if total is None else nothing + total
         totals.append(total)
     if layout.particle_dim is not None:
         return totals[0]

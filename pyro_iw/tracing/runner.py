@@ -30,12 +30,12 @@ from .traces import (
     trace_pair,
 )
 
-__all__ = ["Runner"]
+__all__ = ["ORDINARY", "Runner", "speaks_for_itself"]
 
 
 # What a computation raises that does not broadcast. Others (out of memory, a singular matrix, an error of the
 # user's own) keep their type.
-_ORDINARY = (ValueError, RuntimeError, IndexError, TypeError, AssertionError)
+ORDINARY = (ValueError, RuntimeError, IndexError, TypeError, AssertionError)
 
 #: What PyTorch says of parameters and values that a distribution does not allow.
 _CONSTRAINTS = ("to satisfy the constraint", "to be within the support")
@@ -182,7 +182,7 @@ class Runner:
         try:
             traced = trace_pair(pair, None, route, plate, enum_dim, progress)
         except Exception as error:
-            if type(error) not in _ORDINARY or _speaks_for_itself(error):
+            if type(error) not in ORDINARY or speaks_for_itself(error):
                 raise
             nesting = _nesting_alone(pair)
             if nesting is None:
@@ -287,7 +287,7 @@ def _is_new(pair: Pair, probe: Probe) -> bool:
     return probe.compared.isdisjoint(kinds)
 
 
-def _speaks_for_itself(error: Exception) -> bool:
+def speaks_for_itself(error: Exception) -> bool:
     """Whether an error says what is wrong, which then is not the particle dim.
 
     That is so for what this package refuses, by a ``raise`` of its own, and for values that a distribution
