@@ -38,7 +38,8 @@ from ..logmean import logmeanexp, softmax
 from ..resampling import multinomial, systematic
 from ..tracing.messages import masks_of, unmasked
 from ..tracing.particles import Particles, collect
-from ..tracing.traces import PARTICLE_PLATE, OneMinibatch, PairTraces, Route, Traces, plate_nesting
+from ..tracing.runner import ORDINARY, speaks_for_itself
+from ..tracing.traces import PARTICLE_PLATE, OneMinibatch, PairTraces, Route, Traces
 from .probing import Known, Unknown, learn, refuse_enumeration
 from .protocol import INIT, Protocol, Sequences, march, moment_name, naming
 from .state import FilterState, Leaf, take
@@ -192,13 +193,21 @@ class Filter:
         """
         known = self.prepare(pair, sequences)
         began = RandomState.now()
+        options = pair, sequences, kl_weight, route, keep_states
         try:
-            return self._run(pair, sequences, kl_weight, route, keep_states, known)
+            return self._run(*options, known)
         except Unknown:
-            began.restore()
-        known = self._learn(pair, sequences, known)
+            known = self._learn(pair, sequences, known)
+        except Exception as error:
+            if type(error) not in ORDINARY or speaks_for_itself(error):
+                raise
+            again = self._learn_if_possible(pair, sequences, known)
+            if again is None or again.nesting == known.nesting:
+                raise
+            known = again  # there were more plates, beside the particles' dim
+        began.restore()
         try:
-            return self._run(pair, sequences, kl_weight, route, keep_states, known)
+            return self._run(*options, known)
         except Unknown:
             raise ValueError(
                 "The plates around the sites, or the tensors in the state, are others in every run on the same "
@@ -213,6 +222,12 @@ class Filter:
         except TypeError:
             known = None
         return self._learn(pair, sequences, None) if known is None else known
+
+    def _learn_if_possible(self, pair: Protocol, sequences: Sequences, before: Known) -> Known | None:
+        try:
+            return self._learn(pair, sequences, before)
+        except (*ORDINARY, KeyError):
+            return None
 
     def _learn(self, pair: Protocol, sequences: Sequences, before: Known | None) -> Known:
         least = 0 if self.max_plate_nesting == math.inf else int(self.max_plate_nesting)

@@ -199,6 +199,7 @@ def _warn_of_forgetting(moments: Sequence[_Moment], warn_once: Callable[[str], N
                 "nothing in the state, so the next step does not know of it. Let step store what the next one "
                 "reads, as in state['z'] = pyro.sample('z', ...)."
             )
+            return
 
 
 def _check_memory(

@@ -24,6 +24,13 @@ __all__ = ["FilterState", "Leaf", "in_words", "take"]
 Leaf = tuple[Hashable, int]
 
 
+class _NotStored(KeyError):
+    """With a message that is shown as it is, and not as the representation of a key."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class FilterState(dict):
     """The memory of a model, written by the model alone.
 
@@ -77,10 +84,10 @@ class FilterState(dict):
         return copy
 
     def __missing__(self, key: Hashable) -> Any:
-        raise KeyError(
+        raise _NotStored(
             f"state[{key!r}] is read {self.where}, but nothing has been stored there. Let init(state, ...) store "
-            f"what the first step reads, and step(state, ...) of the model what the next one does; there are "
-            f"{sorted(map(repr, self))}."
+            f"what the first step reads, and step(state, ...) of the model what the next one does. There is "
+            f"{', '.join(map(repr, self)) or 'nothing'}."
         )
 
     def _write(self, name: str, *args: Any, **kwargs: Any) -> Any:
