@@ -12,6 +12,7 @@ from .posterior.evaluation import RateDistortion, active_units, bound_curve, rat
 from .posterior.sampler import ImportanceSampler, LogMarginal
 from .posterior.samples import ImportanceSamples
 from .posterior.two_samples import TwoSamples
+from .sequences.evaluation import FilteredSequences, ParticleFilter
 from .sequences.fivo import FIVO_ELBO
 from .tracing.particles import Particles
 
@@ -26,12 +27,14 @@ __all__ = [
     "AdversarialLosses",
     "AdversarialSVI",
     "Bound",
+    "FilteredSequences",
     "FusedOptim",
     "GradientSNR",
     "ImportanceSampler",
     "ImportanceSamples",
     "ImportanceWeightedELBO",
     "LogMarginal",
+    "ParticleFilter",
     "Particles",
     "RateDistortion",
     "TwoSamples",

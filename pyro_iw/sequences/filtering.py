@@ -1,18 +1,19 @@
 r"""A particle filter over every cell: its own weights, its own effective sample size, its own ancestors.
 
-M filters of K particles each run side by side over every sequence of a minibatch. With the log-weight of a step,
+M filters of K particles each run side by side over every sequence of a minibatch. With the log-weight of a
+step,
 
 .. math:: \ell_{t,k} = \log p(z_{t,k}, x_t \mid h_{t-1,k}) - \log q(z_{t,k} \mid h_{t-1,k}, x),
 
 where :math:`h` is the state, a particle's weight since the last resampling is :math:`e^{L_k}, L_k = \sum_t
 \ell_{t,k}`. When its effective number :math:`(\sum_k e^{L_k})^2 / \sum_k e^{2 L_k}` falls below
-:math:`\tau K`, the cell is resampled: the estimate takes in :math:`\log \frac1K \sum_k e^{L_k}`, the particles
-take over the state of ancestors drawn by weight, and :math:`L` starts from 0. So
+:math:`\tau K`, the cell is resampled: the estimate takes in :math:`\log \frac1K \sum_k e^{L_k}`, the
+particles take over the state of ancestors drawn by weight, and :math:`L` starts from 0. So
 
 .. math:: V = \sum_{\text{blocks}} \log \frac1K \sum_k e^{L_k}, \qquad E[e^V] = p(x)
 
-for every threshold and scheme (Del Moral, 2004). A sequence that has ended, all of whose sites are masked, is not
-resampled.
+for every threshold and scheme (Del Moral, 2004). A sequence that has ended, all of
+whose sites are masked, is not resampled again.
 
 References:
     | Novel Approach to Nonlinear/Non-Gaussian Bayesian State Estimation (Gordon et al., 1993)
@@ -25,6 +26,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -39,7 +41,7 @@ from ..resampling import multinomial, systematic
 from ..tracing.messages import masks_of, unmasked
 from ..tracing.particles import Particles, collect
 from ..tracing.runner import ORDINARY, speaks_for_itself
-from ..tracing.traces import PARTICLE_PLATE, OneMinibatch, PairTraces, Route, Traces
+from ..tracing.traces import PARTICLE_PLATE, OneMinibatch, Route, Traces
 from .probing import Known, Unknown, learn, refuse_enumeration
 from .protocol import INIT, Protocol, Sequences, march, moment_name, naming
 from .state import FilterState, Leaf, take
@@ -64,17 +66,18 @@ class Draw(NamedTuple):
     counts: Tensor
 
 
-class Moment(NamedTuple):
+@dataclass(frozen=True)
+class Moment:
     """``init`` or a step of a filter.
 
     Attributes:
         index: which; -1 is ``init``.
         draw: the resampling that it began with, None if no cell was resampled.
-        particles: the particles, whose densities are the sums since each cell's last resampling, ``[S, *cells]``.
+        particles: the particles, whose densities are the sums since each cell's last resampling, ``[S,
+            *cells]``.
         closed: the estimate up to that resampling, ``[M, *cells]``, in nats, detached; 0 if there was none.
         active: the cells that are not masked, ``[*cells]``; None for all of them.
         traces: of guide and model.
-        state: the state afterwards, where it was asked for.
     """
 
     index: int
@@ -82,8 +85,7 @@ class Moment(NamedTuple):
     particles: Particles
     closed: Tensor | float
     active: Tensor | None
-    traces: PairTraces
-    state: FilterState | None
+    traces: Traces
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,13 @@ class Filtered:
         num_filters: the number M of filters a cell.
         num_particles: the number K of particles of each.
         known: what is known of the pair.
+        scale: the factor outside the logarithm, a number or a tensor that broadcasts to ``[*cells]``.
     """
 
     moments: list[Moment]
     num_filters: int
     num_particles: int
-    known: Known
+    known: Known | None = None
     scale: float | Tensor = field(default=1.0)
 
     def log_weights(self, moment: Moment) -> Tensor:
@@ -176,7 +179,7 @@ class Filter:
         sequences: Sequences,
         kl_weight: float = 1.0,
         route: Callable[[int], Route | None] = lambda moment: None,
-        keep_states: bool = False,
+        visit: Callable[[Moment, FilterState], None] | None = None,
     ) -> Filtered:
         """Filter the sequences.
 
@@ -185,15 +188,17 @@ class Filter:
             sequences: the arguments.
             kl_weight: the weight of the prior and of the guide's density.
             route: how latent values travel from guide to model, by moment.
-            keep_states: whether the moments hold the state.
+            visit: called with every moment and the state after it, in place of keeping all of them: then the
+                last alone is kept.
 
         Raises:
-            ValueError: if the pair cannot be filtered, naming the step, and the site or the tensor of the state.
+            ValueError: if the pair cannot be filtered, naming the step, and the site or the tensor of the
+                state.
             NotImplementedError: if a site is to be enumerated; it is named.
         """
         known = self.prepare(pair, sequences)
         began = RandomState.now()
-        options = pair, sequences, kl_weight, route, keep_states
+        options = pair, sequences, kl_weight, route, visit
         try:
             return self._run(*options, known)
         except Unknown:
@@ -210,7 +215,8 @@ class Filter:
             return self._run(*options, known)
         except Unknown:
             raise ValueError(
-                "The plates around the sites, or the tensors in the state, are others in every run on the same "
+                "The plates around the sites, or the tensors in the state, are others in every run on the "
+                "same "
                 "arguments. Let them depend on nothing but the arguments and the step."
             ) from None
 
@@ -218,7 +224,7 @@ class Filter:
         """Get to know the pair, and make its lazy parameters."""
         pair.check()
         try:
-            known = self._known.get(pair.guide, {}).get(pair.model)  # type: ignore[call-overload]
+            known = self._known.get(pair.guide, {}).get(pair.model)
         except TypeError:
             known = None
         return self._learn(pair, sequences, None) if known is None else known
@@ -235,10 +241,8 @@ class Filter:
         known = learn(pair, sequences, self.plates, least, self.warn_once)
         if before is not None and self.plates is None:
             known = replace(known, plates=tuple(name for name in known.plates if name in before.plates))
-        try:
+        with suppress(TypeError):  # not hashable or not weakly referable: probed at every call
             self._known.setdefault(pair.guide, weakref.WeakKeyDictionary())[pair.model] = known
-        except TypeError:  # not hashable or not weakly referable: probed at every call
-            pass
         return known
 
     def _run(
@@ -247,13 +251,14 @@ class Filter:
         sequences: Sequences,
         kl_weight: float,
         route: Callable[[int], Route | None],
-        keep_states: bool,
+        visit: Callable[[Moment, FilterState], None] | None,
         known: Known,
     ) -> Filtered:
         size, dim = self.num_filters * self.num_particles, -1 - known.nesting
         state = FilterState(size)
         plate = pyro.plate(PARTICLE_PLATE, size, dim=dim)
         result = Filtered([], self.num_filters, self.num_particles, known)
+        first: Moment | None = None
         draw: Draw | None = None
         before: tuple[Tensor, Tensor] | None = None
         closed: Tensor | float = 0.0
@@ -267,7 +272,12 @@ class Filter:
                 if moment is None:
                     continue  # what was before it still is
                 draw = None
-                moment = moment._replace(index=index, state=state.snapshot() if keep_states else None)
+                moment = replace(moment, index=index)
+                first = first or moment
+                _check_scale(moment, first)
+                if visit is not None:
+                    result.moments.clear()
+                    visit(moment, state)
                 result.moments.append(moment)
                 before, closed = (moment.particles.log_p, moment.particles.log_q), moment.closed
                 if index < len(sequences) - 1:
@@ -276,12 +286,13 @@ class Filter:
                     before, closed = _closed(result, moment, draw)
                     with naming(index):
                         _move(state, draw, moment, known)
-        if not result.moments:
+        if first is None:
             raise ValueError(
-                "Neither init nor any step of model and guide has a sample site, so there is nothing to weigh. Are "
+                "Neither init nor any step of model and guide has a sample site, so there is nothing to "
+                "weigh. Are "
                 "values drawn by pyro.sample, and data observed by obs=?"
             )
-        return replace(result, scale=_common_scale(result.moments))
+        return replace(result, scale=first.particles.scale)
 
     def _weigh(
         self,
@@ -305,7 +316,7 @@ class Filter:
                     raise Unknown
         particles = collect(traces, known.plates, False, kl_weight, self.warn_once, before)
         active = _active(particles)
-        return Moment(INIT, draw, particles, closed, active, traced, None)
+        return Moment(INIT, draw, particles, closed, active, traces)
 
     def _resample(self, filtered: Filtered, moment: Moment) -> Draw | None:
         """Which cells are resampled now, and how; None if none is."""
@@ -367,19 +378,19 @@ def _active(particles: Particles) -> Tensor | None:
     return active
 
 
-def _common_scale(moments: Sequence[Moment]) -> float | Tensor:
-    """The factor outside the logarithm, the same at all moments."""
-    first = moments[0].particles.scale
-    for moment in moments[1:]:
-        scale = moment.particles.scale
-        if isinstance(scale, Tensor) or isinstance(first, Tensor):
-            same = bool(torch.allclose(*torch.broadcast_tensors(*map(torch.as_tensor, (scale, first))), rtol=1e-6))
-        else:
-            same = math.isclose(scale, first, rel_tol=1e-9)
-        if not same:
-            raise ValueError(
-                f"At {moment_name(moment.index)} the bound is scaled by {scale}, and at "
-                f"{moment_name(moments[0].index)} by {first}. A sequence has one weight in the loss: give all steps "
-                "and init the same poutine.scale, and let plates be subsampled alike everywhere."
-            )
-    return first
+def _check_scale(moment: Moment, first: Moment) -> None:
+    """Refuse a factor outside the logarithm that is not the same at all moments."""
+    one, other = moment.particles.scale, first.particles.scale
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        a, b = torch.broadcast_tensors(torch.as_tensor(one), torch.as_tensor(other))
+        same = one is other or torch.allclose(a, b, rtol=1e-6)
+    else:
+        same = math.isclose(one, other, rel_tol=1e-9)
+    if not same:
+        raise ValueError(
+            f"At {moment_name(moment.index)} the bound is scaled by {one}, and at {moment_name(first.index)} "
+            f"by "
+            f"{other}. A sequence has one weight in the loss: give all steps and init the same "
+            f"poutine.scale, and let "
+            "plates be subsampled alike everywhere."
+        )

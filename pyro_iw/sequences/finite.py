@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,12 @@ from .filtering import Filtered
 from .protocol import moment_name
 
 __all__ = ["NotFinite", "check_kl_weight", "first_not_finite"]
+
+
+# Where to look for the cause, and in whose densities, the likeliest first.
+_Order = tuple[tuple[Callable[[Tensor], Tensor], "str | None"], ...]
+_FATAL: _Order = ((torch.isnan, None), (torch.isposinf, None), (torch.isneginf, "guide"))
+_DEAD: _Order = ((torch.isneginf, None), (torch.isposinf, "guide"))
 
 
 class NotFinite(NamedTuple):
@@ -39,21 +46,22 @@ def first_not_finite(filtered: Filtered) -> NotFinite | None:
             if not bool(bad.any()):
                 continue
             particles = moment.particles
-            order = (
-                (torch.isnan, None),
-                (torch.isposinf, None),
-                (torch.isneginf, "guide"),
-            )
-            if not is_fatal:
-                order = ((torch.isneginf, None), (torch.isposinf, "guide"))
+            order = _FATAL if is_fatal else _DEAD
             sites = (particles.first_site(where, role) for where, role in order)
             site = next((site for site in sites if site is not None), None)
             cells = bad.any(0)
-            kind = "-inf" if not is_fatal else "NaN" if bool((estimate.isnan() | log_w.isnan().any(1)).any()) else "+inf"
+            kind = (
+                "-inf"
+                if not is_fatal
+                else "NaN"
+                if bool((estimate.isnan() | log_w.isnan().any(1)).any())
+                else "+inf"
+            )
             where = f", the first of them {_indices(cells)}" if cells.dim() else ""
             return NotFinite(
                 is_fatal,
-                f"The log-weights are {kind} in {int(cells.sum())} of {cells.numel()} sequence(s){where}, since "
+                f"The log-weights are {kind} in {int(cells.sum())} of {cells.numel()} sequence(s){where}, "
+                f"since "
                 f"{moment_name(moment.index)} (first at site {site}).",
             )
     return None

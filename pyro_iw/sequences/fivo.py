@@ -3,19 +3,19 @@ r"""Filtering variational objectives: the logarithm of a particle filter's estim
 .. math:: \mathcal L = E[V] \le \log p(x), \qquad E[e^V] = p(x)
 
 The gradient of V with its ancestors fixed is what FIVO, AESMC and VSMC train with. It leaves out that the
-ancestors are drawn by weights that depend on the parameters, and so is biased: by the covariance of what comes
-after a resampling with
+ancestors are drawn by weights that depend on the parameters, and so is biased: by the covariance of what
+comes after a resampling with
 
 .. math:: \sum_k \nabla \log \bar w_{a_k}, \qquad \bar w = \text{the normalised weights before it},
 
 the score of the ancestors, which ``resampling_gradient=True`` adds.
 
-**Doubly reparameterised.** Where every step begins from equal weights, its share of V is an importance-weighted
-bound given the past, and the score of the step's own draws has the expectation given in
-:class:`~pyro_iw.gradients.estimators.DReG`, with the state among the guide's parameters: in that share, and in
-that alone, the path through the step's latents is weighted by the squares of the weights. What later steps make of
-the same latents is left as it is. This needs resampling before every step: over several steps the weights, and
-with them whether to resample, depend on a draw in jumps.
+**Doubly reparameterised.** Where every step begins from equal weights, its share of V is an
+importance-weighted bound given the past, and the score of the step's own draws has the expectation given in
+:class:`~pyro_iw.gradients.estimators.DReG`, with the state among the guide's parameters: in that share, and
+in that alone, the path through the step's latents is weighted by the squares of the weights. What later steps
+make of the same latents is left as it is. This needs resampling before every step: over several steps the
+weights, and with them whether to resample, depend on a draw in jumps.
 
 References:
     | Filtering Variational Objectives (Maddison et al., 2017), https://arxiv.org/abs/1705.09279
@@ -58,17 +58,18 @@ class FIVO_ELBO(ELBO):
 
     .. math::
         \mathcal L = \sum_n \sum_t \log \sum_{k=1}^K \bar w_{n,t-1,k}\, w_{n,t,k}, \qquad
-        w_{n,t,k} = \frac{p_\theta(x_{n,t}, z_{n,t,k} \mid z_{n,<t,k})}{q_\phi(z_{n,t,k} \mid z_{n,<t,k}, x_n)}
+        w_{n,t,k} = \frac{p_\theta(x_{n,t}, z_{n,t,k} \mid z_{n,<t,k})}{q_\phi(z_{n,t,k} \mid z_{n,<t,k},
+        x_n)}
 
     where the particles of a sequence are resampled by their normalised weights :math:`\bar w`, which then are
     1 / K, when their effective number is less than ``ess_threshold`` K. The variance of an importance weight
     grows exponentially with the length of a sequence; with resampling, V's grows linearly.
 
     Model and guide are objects with ``init(state, ...)`` and ``step(state, ...)``, as
-    :class:`~pyro.infer.SMCFilter` takes them. All memory is in ``state``, a dict that the model writes and the
-    guide reads. Positional arguments of the loss are sequences, with an entry for each step (a tensor has time on
-    its first dim); keyword arguments go to ``init``. There is one filter for every cell of the plates common to
-    all sample sites of all steps; minibatches, masks and ``poutine.scale`` are treated as by
+    :class:`~pyro.infer.SMCFilter` takes them. All memory is in ``state``, a dict that the model writes and
+    the guide reads. Positional arguments of the loss are sequences, with an entry for each step (a tensor has
+    time on its first dim); keyword arguments go to ``init``. There is one filter for every cell of the
+    plates common to all sample sites of all steps; minibatches, masks and ``poutine.scale`` are treated as by
     :class:`ImportanceWeightedELBO`.
 
     References:
@@ -81,15 +82,15 @@ class FIVO_ELBO(ELBO):
         ess_threshold: share of K, in [0, 1], below which the effective number of particles makes a sequence
             resample: 0 never does, and is :class:`IWAE_ELBO`; 1 does before every step.
         resampling: ``"systematic"`` or ``"multinomial"``, see :mod:`pyro_iw.resampling`.
-        resampling_gradient: whether the gradient includes the score of the ancestors, which makes it unbiased,
-            and noisy. It needs ``ess_threshold=1`` (whether to resample is a jump, which has no gradient) and
-            ``resampling="multinomial"`` (systematic draws have a score of infinite variance).
-        estimator: how the gradient of the guide's draws is estimated: ``"reparam"``, the total derivative along
-            reparameterised particles with fixed ancestors; ``"dreg"``, doubly reparameterised within each step,
-            for ``ess_threshold=1``; ``"score"``, reparam's plus the score of sites that cannot be
+        resampling_gradient: whether the gradient includes the score of the ancestors, which makes it
+            unbiased, and noisy. It needs ``ess_threshold=1`` (whether to resample is a jump, which has no
+            gradient) and ``resampling="multinomial"`` (systematic draws have a score of infinite variance).
+        estimator: how the gradient of the guide's draws is estimated: ``"reparam"``, the total derivative
+            along reparameterised particles with fixed ancestors; ``"dreg"``, doubly reparameterised within
+            each step, for ``ess_threshold=1``; ``"score"``, reparam's plus the score of sites that cannot be
             reparameterised, times what V gains from their step on. ``"auto"`` is ``"reparam"``.
-        plates: name or names of the plates whose cells get a filter each; ``()`` for one joint filter; None for
-            the plates common to all sample sites.
+        plates: name or names of the plates whose cells get a filter each; ``()`` for one joint filter; None
+            for the plates common to all sample sites.
         kl_weight: weight of the prior and of the guide's density, as of :class:`ImportanceWeightedELBO`.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair if
             infinite.
@@ -158,8 +159,10 @@ class FIVO_ELBO(ELBO):
             raise ValueError(f"estimator must be one of {list(_ESTIMATORS)}, got {self.estimator!r}")
         if self.resampling_gradient and 0 < self.ess_threshold < 1:
             raise ValueError(
-                f"resampling_gradient=True gives an unbiased gradient only if whether to resample does not depend "
-                f"on the particles, but with ess_threshold={self.ess_threshold} it does, in jumps that have no "
+                f"resampling_gradient=True gives an unbiased gradient only if whether to resample does not "
+                f"depend "
+                f"on the particles, but with ess_threshold={self.ess_threshold} it does, in jumps that have "
+                f"no "
                 "gradient. Pass ess_threshold=1."
             )
         if self.resampling_gradient and self.ess_threshold > 0 and self.resampling != "multinomial":
@@ -169,8 +172,10 @@ class FIVO_ELBO(ELBO):
             )
         if self.estimator == "dreg" and self.ess_threshold < 1:
             raise ValueError(
-                "estimator='dreg' needs steps that begin from equal weights, ess_threshold=1: whether to resample "
-                "depends on a draw in jumps otherwise, and over several steps the model hands the guide values "
+                "estimator='dreg' needs steps that begin from equal weights, ess_threshold=1: whether to "
+                "resample "
+                "depends on a draw in jumps otherwise, and over several steps the model hands the guide "
+                "values "
                 "whose gradient is already weighted. Pass ess_threshold=1, or estimator='reparam'."
             )
 
@@ -184,8 +189,8 @@ class FIVO_ELBO(ELBO):
             kwargs: arguments of ``init``.
 
         Raises:
-            ValueError: if the arguments are no sequences, the pair cannot be filtered, or a log-weight is NaN or
-                +inf; naming the step and the site or the tensor of the state.
+            ValueError: if the arguments are no sequences, the pair cannot be filtered, or a log-weight is
+                NaN or +inf; naming the step and the site or the tensor of the state.
             KeyError: if something is read from the state that is not there.
             RuntimeError: if the guide writes to the state.
         """
@@ -198,8 +203,8 @@ class FIVO_ELBO(ELBO):
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, in nats, leaving gradients in the parameters' ``.grad``.
 
-        Arguments and errors are those of :meth:`loss`; also ``ValueError`` where the estimator does not cover a
-        site of the guide.
+        Arguments and errors are those of :meth:`loss`; also ``ValueError`` where the estimator does not
+        cover a site of the guide.
         """
         sequences = read_sequences(args, kwargs)
         filtered, estimate = self._estimate(Protocol(model, guide), sequences, self._next_kl_weight())
@@ -218,8 +223,8 @@ class FIVO_ELBO(ELBO):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, in nats, as a scalar whose ``.backward()`` gives the gradients.
 
-        Arguments and errors are those of :meth:`loss_and_grads`; NaN and +inf are looked for only where Pyro's
-        validation is on. It can be differentiated once.
+        Arguments and errors are those of :meth:`loss_and_grads`; NaN and +inf are looked for only where
+        Pyro's validation is on. It can be differentiated once.
         """
         sequences = read_sequences(args, kwargs)
         filtered, estimate = self._estimate(Protocol(model, guide), sequences, self._next_kl_weight())
@@ -229,9 +234,7 @@ class FIVO_ELBO(ELBO):
             self.steps += 1
         return estimate.loss
 
-    def _estimate(
-        self, pair: Protocol, sequences: Sequences, kl_weight: float
-    ) -> tuple[Filtered, Estimate]:
+    def _estimate(self, pair: Protocol, sequences: Sequences, kl_weight: float) -> tuple[Filtered, Estimate]:
         gradients = torch.is_grad_enabled()
         views = _Views()
         doubly = gradients and self.estimator == "dreg"
@@ -298,7 +301,8 @@ class FIVO_ELBO(ELBO):
             return
         if found.is_fatal:
             raise ValueError(
-                f"{found.message} No gradient step should be taken on them: look for a NaN in the data or the "
+                f"{found.message} No gradient step should be taken on them: look for a NaN in the data or "
+                f"the "
                 "parameters, a scale of 0, or too large a learning rate."
             )
         warn(f"{found.message} Those particles give no gradient.", RuntimeWarning)
@@ -362,7 +366,8 @@ def _refuse_without_path(sites: list[Any], name: str) -> None:
     refuse_hidden_draws(sites, name)
     if sites:
         raise ValueError(
-            f"Guide site(s) {listed(sites)} cannot be reparameterised, so estimator={name!r} would leave out the "
+            f"Guide site(s) {listed(sites)} cannot be reparameterised, so estimator={name!r} would leave out "
+            f"the "
             "gradient of their parameters without a word. Pass estimator='score', or use a continuous "
             "distribution with an exact rsample at these sites, in model and guide."
         )

@@ -3,7 +3,8 @@ r"""What passes with one and two particles show about a pair of the SMC protocol
 Three things have to be known. How many dims the plates take, and which of them all sites share: the particles
 run left of the former, and have one filter for every cell of the latter. Which tensors of the state have the
 particle dim: those whose shape differs between a pass with one particle and one with two, for a shape alone
-cannot tell (a batch may have as many sequences as there are particles). And whether the state is all the memory
+cannot tell (a batch may have as many sequences as there are particles). And whether the state is all the
+memory
 there is: what a model keeps in ``self`` would not follow its particle when that is resampled.
 
 The last is tried out on the first few steps, on given values. If the two particles are exchanged, values and
@@ -16,6 +17,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -126,14 +128,13 @@ def refuse_enumeration(traces: PairTraces) -> None:
     for name, site in dict[str, Any](traces.model.nodes).items():
         if is_enumerated(name, site, traces.guide):
             raise NotImplementedError(
-                f"Site {name!r} of the model is to be enumerated in parallel, which a filter does not do: its "
+                f"Site {name!r} of the model is to be enumerated in parallel, which a filter does not do: "
+                f"its "
                 f"particles are draws. Sample {name!r} in the guide."
             )
 
 
-def _run_alone(
-    pair: Protocol, sequences: Sequences
-) -> tuple[list[Site], int, list[dict[Leaf, torch.Size]]]:
+def _run_alone(pair: Protocol, sequences: Sequences) -> tuple[list[Site], int, list[dict[Leaf, torch.Size]]]:
     """All sites of a pass with one particle, the dims of their plates, and the shapes in the state."""
     state, nesting = FilterState(1), 0
     sites: list[Site] = []
@@ -150,9 +151,7 @@ def _run_alone(
     return sites, nesting, shapes
 
 
-def _run_two(
-    pair: Protocol, sequences: Sequences, nesting: int
-) -> tuple[list[_Moment], dict[str, Any]]:
+def _run_two(pair: Protocol, sequences: Sequences, nesting: int) -> tuple[list[_Moment], dict[str, Any]]:
     """A pass with two particles, and the subsamples that it drew."""
     moments: list[_Moment] = []
     state, progress, minibatch = FilterState(2), Progress(), OneMinibatch()
@@ -168,8 +167,10 @@ def _run_two(
         raise ValueError(
             f"The {progress.role} runs with one particle but not with 2 in one pass: it failed at "
             f"{moment_name(len(moments) - 1)}, {progress.where()}, with {type(error).__name__}: {error}\n"
-            f"Particles add a batch dim at dim {-1 - nesting}, left of every plate. Let the computation broadcast "
-            "over leading dims: index dims from the right, end reshapes in (*z.shape[:-1], ...), and add up where "
+            f"Particles add a batch dim at dim {-1 - nesting}, left of every plate. Let the computation "
+            f"broadcast "
+            "over leading dims: index dims from the right, end reshapes in (*z.shape[:-1], ...), and add up "
+            "where "
             "values of particles meet data, for torch.cat does not broadcast."
         ) from error
     return moments, minibatch.indices
@@ -196,7 +197,8 @@ def _warn_of_forgetting(moments: Sequence[_Moment], warn_once: Callable[[str], N
         if after.values and all(id(tensor) in kept for tensor in after.tensors.values()):
             warn_once(
                 f"At {moment_name(number)} the model samples {', '.join(map(repr, after.values))} and stores "
-                "nothing in the state, so the next step does not know of it. Let step store what the next one "
+                "nothing in the state, so the next step does not know of it. Let step store what the next "
+                "one "
                 "reads, as in state['z'] = pyro.sample('z', ...)."
             )
             return
@@ -229,21 +231,28 @@ def _check_memory(
                     f"{in_words(leaf)} depends on "
                     + ("other particles" if carried[leaf] else "the particles and has no particle dim")
                     + f" (found at {moment_name(number - 1)}). A particle is resampled together with its own "
-                    "memory: store values of the sites' batch shape, and average over particles nowhere (batch "
+                    "memory: store values of the sites' batch shape, and average over particles nowhere "
+                    "(batch "
                     "normalisation in train mode does)."
                 )
         for site, other, copy in zip(moment.sites, exchanged.sites, copied.sites, strict=True):
             if not _agree(_first(site.log_prob, known.nesting), _first(copy.log_prob, known.nesting)):
                 raise ValueError(
-                    f"The density of site {site} at {moment_name(number - 1)} depends on other particles than its "
+                    f"The density of site {site} at {moment_name(number - 1)} depends on other particles "
+                    f"than its "
                     "own, so its weight means nothing. Let no computation go over the particles' dim, the "
                     "leftmost one: batch normalisation in train mode does, softmax(h, 0) and z.mean(0) do."
                 )
-            if not _agree(site.log_prob, _exchange(other.log_prob, known.nesting) if number % 2 else other.log_prob):
+            if not _agree(
+                site.log_prob, _exchange(other.log_prob, known.nesting) if number % 2 else other.log_prob
+            ):
                 raise ValueError(
-                    f"The density of site {site} at {moment_name(number - 1)} does not follow its particle: when "
-                    "particles change places, and all in the state with them, it stays. So something that depends "
-                    "on sampled values is kept elsewhere (in self, or in an object in the state that is no tensor, "
+                    f"The density of site {site} at {moment_name(number - 1)} does not follow its particle: "
+                    f"when "
+                    "particles change places, and all in the state with them, it stays. So something that "
+                    "depends "
+                    "on sampled values is kept elsewhere (in self, or in an object in the state that is no "
+                    "tensor, "
                     "tuple, list or dict), where resampling cannot move it. Store it in the state."
                 )
 
@@ -255,7 +264,9 @@ class _Change(NamedTuple):
     state: Callable[[Tensor], Tensor]
 
 
-_Exchanged = _Change(lambda value, number: value.flip(0) if number % 2 else value, lambda tensor: tensor.flip(0))
+_Exchanged = _Change(
+    lambda value, number: value.flip(0) if number % 2 else value, lambda tensor: tensor.flip(0)
+)
 _Copied = _Change(lambda value, number: value[:1].expand_as(value), lambda tensor: tensor)
 
 
@@ -283,8 +294,14 @@ def _repeat(
             _, traced = next(run)
             repeated.append(_read(traced, known.nesting, state))
             carried = known.carried[number]
-            state.change(lambda leaf, tensor, carried=carried: change.state(tensor) if carried[leaf] else tensor)
+            state.change(partial(_changed, change.state, carried))
     return repeated
+
+
+def _changed(
+    change: Callable[[Tensor], Tensor], carried: dict[Leaf, bool], leaf: Leaf, tensor: Tensor
+) -> Tensor:
+    return change(tensor) if carried[leaf] else tensor
 
 
 def _first(log_prob: Tensor, nesting: int) -> Tensor:

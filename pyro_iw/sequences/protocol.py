@@ -1,8 +1,8 @@
 r"""Pyro's SMC protocol: objects with ``init(state, ...)`` and ``step(state, ...)``, run in lockstep.
 
-The guide runs first and only reads the state; the model runs on the guide's values, and writes. What belongs to
-a step is a positional argument, a *sequence* along time; what belongs to ``init`` is a keyword argument. So
-``loss(model, guide, ys, initial=z0)`` is::
+The guide runs first and only reads the state; the model runs on the guide's values, and writes. What belongs
+to a step is a positional argument, a *sequence* along time; what belongs to ``init`` is a keyword argument.
+So ``loss(model, guide, ys, initial=z0)`` is::
 
     smc.init(initial=z0)
     for y in ys:
@@ -21,6 +21,7 @@ import numpy as np
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from ..tracing.runner import breaks_a_constraint
 from ..tracing.traces import Pair, PairTraces, Progress, Route, trace_pair
 from .state import FilterState
 
@@ -46,7 +47,8 @@ class Protocol(NamedTuple):
             for method in ("init", "step"):
                 if not callable(getattr(part, method, None)):
                     raise ValueError(
-                        f"The {role} ({type(part).__name__}) has no method {method}(state, ...). Sequences take "
+                        f"The {role} ({type(part).__name__}) has no method {method}(state, ...). Sequences "
+                        f"take "
                         "models and guides of Pyro's SMC protocol: objects with init(state, ...) and "
                         "step(state, ...), as pyro.infer.SMCFilter does."
                     )
@@ -70,8 +72,8 @@ def read_sequences(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequences:
     """Split arguments by time.
 
     Arguments:
-        args: one or more sequences of the same length T >= 1: a tensor (or array) with time on its first dim, or
-            a list, tuple or range of T things.
+        args: one or more sequences of the same length T >= 1: a tensor (or array) with time on its first
+            dim, or a list, tuple or range of T things.
         kwargs: arguments of ``init``.
 
     Raises:
@@ -79,8 +81,10 @@ def read_sequences(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequences:
     """
     if not args:
         raise ValueError(
-            "There is no sequence to filter: every positional argument is one, with an entry for each step, and "
-            "keyword arguments go to init. Where step(state) takes nothing but the state, let it take the time "
+            "There is no sequence to filter: every positional argument is one, with an entry for each step, "
+            "and "
+            "keyword arguments go to init. Where step(state) takes nothing but the state, let it take the "
+            "time "
             "and pass range(T)."
         )
     columns: list[Sequence[Any]] = []
@@ -92,15 +96,19 @@ def read_sequences(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequences:
         else:
             kind = "a tensor without dims" if isinstance(arg, Tensor) else f"of type {type(arg).__name__}"
             raise ValueError(
-                f"Positional argument {number} is {kind}, but has to be a sequence with an entry for each step: "
-                "a tensor with time on its first dim, or a list. What is the same for all steps goes to init, by "
+                f"Positional argument {number} is {kind}, but has to be a sequence with an entry for each "
+                f"step: "
+                "a tensor with time on its first dim, or a list. What is the same for all steps goes to "
+                "init, by "
                 "keyword, which can put it into the state."
             )
     lengths = [len(column) for column in columns]
     if len(set(lengths)) > 1:
         raise ValueError(
-            f"The sequences differ in length: {lengths}. Each needs an entry for every step (a tensor has time on "
-            "its first dim: is one batch first?). Sequences of a minibatch are padded, and masked beyond their ends."
+            f"The sequences differ in length: {lengths}. Each needs an entry for every step (a tensor has "
+            f"time on "
+            "its first dim: is one batch first?). Sequences of a minibatch are padded, and masked beyond "
+            "their ends."
         )
     if lengths[0] == 0:
         raise ValueError(
@@ -145,6 +153,7 @@ def march(
         progress: kept up to date while they run.
         moments: which to run; by default ``init`` and all steps.
     """
+    progress = progress or Progress()
     for moment in range(INIT, len(sequences)) if moments is None else moments:
         name = f"at {moment_name(moment)}"
         args, kwargs = sequences.at(moment)
@@ -160,7 +169,16 @@ def march(
             with _context(pair.model):
                 return getattr(pair.model, method)(state, *args, **kwargs)
 
-        traces = trace_pair(Pair(model, guide, args, kwargs), None, route(moment), enclose, progress=progress)
+        try:
+            traces = trace_pair(
+                Pair(model, guide, args, kwargs), None, route(moment), enclose, progress=progress
+            )
+        except ValueError as error:
+            if type(error) is not ValueError or not breaks_a_constraint(error):
+                raise
+            raise ValueError(
+                f"{name.capitalize()}, in the {progress.role} {progress.where()}: {error}"
+            ) from error
         yield moment, traces
 
 

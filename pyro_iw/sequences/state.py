@@ -1,10 +1,10 @@
 r"""What a model keeps from one step to the next, and how resampling moves it.
 
 All memory of a model and its guide is in ``state``, a dict that :class:`~pyro.infer.SMCFilter` and this
-package hand to ``init`` and ``step``. When the particles of a cell are resampled, particle :math:`k` takes over
-the memory of its ancestor :math:`a_k`: every tensor of the state that has the particle dim is indexed by the
-ancestors, cell by cell, inside tuples, lists and dicts too. What has no particle dim (data, lengths, a network's
-reading of the data) stays as it is.
+package hand to ``init`` and ``step``. When the particles of a cell are resampled, particle :math:`k` takes
+over the memory of its ancestor :math:`a_k`: every tensor of the state that has the particle dim is indexed
+by the ancestors, cell by cell, inside tuples, lists and dicts too. What has no particle dim (data, lengths, a
+network's reading of the data) stays as it is.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class FilterState(dict):
 
     def __missing__(self, key: Hashable) -> Any:
         raise _NotStored(
-            f"state[{key!r}] is read {self.where}, but nothing has been stored there. Let init(state, ...) store "
+            f"state[{key!r}] is read {self.where}, but nothing has been stored there. Let init(state, ...) "
+            f"store "
             f"what the first step reads, and step(state, ...) of the model what the next one does. There is "
             f"{', '.join(map(repr, self)) or 'nothing'}."
         )
@@ -93,7 +94,8 @@ class FilterState(dict):
     def _write(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if self._locked:
             raise RuntimeError(
-                f"The guide writes to the state {self.where}, but can only read it. Let the model store what the "
+                f"The guide writes to the state {self.where}, but can only read it. Let the model store what "
+                f"the "
                 "next step needs: it is given the guide's values."
             )
         return getattr(dict, name)(self, *args, **kwargs)
@@ -104,7 +106,7 @@ class FilterState(dict):
     def __delitem__(self, key: Hashable) -> None:
         self._write("__delitem__", key)
 
-    def __ior__(self, other: Any) -> Any:
+    def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
         return self._write("__ior__", other)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -155,8 +157,9 @@ def take(values: Tensor, ancestors: Tensor, dims: tuple[int, ...], nesting: int,
             f"{in_words(leaf)} varies with the particles, but has shape {tuple(values.shape)}, where the "
             f"leftmost dims should be {size} particles and {nesting} dim(s) of the plates"
             + (f", with {list(ancestors.shape[1:])} cells at {list(dims)}" if dims else "")
-            + ". Each particle of each cell is resampled by itself and needs a value of its own: store values "
-            "of the sites' batch shape, and nothing that is summed or averaged over particles or plates."
+            + ". Each particle of each cell is resampled by itself and needs a value of its own: store "
+            "values of the sites' batch shape, and nothing that is summed or averaged over particles or "
+            "plates."
         )
     if not dims:
         return values.index_select(0, ancestors)

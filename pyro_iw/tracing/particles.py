@@ -231,7 +231,7 @@ def kept_plates(
     is_linear: bool,
     warn_once: Callable[[str], None],
 ) -> tuple[CondIndepStackFrame, ...]:
-    """The kept plates of these sites, in the order of their dims; arguments and errors as of :func:`collect`."""
+    """The kept plates of these sites, in the order of their dims; the rest is as of :func:`collect`."""
     kept = _common(sites)
     if plates is not None:
         kept = _named_plates(sites, plates)

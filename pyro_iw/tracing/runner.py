@@ -30,7 +30,7 @@ from .traces import (
     trace_pair,
 )
 
-__all__ = ["ORDINARY", "Runner", "speaks_for_itself"]
+__all__ = ["ORDINARY", "Runner", "breaks_a_constraint", "speaks_for_itself"]
 
 
 # What a computation raises that does not broadcast. Others (out of memory, a singular matrix, an error of the
@@ -298,6 +298,11 @@ def speaks_for_itself(error: Exception) -> bool:
         last = last.tb_next
     if last is not None and last.tb_frame.f_code.co_filename.startswith(PACKAGE):
         return True
+    return breaks_a_constraint(error)
+
+
+def breaks_a_constraint(error: Exception) -> bool:
+    """Whether a distribution does not allow its parameters or a value."""
     return isinstance(error, ValueError) and any(words in str(error) for words in _CONSTRAINTS)
 
 

@@ -13,7 +13,8 @@ A, B, Q, R, S0 = 0.9, 1.2, 0.5, 0.7, 1.3
 
 
 class Walk:
-    """z_0 ~ N(0, S0), z_t ~ N(A z_{t-1}, Q), x_t ~ N(B z_t, R); all scalar, one row of ``x [T, N]`` a step."""
+    """z_0 ~ N(0, S0), z_t ~ N(A z_{t-1}, Q), x_t ~ N(B z_t, R); all scalar, one row of ``x [T, N]`` a
+    step."""
 
     def __init__(self, transition=A, noise=R, plate=True):
         self.transition, self.noise, self.plate = transition, noise, plate
@@ -34,10 +35,11 @@ class Walk:
 
 
 class Proposal:
-    """q(z_t | z_{t-1}, x_t) = N(a z_{t-1} + b x_t, s)."""
+    """q(z_t | z_{t-1}, x_t) = N(a z_{t-1} + b x_t, s), and q(z_0 | x_0) by another b and s if given."""
 
-    def __init__(self, a=0.5, b=0.4, s=0.6, plate=True):
+    def __init__(self, a=0.5, b=0.4, s=0.6, plate=True, start=None):
         self.a, self.b, self.s, self.plate = a, b, s, plate
+        self.start = (b, s) if start is None else start
 
     def init(self, state):
         pass
@@ -45,8 +47,17 @@ class Proposal:
     def step(self, state, x):
         with data(x, self.plate):
             before = state["z"]
-            loc = self.b * x if before is None else self.a * before + self.b * x
-            pyro.sample("z", dist.Normal(loc, self.s))
+            if before is None:
+                pyro.sample("z", dist.Normal(self.start[0] * x, self.start[1]))
+            else:
+                pyro.sample("z", dist.Normal(self.a * before + self.b * x, self.s))
+
+
+def near_optimal(noise=R, scale=1.1) -> Proposal:
+    """The optimal q(z_t | z_{t-1}, x_t), with its scale off by a factor."""
+    gain, first = (spread**2 * B / (B**2 * spread**2 + noise**2) for spread in (Q, S0))
+    start = first, scale * math.sqrt((1 - first * B) * S0**2)
+    return Proposal(A * (1 - gain * B), gain, scale * math.sqrt((1 - gain * B) * Q**2), start=start)
 
 
 def data(x, plate):

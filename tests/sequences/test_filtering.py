@@ -10,23 +10,17 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from helpers.linear_gaussian import A, B, Q, S0, Proposal, Walk, kalman, simulate
 from pyro.infer import SVI
 from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam
 from torch import Tensor
 
+from helpers.linear_gaussian import S0, B, Proposal, Walk, kalman, near_optimal, simulate
 from pyro_iw import FIVO_ELBO, IWAE_ELBO
 from pyro_iw.sequences.protocol import Protocol, read_sequences
 
 SETTINGS = list(itertools.product((0.0, 0.5, 1.0), ("systematic", "multinomial")))
-# A guide of almost optimal form where little is seen, so that the weights of 50 steps stay within reach.
-NOISE = 2.0
-GAIN = Q**2 * B / (B**2 * Q**2 + NOISE**2)
-
-
-def near(scale: float = 1.1) -> Proposal:
-    return Proposal(A * (1 - GAIN * B), GAIN, scale * math.sqrt((1 - GAIN * B) * Q**2))
+NOISE = 2.0  # little is seen, so that the weights of 50 steps stay within reach
 
 
 @torch.no_grad()
@@ -48,7 +42,9 @@ def agrees(log_estimates: Tensor, truth: Tensor, width: float = 4.0) -> bool:
 def test_the_mean_of_the_estimate_is_the_likelihood(threshold, scheme) -> None:
     x = simulate(50, 2)
     truth, *_ = kalman(x, noise=NOISE)
-    many = values(FIVO_ELBO(32, threshold, scheme), Walk(noise=NOISE), near(), x.repeat_interleave(4000, 1))
+    many = values(
+        FIVO_ELBO(32, threshold, scheme), Walk(noise=NOISE), near_optimal(NOISE), x.repeat_interleave(4000, 1)
+    )
     assert agrees(many.reshape(2, 4000), truth)
 
 
@@ -71,7 +67,7 @@ def test_long_sequences() -> None:
     truth, *_ = kalman(x)
     draws = x.expand(200, 200)
     filtered, weighted = (
-        (truth - values(FIVO_ELBO(16, threshold), Walk(), near(1.0 / 0.6), draws).mean()).item()
+        (truth - values(FIVO_ELBO(16, threshold), Walk(), near_optimal(scale=2.0), draws).mean()).item()
         for threshold in (0.5, 0.0)
     )
     assert 0 < filtered < weighted / 10, (filtered, weighted)
@@ -123,7 +119,12 @@ def test_all_ways_to_the_loss_are_one() -> None:
         value = evaluate(*pair, x)
         if isinstance(value, Tensor):
             value.backward()
-        seen.append((float(value.detach() if isinstance(value, Tensor) else value), None if p.grad is None else p.grad.item()))
+        seen.append(
+            (
+                float(value.detach() if isinstance(value, Tensor) else value),
+                None if p.grad is None else p.grad.item(),
+            )
+        )
         p.grad = None
     assert len({value for value, _ in seen}) == 1
     assert len({grad for _, grad in seen[1:]}) == 1
@@ -211,7 +212,9 @@ def test_a_hidden_markov_model_against_the_forward_algorithm(threshold, scheme) 
     for value in x:
         alpha = (alpha @ MOVE) * EMIT[:, value]
         truth, alpha = truth + alpha.sum().log(), alpha / alpha.sum()
-    many = values(FIVO_ELBO(10, threshold, scheme), Hidden(), HiddenGuide(), x[:, None].expand(12, 4000), size=4000)
+    many = values(
+        FIVO_ELBO(10, threshold, scheme), Hidden(), HiddenGuide(), x[:, None].expand(12, 4000), size=4000
+    )
     assert agrees(many, truth)
 
 
@@ -219,7 +222,9 @@ def test_without_plates_there_is_one_filter() -> None:
     x = simulate(4, 1)
     truth, *_ = kalman(x)
     loss = FIVO_ELBO(2000, 1.0)
-    assert loss.loss(Walk(plate=False), Proposal(plate=False), x[:, 0]) == pytest.approx(-truth.item(), abs=0.3)
+    assert loss.loss(Walk(plate=False), Proposal(plate=False), x[:, 0]) == pytest.approx(
+        -truth.item(), abs=0.3
+    )
 
 
 class Scaled:
@@ -352,7 +357,9 @@ def test_pyro_modules_train() -> None:
     x = simulate(6, 5).float()
     model, guide = Learnt(), LearntGuide()
     svi = SVI(model, guide, Adam({"lr": 0.1}), loss=FIVO_ELBO(K=8))
-    before = {name: value.detach().clone() for name, value in [*model.named_parameters(), *guide.named_parameters()]}
+    before = {
+        name: value.detach().clone() for name, value in [*model.named_parameters(), *guide.named_parameters()]
+    }
     for _ in range(3):
         svi.step(x)
     after = dict([*model.named_parameters(), *guide.named_parameters()])
@@ -367,7 +374,7 @@ def test_kl_weight_tempers_the_target() -> None:
     x = simulate(3, 2)
     loss = FIVO_ELBO(4, 0.0, kl_weight=0.0)
     filtered, estimate = loss._estimate(Protocol(Walk(), Proposal()), read_sequences((x,), {}), 0.0)
-    z = torch.stack([moment.traces.guide.nodes["z"]["value"] for moment in filtered.moments])
+    z = torch.stack([moment.traces.pairs[0].guide.nodes["z"]["value"] for moment in filtered.moments])
     likelihood = dist.Normal(B * z, 0.7).log_prob(x.unsqueeze(1)).sum(0)
     torch.testing.assert_close(estimate.bound, likelihood.logsumexp(0) - math.log(4))
     seen = []

@@ -9,11 +9,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.linear_gaussian import B, Q, S0, Proposal, Walk, simulate
 from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor
 from torch.distributions import Normal
 
+from helpers.linear_gaussian import S0, B, Proposal, Q, Walk, simulate
 from pyro_iw import FIVO_ELBO
 from pyro_iw.sequences.protocol import Protocol, read_sequences
 
@@ -48,7 +48,7 @@ def by_hand(p: dict[str, Tensor], x: Tensor, filtered, loss: FIVO_ELBO) -> tuple
         state, since = [None] * K, [torch.zeros((), dtype=torch.float64)] * K
         parts, scores = [], []
         for t, moment in enumerate(filtered.moments):
-            values = moment.traces.guide.nodes["z"]["value"].detach()[:, n]
+            values = moment.traces.pairs[0].guide.nodes["z"]["value"].detach()[:, n]
             if moment.draw is not None and bool(moment.draw.chosen[0, n]):
                 total = torch.stack(since)
                 parts.append(total.logsumexp(0) - math.log(K))
@@ -101,7 +101,9 @@ def test_against_a_loop_on_the_same_particles_and_ancestors(options, parameters)
     torch.testing.assert_close(estimate.loss, -bound, rtol=1e-12, atol=0)
     expected = torch.autograd.grad(-surrogate, list(parameters.values()))
     for (name, parameter), grad in zip(parameters.items(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, grad, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, grad, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 NODES = 14
@@ -123,7 +125,9 @@ def expectation(p: dict[str, Tensor], fixed_ancestors: bool) -> Tensor:
     def step(h, x):
         loc = p["b"] * x if h is None else p["a"] * h + p["b"] * x
         z = loc + p["s"] * (grid if h is None else grid.unsqueeze(1))
-        prior = Normal(torch.zeros((), dtype=torch.float64), S0) if h is None else Normal(p["transition"] * h, Q)
+        prior = (
+            Normal(torch.zeros((), dtype=torch.float64), S0) if h is None else Normal(p["transition"] * h, Q)
+        )
         log_w = prior.log_prob(z) + Normal(B * z, p["noise"]).log_prob(x) - Normal(loc, p["s"]).log_prob(z)
         return z, log_w
 
@@ -146,11 +150,11 @@ def expectation(p: dict[str, Tensor], fixed_ancestors: bool) -> Tensor:
     ids=str,
 )
 def test_expected_gradients_against_quadrature(options, parameters) -> None:
-    """With the resampling's score unbiased; without it, what autograd gives with the probabilities held fixed."""
+    """With the resampling's score unbiased; without it, as if its probabilities were constants."""
     draws = 200_000
     truth = torch.autograd.grad(expectation(parameters, False), list(parameters.values()))
     fixed = torch.autograd.grad(expectation(parameters, True), list(parameters.values()))
-    p = {name: value.detach().expand(draws).clone().requires_grad_() for name, value in parameters.items()}
+    p = {name: v.detach().expand(draws).clone().requires_grad_() for name, v in parameters.items()}
     loss = FIVO_ELBO(2, 1.0, "multinomial", **options)
     loss.differentiable_loss(*pair(p), X.unsqueeze(-1).expand(2, draws)).backward()
     biased = 0
@@ -215,12 +219,16 @@ def test_the_score_of_discrete_sites_is_unbiased() -> None:
         total = total + mass * (w.logsumexp(0) - math.log(2))
         for ancestors, second in itertools.product(coins, coins):
             chance = math.prod(w.softmax(0)[a] for a in ancestors)
-            w2, q2 = zip(*(log_weight(first[a], c, 1) for a, c in zip(ancestors, second, strict=True)), strict=True)
+            w2, q2 = zip(
+                *(log_weight(first[a], c, 1) for a, c in zip(ancestors, second, strict=True)), strict=True
+            )
             total = total + mass * chance * sum(q2).exp() * (torch.stack(w2).logsumexp(0) - math.log(2))
     truth = torch.autograd.grad(total, [p, g])
     many = [value.detach().expand(draws).clone().requires_grad_() for value in (p, g)]
     loss = FIVO_ELBO(2, 1.0, "multinomial", True, estimator="score")
-    loss.differentiable_loss(Coins(many[0]), Coins(None, many[1]), x.unsqueeze(-1).expand(2, draws)).backward()
+    loss.differentiable_loss(
+        Coins(many[0]), Coins(None, many[1]), x.unsqueeze(-1).expand(2, draws)
+    ).backward()
     for parameter, exact in zip(many, truth, strict=True):
         grads = -parameter.grad
         assert abs(grads.mean() - exact) < 4 * grads.std() / math.sqrt(draws)
