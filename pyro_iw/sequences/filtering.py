@@ -135,6 +135,7 @@ class Filter:
         max_plate_nesting: number of batch dims that the plates take; found by a probe if infinite.
         warn_once: called with a message.
         num_filters: the number M of filters a cell.
+        looks: whether it may look, on a CPU, if any cell is to be resampled, and save the work.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -149,6 +150,7 @@ class Filter:
         max_plate_nesting: float,
         warn_once: Callable[[str], None],
         num_filters: int = 1,
+        looks: bool = True,
     ) -> None:
         if resampling not in SCHEMES:
             raise ValueError(f"resampling must be one of {sorted(SCHEMES)}, got {resampling!r}")
@@ -163,6 +165,7 @@ class Filter:
         self.plates = plates
         self.max_plate_nesting = max_plate_nesting
         self.warn_once = warn_once
+        self.looks = looks
         self._known: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Known]]
         self._known = weakref.WeakKeyDictionary()
 
@@ -331,7 +334,7 @@ class Filter:
         if moment.active is not None:  # the others weigh what they did before
             chosen = chosen & moment.active
         # On an accelerator it would mean to wait for the device.
-        if chosen.device.type == "cpu" and not bool(chosen.any()):
+        if self.looks and chosen.device.type == "cpu" and not bool(chosen.any()):
             return None
         drawn = SCHEMES[self.resampling](weights.movedim(1, 0), K)  # [K, M, *cells]
         own = torch.arange(K, device=drawn.device).reshape(-1, *[1] * (drawn.dim() - 1))
