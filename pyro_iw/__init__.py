@@ -12,7 +12,8 @@ from .posterior.evaluation import RateDistortion, active_units, bound_curve, rat
 from .posterior.sampler import ImportanceSampler, LogMarginal
 from .posterior.samples import ImportanceSamples
 from .posterior.two_samples import TwoSamples
-from .sequences.evaluation import FilteredSequences, ParticleFilter
+from .sequences.evaluation import ParticleFilter
+from .sequences.filtered import FilteredSequences
 from .sequences.fivo import FIVO_ELBO
 from .tracing.particles import Particles
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.infer.elbo import ELBO
@@ -39,14 +39,18 @@ from torch import Tensor
 from .._support.arguments import as_plate_names, positive_integer
 from .._support.warn import warn
 from ..bounds import IWAE
+from ..compiling.step import Compiler
 from ..gradients.estimators import get_estimator
 from ..gradients.refusals import listed, refuse_baselines, refuse_hidden_draws
 from ..gradients.surrogate import Estimate, Term, tie
 from ..logmean import softmax
-from ..tracing.traces import Route
+from ..tracing.traces import Pair, Route
 from .filtering import Filter, Filtered, Moment
 from .finite import check_kl_weight, first_not_finite
 from .protocol import Protocol, Sequences, naming, read_sequences
+
+if TYPE_CHECKING:
+    from ..compiling.program import CompiledStep
 
 __all__ = ["FIVO_ELBO"]
 
@@ -95,6 +99,9 @@ class FIVO_ELBO(ELBO):
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair if
             infinite.
         retain_graph: as of ``Tensor.backward``, in :meth:`loss_and_grads`.
+        compile: compile gradient steps, as of :class:`ImportanceWeightedELBO`: one program of all T steps for
+            each T, whose compilation takes time in proportion to T. What cannot be compiled runs eagerly,
+            after a warning.
 
     Raises:
         ValueError: if an argument is out of range, or two do not go together.
@@ -128,6 +135,7 @@ class FIVO_ELBO(ELBO):
         kl_weight: float | Callable[[int], float] = 1.0,
         max_plate_nesting: float = math.inf,
         retain_graph: bool | None = None,
+        compile: bool = False,
     ) -> None:
         K = positive_integer("K", K)
         super().__init__(num_particles=K, max_plate_nesting=max_plate_nesting, vectorize_particles=True)
@@ -135,8 +143,16 @@ class FIVO_ELBO(ELBO):
         self.retain_graph = retain_graph
         self.plates = as_plate_names(plates)
         self._warned: set[str] = set()
+        self.compile = compile
+        self._compiler = Compiler()
         self._filter = Filter(
-            K, ess_threshold, resampling, self.plates, max_plate_nesting, warn_once=self._warn_once
+            K,
+            ess_threshold,
+            resampling,
+            self.plates,
+            max_plate_nesting,
+            self._warn_once,
+            looks=not compile,  # a program cannot look at a value
         )
         self.ess_threshold = ess_threshold
         self.resampling = resampling
@@ -206,8 +222,17 @@ class FIVO_ELBO(ELBO):
         Arguments and errors are those of :meth:`loss`; also ``ValueError`` where the estimator does not
         cover a site of the guide.
         """
+        kl_weight = self._next_kl_weight()
+        compiled = self._compiled_step(model, guide, args, kwargs, kl_weight)
+        if compiled is not None:
+            loss = compiled.loss.item()
+            if math.isfinite(loss):
+                compiled.accumulate()
+                self.steps += 1
+                return loss
+            compiled.rewind()  # the eager step on the same noise says what is wrong, and where
         sequences = read_sequences(args, kwargs)
-        filtered, estimate = self._estimate(Protocol(model, guide), sequences, self._next_kl_weight())
+        filtered, estimate = self._estimate(Protocol(model, guide), sequences, kl_weight)
         # Before the backward pass, so that .grad stays clean; see ImportanceWeightedELBO.
         early = is_validation_enabled() or estimate.loss.device.type == "cpu"
         if early:
@@ -226,13 +251,38 @@ class FIVO_ELBO(ELBO):
         Arguments and errors are those of :meth:`loss_and_grads`; NaN and +inf are looked for only where
         Pyro's validation is on. It can be differentiated once.
         """
+        kl_weight = self._next_kl_weight()
+        compiled = self._compiled_step(model, guide, args, kwargs, kl_weight)
+        if compiled is not None:
+            if not is_validation_enabled() or math.isfinite(compiled.loss.item()):
+                self.steps += 1
+                return compiled.differentiable()
+            compiled.rewind()
         sequences = read_sequences(args, kwargs)
-        filtered, estimate = self._estimate(Protocol(model, guide), sequences, self._next_kl_weight())
+        filtered, estimate = self._estimate(Protocol(model, guide), sequences, kl_weight)
         if is_validation_enabled():
             self._check_finite(estimate.loss.item(), filtered)
         if torch.is_grad_enabled():
             self.steps += 1
         return estimate.loss
+
+    def _compiled_step(
+        self, model: Any, guide: Any, args: tuple, kwargs: dict[str, Any], kl_weight: float
+    ) -> CompiledStep | None:
+        if not (self.compile and torch.is_grad_enabled()):
+            return None
+        # By runs of their own, which are not to be recorded.
+        self._filter.prepare(Protocol(model, guide), read_sequences(args, kwargs))
+        return self._compiler.run(Pair(model, guide, args, kwargs), kl_weight, self._estimate_of)
+
+    def _estimate_of(self, pair: Pair, kl_weight: float) -> tuple[Filtered, Estimate]:
+        return self._estimate(
+            Protocol(pair.model, pair.guide), read_sequences(pair.args, pair.kwargs), kl_weight
+        )
+
+    def recompile(self) -> None:
+        """Forget all compiled steps, and try again to compile what could not be."""
+        self._compiler.forget()
 
     def _estimate(self, pair: Protocol, sequences: Sequences, kl_weight: float) -> tuple[Filtered, Estimate]:
         gradients = torch.is_grad_enabled()
@@ -324,6 +374,7 @@ class FIVO_ELBO(ELBO):
             "plates": None,
             "kl_weight": 1.0,
             "retain_graph": None,
+            "compile": False,
         }
         options = {name: getattr(self, name) for name in defaults}
         shown = "".join(f", {name}={value!r}" for name, value in options.items() if value != defaults[name])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._support.optional import require
-from .evaluation import FilteredSequences
+from .filtered import FilteredSequences
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

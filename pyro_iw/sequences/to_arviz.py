@@ -26,7 +26,7 @@ from .._support.optional import is_arviz_0, require
 from .._support.version import __version__
 
 if TYPE_CHECKING:
-    from .evaluation import FilteredSequences
+    from .filtered import FilteredSequences
 
 __all__ = ["to_arviz"]
 
