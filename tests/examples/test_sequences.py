@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import dmm
+import filter_toy
 import oscillator
 import pytest
 import torch
@@ -34,7 +35,8 @@ def test_the_grid_of_the_volatility() -> None:
     h = torch.linspace(-12, 12, 20_001, dtype=torch.float64)
     prior = Normal(-1.0, 0.3 / math.sqrt(1 - 0.95**2)).log_prob(h).exp()
     one = (prior * Normal(0.0, (h / 2).exp()).log_prob(torch.tensor(0.4)).exp()).sum() * (h[1] - h[0])
-    assert volatility.on_a_grid(torch.tensor([0.4]), -1.0, 0.95, 0.3) == pytest.approx(one.log(), abs=1e-5)
+    found = volatility.on_a_grid(torch.tensor([0.4]), -1.0, 0.95, 0.3)
+    assert found == pytest.approx(one.log().item(), abs=1e-5)
     apart = [volatility.on_a_grid(torch.tensor([r]), -1.0, 0.0, 0.8) for r in (0.4, -1.3)]
     both = volatility.on_a_grid(torch.tensor([0.4, -1.3]), -1.0, 0.0, 0.8)
     assert both == pytest.approx(sum(apart), abs=1e-5)
@@ -105,3 +107,22 @@ def test_smoke_of_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert {name: len(gaps) for name, gaps in row["gaps"].items()} == {"IWAE": 6, "FIVO": 6}
         assert len(row["ess"]) == 8
     assert "trained by" in capsys.readouterr().out
+
+
+def test_smoke_of_the_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = filter_toy.main(["--smoke", "--out", str(tmp_path)])
+    assert results["lengths"] == [5, 10]
+    assert {name: len(gaps) for name, gaps in results["gaps"].items()} == {"IWAE": 2, "FIVO": 2}
+    assert list(saved(tmp_path, "filter_toy")["gradients"]) == ["2", "4"]
+    assert "with the score" in capsys.readouterr().out
+
+
+def test_the_toy_by_conditioning_all_of_it() -> None:
+    xs, a = torch.tensor([0.3, -1.0, 0.7]), 0.9
+    covariance = torch.eye(3) * filter_toy.R**2
+    for t in range(3):
+        for s in range(3):
+            steps = range(min(s, t) + 1)
+            covariance[t, s] += filter_toy.Q**2 * sum(a ** (t - r) * a ** (s - r) for r in steps)
+    truth = MultivariateNormal(torch.zeros(3), covariance).log_prob(xs)
+    torch.testing.assert_close(filter_toy.kalman(xs, torch.tensor(a)), truth)
