@@ -3,8 +3,8 @@
     z_t ~ Normal(a z_{t-1}, 0.5),  x_t ~ Normal(z_t, 0.7)
 
 Left: how far the bounds of IWAE and FIVO are from log p(x), over the length of the sequence, with as many
-particles. Right: the gradient of FIVO's bound in the model's ``a``, with fixed ancestors and with the score of
-the resampling, over K, beside that of log p(x). The first has little noise and is off, however many
+particles. Right: the gradient of FIVO's bound in the model's ``a``, with fixed ancestors and with the score
+of the resampling, over K, beside that of log p(x). The first has little noise and is off, however many
 particles there are; the second is right for the bound, on average. Try::
 
     python examples/filter_toy.py                    # three minutes
