@@ -212,9 +212,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("-K", type=positive_int, default=16, help="particles of each loss")
-    add("--steps", type=positive_int, default=150, help="gradient steps of each loss")
+    add("--steps", type=positive_int, default=100, help="gradient steps of each loss")
     add("--learning-rate", type=positive_float, default=0.03, help="of Adam")
-    add("--num-timesteps", type=positive_int, default=300, help="length of the series")
+    add("--num-timesteps", type=positive_int, default=250, help="length of the series")
     add("--num-particles", type=positive_int, default=1000, help="of each of the filters that judge")
     add("--seed", type=int, default=0, help="of everything random")
     add("--out", type=Path, default=Path("results/volatility"), help="folder for the results")

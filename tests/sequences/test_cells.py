@@ -85,8 +85,8 @@ def _fixed_offsets(monkeypatch):
     monkeypatch.setitem(filtering.SCHEMES, "systematic", middle)
 
 
-def run(x: Tensor, lengths: Tensor, table: Tensor, threshold: float = 0.7) -> Tensor:
-    loss = FIVO_ELBO(K, threshold)
+def run(x: Tensor, lengths: Tensor, table: Tensor, threshold: float = 0.7, size: int = K) -> Tensor:
+    loss = FIVO_ELBO(size, threshold)
     with torch.no_grad(), Noise(table):
         return loss._estimate(
             Protocol(Padded(), PaddedGuide()), read_sequences((x,), {"lengths": lengths}), 1.0
@@ -122,17 +122,15 @@ def test_the_order_of_sequences_does_not_matter(table) -> None:
 
 
 @pytest.mark.usefixtures("_fixed_offsets")
-def test_data_of_as_many_sequences_as_particles_stay_where_they_are() -> None:
+@pytest.mark.parametrize("size", [2, K])
+def test_data_of_as_many_sequences_as_particles_stay_where_they_are(size) -> None:
     """A tensor [N] with N = K looks like one over particles, and is not."""
     torch.manual_seed(0)
-    x, lengths, table = (
-        simulate(T, K),
-        torch.tensor([8, 3, 1, 6, 8, 2]),
-        torch.randn(T, K, K, dtype=torch.float64),
-    )
-    together = run(x, lengths, table)
+    x, lengths = simulate(T, size), torch.tensor([8, 3, 1, 6, 8, 2])[:size]
+    table = torch.randn(T, size, size, dtype=torch.float64)
+    together = run(x, lengths, table, size=size)
     for n, length in enumerate(lengths.tolist()):
-        alone = run(x[:length, n : n + 1], lengths[n : n + 1], table[:length, :, n : n + 1])
+        alone = run(x[:length, [n]], lengths[[n]], table[:length, :, [n]], size=size)
         torch.testing.assert_close(together[n], alone[0], rtol=1e-12, atol=1e-12)
 
 

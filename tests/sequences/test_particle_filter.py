@@ -55,6 +55,18 @@ def test_against_the_kalman_filter(x) -> None:
     assert "T=12, sequences=4, num_particles=2000, num_filters=10" in repr(filtered)
 
 
+def test_filters_count_by_their_evidence(x) -> None:
+    """Few particles in many filters: without the filters' own weights their means are off."""
+    _, means, _ = kalman(x)
+    filtered = ParticleFilter(Walk(), near_optimal(scale=1.5), 3, num_filters=6000)(x[:6])
+    within = filtered.weights.reshape(6, 6000, 3, 4)
+    plain = (
+        (within / within.sum(2, keepdim=True) * filtered.values["z"].reshape(6, 6000, 3, 4)).sum(2).mean(1)
+    )
+    assert (filtered.mean() - means[:6]).abs().max() < 0.04
+    assert (plain - means[:6]).abs().max() > 0.08
+
+
 @pytest.mark.slow
 def test_against_the_kalman_smoother(x) -> None:
     means, variances = smoother(x)
