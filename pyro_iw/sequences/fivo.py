@@ -309,7 +309,7 @@ class FIVO_ELBO(ELBO):
             is_last = moment is moments[-1]
             particles = moment.particles
             if self.estimator == "score" and (sites := particles.nonreparameterized_sites):
-                gain = (final - reached).expand_as(particles.log_p)  # of the only filter
+                gain = _finite(final - reached).expand_as(particles.log_p)  # of the only filter
                 terms.append((particles.log_prob(sites, masked=False), gain))
             if self.estimator == "score":
                 reached = filtered.estimate(moment)
@@ -409,8 +409,13 @@ def _score(filtered: Filtered, moment: Moment, draw: Any, final: Tensor) -> Tens
     K = filtered.num_particles
     weights = softmax(filtered.log_weights(moment), 1)
     counts = filtered.grouped(draw.counts).to(weights.dtype)
-    gain = (final - filtered.estimate(moment)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) * draw.chosen
+    gain = _finite(final - filtered.estimate(moment)) * draw.chosen
     return (gain.unsqueeze(1) * (counts - K * weights)).reshape(moment.particles.log_p.shape)
+
+
+def _finite(gain: Tensor) -> Tensor:
+    """0 for sequences without a living particle, which give no gradient."""
+    return gain.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _refuse_without_path(sites: list[Any], name: str) -> None:

@@ -240,3 +240,22 @@ def test_a_discrete_guide_without_its_score_is_refused() -> None:
         FIVO_ELBO(2).differentiable_loss(Coins(leaf(0.7)), guide, simulate(3, 2))
     FIVO_ELBO(2, estimator="score").differentiable_loss(Coins(leaf(0.7)), guide, simulate(3, 2)).backward()
     assert guide.guided.grad != 0
+
+
+@pytest.mark.parametrize("estimator", ["reparam", "score"])
+def test_a_sequence_without_a_living_particle_gives_no_gradient(estimator) -> None:
+    class Walled(Coins):
+        def step(self, state, x):
+            super().step(state, x)
+            with pyro.plate("wall", len(x)):
+                pyro.factor("no", torch.where(torch.arange(len(x)) == 1, -math.inf, 0.0))
+
+    p, g = leaf(0.7), leaf(0.3) if estimator == "score" else 0.3
+    loss = FIVO_ELBO(3, 1.0, "multinomial", True, estimator=estimator, plates=())
+    with pytest.warns(RuntimeWarning, match="give no gradient"):
+        value = loss.differentiable_loss(Walled(p), Coins(None, g), simulate(3, 2))
+    value.backward()
+    assert value == math.inf
+    assert p.grad == 0
+    loss.differentiable_loss(Coins(p), Coins(None, g), simulate(3, 2)).backward()
+    assert p.grad != 0
