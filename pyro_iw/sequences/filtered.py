@@ -189,7 +189,6 @@ class FilteredSequences:
     def __repr__(self) -> str:
         return (
             f"FilteredSequences(log_marginal={self.log_marginal.double().sum().item():.4f}, "
-            f"T={self.num_steps}, "
-            f"sequences={max(1, self.log_marginal.numel())}, num_particles={self.num_particles}, "
-            f"num_filters={self.num_filters})"
+            f"T={self.num_steps}, sequences={max(1, self.log_marginal.numel())}, "
+            f"num_particles={self.num_particles}, num_filters={self.num_filters})"
         )

@@ -219,8 +219,7 @@ class Filter:
         except Unknown:
             raise ValueError(
                 "The plates around the sites, or the tensors in the state, are others in every run on the "
-                "same "
-                "arguments. Let them depend on nothing but the arguments and the step."
+                "same arguments. Let them depend on nothing but the arguments and the step."
             ) from None
 
     def prepare(self, pair: Protocol, sequences: Sequences) -> Known:
@@ -292,8 +291,7 @@ class Filter:
         if first is None:
             raise ValueError(
                 "Neither init nor any step of model and guide has a sample site, so there is nothing to "
-                "weigh. Are "
-                "values drawn by pyro.sample, and data observed by obs=?"
+                "weigh. Are values drawn by pyro.sample, and data observed by obs=?"
             )
         return replace(result, scale=first.particles.scale)
 
@@ -391,9 +389,7 @@ def _check_scale(moment: Moment, first: Moment) -> None:
         same = math.isclose(one, other, rel_tol=1e-9)
     if not same:
         raise ValueError(
-            f"At {moment_name(moment.index)} the bound is scaled by {one}, and at {moment_name(first.index)} "
-            f"by "
-            f"{other}. A sequence has one weight in the loss: give all steps and init the same "
-            f"poutine.scale, and let "
-            "plates be subsampled alike everywhere."
+            f"At {moment_name(moment.index)} the bound is scaled by {one}, and at "
+            f"{moment_name(first.index)} by {other}. A sequence has one weight in the loss: give all steps "
+            "and init the same poutine.scale, and let plates be subsampled alike everywhere."
         )

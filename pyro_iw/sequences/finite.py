@@ -61,8 +61,7 @@ def first_not_finite(filtered: Filtered) -> NotFinite | None:
             return NotFinite(
                 is_fatal,
                 f"The log-weights are {kind} in {int(cells.sum())} of {cells.numel()} sequence(s){where}, "
-                f"since "
-                f"{moment_name(moment.index)} (first at site {site}).",
+                f"since {moment_name(moment.index)} (first at site {site}).",
             )
     return None
 

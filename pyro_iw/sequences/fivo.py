@@ -175,11 +175,9 @@ class FIVO_ELBO(ELBO):
             raise ValueError(f"estimator must be one of {list(_ESTIMATORS)}, got {self.estimator!r}")
         if self.resampling_gradient and 0 < self.ess_threshold < 1:
             raise ValueError(
-                f"resampling_gradient=True gives an unbiased gradient only if whether to resample does not "
-                f"depend "
-                f"on the particles, but with ess_threshold={self.ess_threshold} it does, in jumps that have "
-                f"no "
-                "gradient. Pass ess_threshold=1."
+                "resampling_gradient=True gives an unbiased gradient only if whether to resample does not "
+                f"depend on the particles, but with ess_threshold={self.ess_threshold} it does, in jumps "
+                "that have no gradient. Pass ess_threshold=1."
             )
         if self.resampling_gradient and self.ess_threshold > 0 and self.resampling != "multinomial":
             raise ValueError(
@@ -189,10 +187,9 @@ class FIVO_ELBO(ELBO):
         if self.estimator == "dreg" and self.ess_threshold < 1:
             raise ValueError(
                 "estimator='dreg' needs steps that begin from equal weights, ess_threshold=1: whether to "
-                "resample "
-                "depends on a draw in jumps otherwise, and over several steps the model hands the guide "
-                "values "
-                "whose gradient is already weighted. Pass ess_threshold=1, or estimator='reparam'."
+                "resample depends on a draw in jumps otherwise, and over several steps the model hands the "
+                "guide values whose gradient is already weighted. Pass ess_threshold=1, or "
+                "estimator='reparam'."
             )
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
@@ -352,8 +349,7 @@ class FIVO_ELBO(ELBO):
         if found.is_fatal:
             raise ValueError(
                 f"{found.message} No gradient step should be taken on them: look for a NaN in the data or "
-                f"the "
-                "parameters, a scale of 0, or too large a learning rate."
+                "the parameters, a scale of 0, or too large a learning rate."
             )
         warn(f"{found.message} Those particles give no gradient.", RuntimeWarning)
 
@@ -422,10 +418,9 @@ def _refuse_without_path(sites: list[Any], name: str) -> None:
     refuse_hidden_draws(sites, name)
     if sites:
         raise ValueError(
-            f"Guide site(s) {listed(sites)} cannot be reparameterised, so estimator={name!r} would leave out "
-            f"the "
-            "gradient of their parameters without a word. Pass estimator='score', or use a continuous "
-            "distribution with an exact rsample at these sites, in model and guide."
+            f"Guide site(s) {listed(sites)} cannot be reparameterised, so estimator={name!r} would leave "
+            "out the gradient of their parameters without a word. Pass estimator='score', or use a "
+            "continuous distribution with an exact rsample at these sites, in model and guide."
         )
 
 

@@ -97,8 +97,7 @@ class History(Watch):
         if missing:
             raise ValueError(
                 f"Step(s) {missing[:5]} have no sample site, so there are no particles to keep for them. "
-                f"log_marginal "
-                "does not need to."
+                "log_marginal does not need to."
             )
         assert filtered.known is not None
         steps = [self._steps[t] for t in range(len(sequences))]
@@ -189,9 +188,8 @@ def _by_name(steps: list[dict[str, Latent]]) -> tuple[dict[str, Tensor], dict[st
         sites[stem] = parts[0]
     if left_out:
         warn(
-            f"Latent site(s) {', '.join(map(repr, left_out))} are not in every step, or not of one shape, so "
-            f"they "
-            "have no values over time. The evidence counts them."
+            f"Latent site(s) {', '.join(map(repr, left_out))} are not in every step, or not of one shape, "
+            "so they have no values over time. The evidence counts them."
         )
     return values, sites
 

@@ -129,15 +129,15 @@ def refuse_enumeration(traces: PairTraces) -> None:
         if is_enumerated(name, site, traces.guide):
             raise NotImplementedError(
                 f"Site {name!r} of the model is to be enumerated in parallel, which a filter does not do: "
-                f"its "
-                f"particles are draws. Sample {name!r} in the guide."
+                f"its particles are draws. Sample {name!r} in the guide."
             )
 
 
 def _run_alone(pair: Protocol, sequences: Sequences) -> tuple[list[Site], int, list[dict[Leaf, torch.Size]]]:
-    """All sites of a pass with one particle, the dims of their plates, and the shapes in the state."""
+    """The sites of a pass with one particle, the dims of their plates, and the shapes in the state."""
     state, nesting = FilterState(1), 0
-    sites: list[Site] = []
+    # A site of every step once, where its plates are the same.
+    sites: dict[Any, Site] = {}
     shapes: list[dict[Leaf, torch.Size]] = []
     with OneMinibatch():
         for moment, traced in march(pair, sequences, state):
@@ -145,10 +145,12 @@ def _run_alone(pair: Protocol, sequences: Sequences) -> tuple[list[Site], int, l
             with naming(moment):
                 refuse_enumeration(traced)
                 found = read_sites(traces)
-            sites += [site._replace(name=f"{site.name} of {moment_name(moment)}") for site in found]
+            for site in found:
+                label = f"{site.name} of {moment_name(moment)}"
+                sites.setdefault((site.role, site.name, site.frames), site._replace(name=label))
             nesting = max(nesting, traces.plate_nesting)
             shapes.append({leaf: tensor.shape for leaf, tensor in state.tensors().items()})
-    return sites, nesting, shapes
+    return list(sites.values()), nesting, shapes
 
 
 def _run_two(pair: Protocol, sequences: Sequences, nesting: int) -> tuple[list[_Moment], dict[str, Any]]:
@@ -166,12 +168,11 @@ def _run_two(pair: Protocol, sequences: Sequences, nesting: int) -> tuple[list[_
             raise
         raise ValueError(
             f"The {progress.role} runs with one particle but not with 2 in one pass: it failed at "
-            f"{moment_name(len(moments) - 1)}, {progress.where()}, with {type(error).__name__}: {error}\n"
-            f"Particles add a batch dim at dim {-1 - nesting}, left of every plate. Let the computation "
-            f"broadcast "
-            "over leading dims: index dims from the right, end reshapes in (*z.shape[:-1], ...), and add up "
-            "where "
-            "values of particles meet data, for torch.cat does not broadcast."
+            f"{moment_name(len(moments) - 1)}, {progress.where()}, with {type(error).__name__}: "
+            f"{error}\nParticles add a batch dim at dim {-1 - nesting}, left of every plate. Let the "
+            "computation broadcast over leading dims: index dims from the right, end reshapes in "
+            "(*z.shape[:-1], ...), and add up where values of particles meet data, for torch.cat does not "
+            "broadcast."
         ) from error
     return moments, minibatch.indices
 
@@ -196,10 +197,9 @@ def _warn_of_forgetting(moments: Sequence[_Moment], warn_once: Callable[[str], N
         kept = {id(tensor) for tensor in before.tensors.values()}
         if after.values and all(id(tensor) in kept for tensor in after.tensors.values()):
             warn_once(
-                f"At {moment_name(number)} the model samples {', '.join(map(repr, after.values))} and stores "
-                "nothing in the state, so the next step does not know of it. Let step store what the next "
-                "one "
-                "reads, as in state['z'] = pyro.sample('z', ...)."
+                f"At {moment_name(number)} the model samples {', '.join(map(repr, after.values))} and "
+                "stores nothing in the state, so the next step does not know of it. Let step store what "
+                "the next one reads, as in state['z'] = pyro.sample('z', ...)."
             )
             return
 
@@ -232,28 +232,25 @@ def _check_memory(
                     + ("other particles" if carried[leaf] else "the particles and has no particle dim")
                     + f" (found at {moment_name(number - 1)}). A particle is resampled together with its own "
                     "memory: store values of the sites' batch shape, and average over particles nowhere "
-                    "(batch "
-                    "normalisation in train mode does)."
+                    "(batch normalisation in train mode does)."
                 )
         for site, other, copy in zip(moment.sites, exchanged.sites, copied.sites, strict=True):
             if not _agree(_first(site.log_prob, known.nesting), _first(copy.log_prob, known.nesting)):
                 raise ValueError(
                     f"The density of site {site} at {moment_name(number - 1)} depends on other particles "
-                    f"than its "
-                    "own, so its weight means nothing. Let no computation go over the particles' dim, the "
-                    "leftmost one: batch normalisation in train mode does, softmax(h, 0) and z.mean(0) do."
+                    "than its own, so its weight means nothing. Let no computation go over the particles' "
+                    "dim, the leftmost one: batch normalisation in train mode does, softmax(h, 0) and "
+                    "z.mean(0) do."
                 )
             if not _agree(
                 site.log_prob, _exchange(other.log_prob, known.nesting) if number % 2 else other.log_prob
             ):
                 raise ValueError(
-                    f"The density of site {site} at {moment_name(number - 1)} does not follow its particle: "
-                    f"when "
-                    "particles change places, and all in the state with them, it stays. So something that "
-                    "depends "
-                    "on sampled values is kept elsewhere (in self, or in an object in the state that is no "
-                    "tensor, "
-                    "tuple, list or dict), where resampling cannot move it. Store it in the state."
+                    f"The density of site {site} at {moment_name(number - 1)} does not follow its "
+                    "particle: when particles change places, and all in the state with them, it stays. So "
+                    "something that depends on sampled values is kept elsewhere (in self, or in an object "
+                    "in the state that is no tensor, tuple, list or dict), where resampling cannot move "
+                    "it. Store it in the state."
                 )
 
 

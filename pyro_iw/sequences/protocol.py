@@ -48,8 +48,7 @@ class Protocol(NamedTuple):
                 if not callable(getattr(part, method, None)):
                     raise ValueError(
                         f"The {role} ({type(part).__name__}) has no method {method}(state, ...). Sequences "
-                        f"take "
-                        "models and guides of Pyro's SMC protocol: objects with init(state, ...) and "
+                        "take models and guides of Pyro's SMC protocol: objects with init(state, ...) and "
                         "step(state, ...), as pyro.infer.SMCFilter does."
                     )
 
@@ -81,11 +80,9 @@ def read_sequences(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequences:
     """
     if not args:
         raise ValueError(
-            "There is no sequence to filter: every positional argument is one, with an entry for each step, "
-            "and "
-            "keyword arguments go to init. Where step(state) takes nothing but the state, let it take the "
-            "time "
-            "and pass range(T)."
+            "There is no sequence to filter: every positional argument is one, with an entry for each "
+            "step, and keyword arguments go to init. Where step(state) takes nothing but the state, let it "
+            "take the time and pass range(T)."
         )
     columns: list[Sequence[Any]] = []
     for number, arg in enumerate(args):
@@ -97,18 +94,15 @@ def read_sequences(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequences:
             kind = "a tensor without dims" if isinstance(arg, Tensor) else f"of type {type(arg).__name__}"
             raise ValueError(
                 f"Positional argument {number} is {kind}, but has to be a sequence with an entry for each "
-                f"step: "
-                "a tensor with time on its first dim, or a list. What is the same for all steps goes to "
-                "init, by "
-                "keyword, which can put it into the state."
+                "step: a tensor with time on its first dim, or a list. What is the same for all steps goes "
+                "to init, by keyword, which can put it into the state."
             )
     lengths = [len(column) for column in columns]
     if len(set(lengths)) > 1:
         raise ValueError(
             f"The sequences differ in length: {lengths}. Each needs an entry for every step (a tensor has "
-            f"time on "
-            "its first dim: is one batch first?). Sequences of a minibatch are padded, and masked beyond "
-            "their ends."
+            "time on its first dim: is one batch first?). Sequences of a minibatch are padded, and masked "
+            "beyond their ends."
         )
     if lengths[0] == 0:
         raise ValueError(

@@ -114,8 +114,7 @@ def _run_step(past: Past, t: int, following: Tensor, size: int) -> tuple[Particl
     if set(found) != set(values):
         raise NotImplementedError(
             f"At {moment_name(t + 1)} the latent sites are {found}, and were {list(values)} when the "
-            f"sequence was "
-            "filtered. Let them depend on the state and the arguments alone."
+            "sequence was filtered. Let them depend on the state and the arguments alone."
         )
     return collect(Traces([traced], size * count, dim), known.plates), state
 
@@ -148,11 +147,10 @@ def _check_markov(past: Past, t: int, state: FilterState, count: int, size: int)
             if not same:
                 raise NotImplementedError(
                     f"{in_words(leaf)} after {moment_name(t + 1)} depends on more than the latents of that "
-                    f"step, so "
-                    "what follows depends on where a trajectory came from, and the density of going from one "
-                    "particle to another is not that of a step. Smooth models whose state is made of the "
-                    "latest "
-                    "latents (delete what is not read again), or take trajectories() along the genealogy."
+                    "step, so what follows depends on where a trajectory came from, and the density of "
+                    "going from one particle to another is not that of a step. Smooth models whose state "
+                    "is made of the latest latents (delete what is not read again), or take trajectories() "
+                    "along the genealogy."
                 )
         return tensor
 

@@ -86,17 +86,15 @@ class FilterState(dict):
     def __missing__(self, key: Hashable) -> Any:
         raise _NotStored(
             f"state[{key!r}] is read {self.where}, but nothing has been stored there. Let init(state, ...) "
-            f"store "
-            f"what the first step reads, and step(state, ...) of the model what the next one does. There is "
-            f"{', '.join(map(repr, self)) or 'nothing'}."
+            "store what the first step reads, and step(state, ...) of the model what the next one does. "
+            f"There is {', '.join(map(repr, self)) or 'nothing'}."
         )
 
     def _write(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if self._locked:
             raise RuntimeError(
-                f"The guide writes to the state {self.where}, but can only read it. Let the model store what "
-                f"the "
-                "next step needs: it is given the guide's values."
+                f"The guide writes to the state {self.where}, but can only read it. Let the model store "
+                "what the next step needs: it is given the guide's values."
             )
         return getattr(dict, name)(self, *args, **kwargs)
 

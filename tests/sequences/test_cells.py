@@ -134,6 +134,54 @@ def test_data_of_as_many_sequences_as_particles_stay_where_they_are(size) -> Non
         torch.testing.assert_close(together[n], alone[0], rtol=1e-12, atol=1e-12)
 
 
+class Inner:
+    """Latents in a plate of each sequence's own, between the particles and the cells."""
+
+    def __init__(self, guide=False):
+        self.guide = guide
+
+    def init(self, state):
+        if not self.guide:
+            state["z"], state["t"] = torch.zeros((), dtype=torch.float64), 0
+
+    def step(self, state, x):
+        with pyro.plate("data", x.shape[-1], dim=-1):
+            with pyro.plate("inner", 3, dim=-2):
+                fn = dist.Normal(A * state["z"], Q)
+                z = pyro.sample("z", fn, infer={"t": state["t"]} if self.guide else {})
+            if not self.guide:
+                state["z"], state["t"] = z, state["t"] + 1
+                pyro.sample("x", dist.Normal(z.sum(-2, keepdim=True), R), obs=x)
+
+
+@pytest.mark.usefixtures("_fixed_offsets")
+def test_dims_that_are_no_cells_go_with_their_particle() -> None:
+    torch.manual_seed(0)
+    x, table = simulate(T, N), torch.randn(T, K, 3, N, dtype=torch.float64)
+
+    def bound(columns: list[int]) -> Tensor:
+        sequences = read_sequences((x[:, columns],), {})
+        with torch.no_grad(), Noise(table[..., columns]):
+            return (
+                FIVO_ELBO(K, 1.0, plates="data")
+                ._estimate(Protocol(Inner(), Inner(True)), sequences, 1.0)[1]
+                .bound
+            )
+
+    together = bound(list(range(N)))
+    assert together.shape == (N,)
+    for n in range(N):
+        torch.testing.assert_close(together[n], bound([n])[0], rtol=1e-12, atol=1e-12)
+    # And with the ancestors followed by hand.
+    n, h, total = 2, torch.zeros(K, 3, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for t in range(T):
+        z = A * h + Q * table[t, ..., n]
+        log_w = dist.Normal(z.sum(-1), R).log_prob(x[t, n])
+        total = total + log_w.logsumexp(0) - math.log(K)
+        h = z[filtering.SCHEMES["systematic"](log_w.softmax(0), K)]
+    torch.testing.assert_close(together[n], total, rtol=1e-12, atol=1e-12)
+
+
 def draws(x: Tensor, lengths: Tensor, threshold: float) -> list:
     pair = Protocol(Padded(), PaddedGuide())
     filtered, _ = FIVO_ELBO(K, threshold)._estimate(pair, read_sequences((x,), {"lengths": lengths}), 1.0)

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SMCFilter
 from torch import Tensor
 
 from helpers.linear_gaussian import A, B, Proposal, Q, Walk, kalman, near_optimal, simulate
@@ -194,6 +195,18 @@ def test_a_model_that_counts_its_steps(way) -> None:
     gain = joint[:, seen] @ torch.linalg.inv(joint[seen][:, seen] + torch.eye(4))
     mean = prior + gain @ (y - prior[seen])
     assert (draws.mean(0).flatten() - mean).abs().max() < 0.35
+
+
+def test_objects_of_pyros_filter_run_unchanged() -> None:
+    y, initial = torch.tensor([0.2, -1.0, 0.5, 1.5]), torch.tensor([1.0, 0.0])
+    filtered = ParticleFilter(Counting(), Counting(guide=True), 4000)(y, initial=initial)
+    smc = SMCFilter(Counting(), Counting(guide=True), num_particles=20_000, max_plate_nesting=0)
+    smc.init(initial=initial)
+    for value in y:
+        smc.step(value)
+    theirs = smc.get_empirical()["z"]
+    torch.testing.assert_close(filtered.mean()[-1], theirs.mean, atol=0.06, rtol=0)
+    torch.testing.assert_close(filtered.variance()[-1], theirs.variance, atol=0.08, rtol=0)
 
 
 def test_discrete_states_are_smoothed() -> None:
