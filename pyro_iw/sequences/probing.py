@@ -147,7 +147,8 @@ def _run_alone(pair: Protocol, sequences: Sequences) -> tuple[list[Site], int, l
                 found = read_sites(traces)
             for site in found:
                 label = f"{site.name} of {moment_name(moment)}"
-                sites.setdefault((site.role, site.name, site.frames), site._replace(name=label))
+                plates = tuple((frame.name, frame.dim, frame.size) for frame in site.frames)
+                sites.setdefault((site.role, site.name, plates), site._replace(name=label))
             nesting = max(nesting, traces.plate_nesting)
             shapes.append({leaf: tensor.shape for leaf, tensor in state.tensors().items()})
     return list(sites.values()), nesting, shapes
