@@ -29,6 +29,7 @@ from .compiling.step import Compiler
 from .gradients.backward_subset import estimate_from_subset
 from .gradients.chunks import Chunks, estimate_in_chunks
 from .gradients.estimators import get_estimator
+from .gradients.over_values import suited_to
 from .gradients.surrogate import Estimate
 from .tracing.counterparts import check_guide
 from .tracing.jumps import find_jumps
@@ -56,6 +57,7 @@ class Keywords(TypedDict, total=False):
     strict_enumeration_warning: bool
     retain_graph: bool | None
     compile: bool
+    stratified: bool
 
 
 class ImportanceWeightedELBO(ELBO):
@@ -97,6 +99,10 @@ class ImportanceWeightedELBO(ELBO):
             new shapes runs eagerly and the second takes some seconds to compile; from then on Pyro's handlers
             no longer run. What cannot be compiled runs eagerly, after a warning. :meth:`recompile` starts
             afresh where the model reads something in Python whose changes go unseen.
+        stratified: whether discrete sites y that the guide enumerates (``infer={"enumerate": "parallel"}``) are
+            summed over inside the logarithm, as the strata of one weight :math:`\sum_y p_\theta(x, y, z_y) /
+            q_\phi(z_y \mid y, x)`. The bound is tighter than :math:`\sum_y q_\phi(y \mid x) V(\ell_y)`, the
+            default, but does not train :math:`q_\phi(y \mid x)`, which drops out of it.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -123,6 +129,7 @@ class ImportanceWeightedELBO(ELBO):
         strict_enumeration_warning: bool = True,
         retain_graph: bool | None = None,
         compile: bool = False,
+        stratified: bool = False,
     ) -> None:
         if not isinstance(bound, Bound):
             raise ValueError(f"bound must be a pyro_iw.Bound, got {bound!r}")
@@ -177,6 +184,7 @@ class ImportanceWeightedELBO(ELBO):
         )
         self._warned: set[str] = set()
         self.compile = compile
+        self.stratified = stratified
         self._compiler = Compiler()
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -258,7 +266,7 @@ class ImportanceWeightedELBO(ELBO):
             (name, value if isinstance(value, Hashable) else id(value))
             for name, value in vars(self.bound).items()
         )
-        options = (type(self.bound), attributes, self.plates, self.backward_particles)
+        options = (type(self.bound), attributes, self.plates, self.backward_particles, self.stratified)
         return self._compiler.run(pair, kl_weight, self._estimate, options)
 
     def recompile(self) -> None:
@@ -286,6 +294,8 @@ class ImportanceWeightedELBO(ELBO):
     def _estimate(self, pair: Pair, kl_weight: float) -> tuple[Particles | Chunks, Estimate]:
         gradients = torch.is_grad_enabled()
         route = self._estimator.route(self.bound) if gradients else None
+        if route is not None:
+            route = route._replace(per_value=not (self.stratified or self._is_linear))
         if _is_less(self.chunk_size, self.num_particles):
             draw = partial(self._draw, kl_weight)
             return estimate_in_chunks(draw, pair, self._estimator, self.bound, route, self.chunk_size)
@@ -295,9 +305,10 @@ class ImportanceWeightedELBO(ELBO):
                 self._runner, collect, pair, self._estimator, self.bound, route, self.backward_particles
             )
         particles, _ = self._draw(kl_weight, pair, self.num_particles, route)
+        estimator = suited_to(self._estimator, particles)
         if gradients:
-            self._estimator.check(particles, self.bound)
-        return particles, self._estimator.estimate(particles, self.bound, route)
+            estimator.check(particles, self.bound)
+        return particles, estimator.estimate(particles, self.bound, route)
 
     def _draw(
         self,
@@ -313,8 +324,7 @@ class ImportanceWeightedELBO(ELBO):
         return self._collect(kl_weight, traces), traces.began
 
     def _collect(self, kl_weight: float, traces: Traces) -> Particles:
-        is_linear = self.bound.is_linear and self.bound.guide_bound.is_linear
-        particles = collect(traces, self.plates, is_linear, kl_weight, self._warn_once)
+        particles = collect(traces, self.plates, self._is_linear, kl_weight, self._warn_once, self.stratified)
         if self.strict_enumeration_warning:
             for site in particles.sites:
                 if site.role == "guide" and site.message["infer"].get("enumerate") == "sequential":
@@ -326,8 +336,11 @@ class ImportanceWeightedELBO(ELBO):
 
     def _look_along(self, traces: Traces) -> list[str]:
         route = self._estimator.route(self.bound)
-        is_linear = self.bound.is_linear and self.bound.guide_bound.is_linear
-        return find_jumps(traces, has_paths=not route.stopped, is_linear=is_linear)
+        return find_jumps(traces, has_paths=not route.stopped, is_linear=self._is_linear)
+
+    @property
+    def _is_linear(self) -> bool:
+        return self.bound.is_linear and self.bound.guide_bound.is_linear
 
     def _next_kl_weight(self) -> float:
         if not callable(self.kl_weight):
@@ -389,6 +402,7 @@ class ImportanceWeightedELBO(ELBO):
             "backward_particles",
             "retain_graph",
             "compile",
+            "stratified",
         )
         values = {name: getattr(self, name) for name in names}
         return "".join(

@@ -32,7 +32,7 @@ from ..tracing.particles import Particles
 from ..tracing.runner import Runner
 from ..tracing.traces import OneMinibatch, Pair, Route, Traces
 from .estimators import Estimator
-from .refusals import refuse_another_density
+from .refusals import listed, refuse_another_density
 from .surrogate import Boundary, Estimate, boundary_ratio, tie
 
 __all__ = ["estimate_from_subset"]
@@ -73,6 +73,12 @@ def estimate_from_subset(
         forward = route._replace(through=None, model_gradients=False)
         traces = runner.run(pair, bound.num_particles, forward, minibatch)
         particles = collect(traces)
+        if particles.enumerated:
+            raise NotImplementedError(
+                f"backward_particles chooses particles, and of site(s) {listed(particles.enumerated)} the guide "
+                "enumerates all values. Use chunk_size to save memory instead, or sample them (without "
+                "infer={'enumerate': 'parallel'})."
+            )
         estimator.check(particles, bound)
         log_w = particles.log_weights.detach()
         estimate = estimator.evaluate(bound, log_w, particles.scale)

@@ -28,12 +28,14 @@ from .._support.nested import map_leaves
 from .._support.random_state import RandomState
 from ..bounds import Bound
 from ..tracing.batch_norm import watch_batch_norm
+from ..tracing.guide_values import GuideValues, without_densities
 from ..tracing.handlers import handlers_in_force, under_handlers
 from ..tracing.particles import Particles
 from ..tracing.sites import Site, plate_key
 from ..tracing.traces import OneMinibatch, Pair, Route
 from .estimators import Estimator
 from .graph import Graph, without_hooks
+from .over_values import suited_to
 from .refusals import refuse_another_density
 from .surrogate import Boundary, Estimate, refuse_second_derivative
 
@@ -70,9 +72,12 @@ class Chunks:
         look: called with the particles of each chunk.
 
     Attributes:
-        log_weights: log p(x, z) - log q(z | x), of shape ``[S, *cells]``, in nats, detached.
+        log_weights: log p(x, z) - log q(z | x), of shape ``[S, *cells]``, in nats, detached; or what else
+            :attr:`Particles.statistics` are.
         scale: see :class:`Particles`.
         log_q_weight: see :class:`Particles`.
+        kl_weight: see :class:`Particles`.
+        values: those of the first chunk, see :class:`Particles`.
 
     Raises:
         ValueError: if two chunks differ in their cells.
@@ -81,6 +86,8 @@ class Chunks:
     log_weights: Tensor
     scale: float | Tensor
     log_q_weight: float | Tensor
+    kl_weight: float
+    values: GuideValues | None
 
     def __init__(
         self,
@@ -121,6 +128,7 @@ class Chunks:
         cells = [plate_key(frame) for frame in particles.plates], particles.log_p.shape[1:]
         if not self._chunks:
             self._cells, self.scale, self.log_q_weight = cells, particles.scale, particles.log_q_weight
+            self.kl_weight, self.values = particles.kl_weight, without_densities(particles.values)
         elif cells != self._cells:
             raise ValueError(
                 f"Particles {start} to {stop - 1} have cells {cells}, those before them {self._cells}. With "
@@ -128,7 +136,7 @@ class Chunks:
             )
         self._look(particles)
         self._chunks.append(chunk)
-        return particles.log_weights.detach()
+        return particles.statistics.detach()
 
     def draw_again(self, visit: Callable[[slice, Particles], bool | None]) -> None:
         """Draw every chunk once more, the same as before. The random state is left as it is.
@@ -185,21 +193,23 @@ def estimate_in_chunks(
     """
     if not torch.is_grad_enabled():
         chunks = Chunks(draw, pair, route, bound.num_particles, chunk_size)
-        return chunks, estimator.evaluate(bound, chunks.log_weights, chunks.scale)
+        return chunks, suited_to(estimator, chunks).evaluate(bound, chunks.log_weights, chunks.scale)
     pair, sources, cut = _cut_arguments(pair)
     # The first pass runs with gradients too: what the estimator has to check and which tensors the gradient
     # leads to can be told from a chunk's graph, which is then dropped.
     graph = Graph(cut)
 
     def look(particles: Particles) -> None:
-        estimator.check(particles, bound)
-        graph.explore(_densities(estimator, particles))
+        suited = suited_to(estimator, particles)
+        suited.check(particles, bound)
+        graph.explore(_densities(suited, particles))
 
     def draw_watched(*args: Any) -> tuple[Particles, RandomState | None]:
         graph.start()
         return draw(*args)
 
     chunks = Chunks(draw_watched, pair, route, bound.num_particles, chunk_size, look)
+    estimator = suited_to(estimator, chunks)
     estimate = estimator.evaluate(bound, chunks.log_weights, chunks.scale)
     if not graph.leaves:
         return chunks, estimate
@@ -216,7 +226,7 @@ def estimate_in_chunks(
 
         def visit(part: slice, particles: Particles) -> None:
             if is_validation_enabled():
-                refuse_another_density(particles.log_weights, chunks.log_weights[part], _DRAWN_AGAIN)
+                refuse_another_density(particles.statistics, chunks.log_weights[part], _DRAWN_AGAIN)
             graph.explore(_densities(estimator, particles), known=True)
             share = estimator.attach(torch.zeros_like(grad), particles, weights.of(part), route)
             if share.requires_grad:

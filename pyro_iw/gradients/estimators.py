@@ -67,7 +67,10 @@ from .refusals import (
     listed,
     refuse_another_density,
     refuse_baselines,
+    refuse_enumerated,
+    refuse_expected,
     refuse_hidden_draws,
+    refuse_inside_sums,
     refuse_late_parameters,
     refuse_missing_paths,
     refuse_moving_supports,
@@ -139,7 +142,7 @@ class Estimator(ABC):
         Raises:
             ValueError: if the bound's value has the wrong shape.
         """
-        log_w = particles.log_weights.detach()
+        log_w = particles.statistics.detach()
         estimate = self.evaluate(bound, log_w, particles.scale)
         if not torch.is_grad_enabled():
             return estimate
@@ -270,6 +273,7 @@ class STL(Reparam):
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
+        refuse_inside_sums(particles.absorbed, self.name)
         refuse_late_parameters(particles.guide_sites, self.name)
         refuse_moving_supports(particles.guide_sites, self.name)
         assert particles.log_q_stopped is not None
@@ -355,6 +359,7 @@ class Score(Estimator):
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
         refuse_hidden_draws(particles.nonreparameterized_sites, self.name)
+        refuse_expected(particles.nonreparameterized_sites, self.name)
         refuse_moving_supports(particles.nonreparameterized_sites, self.name)
 
     def replacement(self, bound: Bound, log_w: Tensor) -> Tensor | None:
@@ -420,6 +425,7 @@ class RWS(Estimator):
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
+        refuse_enumerated(particles.enumerated, self.name)
         refuse_late_parameters(particles.guide_sites, self.name)
         refuse_moving_supports(particles.guide_sites, self.name)
         if bound.guide_bound.K == 1:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,9 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from .._support.warn import warn
+from .guide_values import GuideValues, ValueDims, guide_values
 from .masks import warn_of_masks, warn_of_masks_of_guide
+from .over_values import over_values, stratified
 from .sites import Site, plate_key, read_sites
 from .traces import Traces
 
@@ -44,6 +46,10 @@ class Particles:
         sites: the sites that carry a density, guide first.
         kl_weight: the weight of the prior and of the guide's density within ``log_p`` and ``log_q``.
         log_q_stopped: log q at stopped values, of the same shape, where the route asked for it.
+        enumerated: the guide's sites whose values are enumerated.
+        absorbed: the guide's sampled sites that have been summed out together with them.
+        values: densities of these values, where each joint value has log-weights of its own: then all shapes
+            are ``[S, Y, *cells]``, and ``log_q`` is that of the sampled sites alone.
     """
 
     log_p: Tensor
@@ -55,11 +61,26 @@ class Particles:
     log_q_stopped: Tensor | None = field(repr=False)
     _layout: _Layout = field(repr=False)
     _shares_scale: bool = field(repr=False)
+    enumerated: tuple[Site, ...] = field(default=(), repr=False)
+    absorbed: tuple[Site, ...] = field(default=(), repr=False)
+    values: GuideValues | None = field(default=None, repr=False)
 
     @property
     def log_weights(self) -> Tensor:
         """log p(x, z) - log q(z | x), of shape ``[S, *cells]``, in nats."""
-        return self.log_p - self.log_q
+        log_w = self.log_p - self.log_q
+        return log_w if self.values is None else log_w - self.kl_weight * self.values.counted
+
+    @property
+    def statistics(self) -> Tensor:
+        """What bound and weights follow from: the log-weights, or their parts where there are ``values``.
+
+        Those are log p - log q, ``values.log_q`` and ``values.counted``; of shape ``[S, 3, Y, *cells]``.
+        """
+        if self.values is None:
+            return self.log_p - self.log_q
+        parts = (self.log_p - self.log_q, self.values.log_q, self.values.counted)
+        return torch.stack(torch.broadcast_tensors(*parts), 1)
 
     def to_batch(self, per_cell: Tensor) -> Tensor:
         """Reshape ``[S, *cells]`` so that it broadcasts against the batch dims of the sites' values.
@@ -68,6 +89,8 @@ class Particles:
             A tensor of shape ``[S, *batch]``, with size 1 at every batch dim that is no kept plate.
         """
         dims = self._layout.kept_dims
+        if self._layout.values.dims:
+            return self._layout.values.to_batch(per_cell, dims, self._layout.particle_dim)
         rank = -self._layout.particle_dim - 1 if self._layout.particle_dim else -min(dims, default=0)
         shape = [1] * rank
         for dim, size in zip(dims, per_cell.shape[1:], strict=True):
@@ -90,8 +113,8 @@ class Particles:
         """The guide's sites without a pathwise gradient whose density has parameters."""
         return [
             site
-            for site in self.guide_sites
-            if (site.is_latent or site.is_factor) and not site.is_reparameterized
+            for site in (*self.guide_sites, *self.absorbed)
+            if (site.is_latent or site.is_factor) and not site.is_reparameterized and not site.is_enumerated
         ]
 
     def log_prob(self, sites: list[Site], masked: bool = True) -> Tensor:
@@ -131,6 +154,7 @@ class _Layout(NamedTuple):
 
     particle_dim: int | None
     kept_dims: tuple[int, ...]
+    values: ValueDims = ValueDims()
 
     def log_density(self, site: Site) -> Tensor:
         """The site's log density, scaled and masked, of shape ``[S, *cells]`` or ``[*cells]``.
@@ -142,6 +166,7 @@ class _Layout(NamedTuple):
 
     def sum_to_cells(self, tensor: Tensor) -> Tensor:
         keep = self.kept_dims if self.particle_dim is None else (self.particle_dim, *self.kept_dims)
+        keep = (*self.values.dims, *keep)
         rank = -min(keep, default=0)
         if tensor.dim() < rank:
             tensor = tensor.reshape((1,) * (rank - tensor.dim()) + tensor.shape)
@@ -155,6 +180,7 @@ def collect(
     is_linear: bool = False,
     kl_weight: float = 1.0,
     warn_once: Callable[[str], None] = warn,
+    is_stratified: bool = False,
 ) -> Particles:
     r"""Read the log-weights off the traces.
 
@@ -166,6 +192,7 @@ def collect(
         kl_weight: :math:`\beta` in :math:`\log p(x \mid z) + \beta (\log p(z) - \log q(z \mid x))`.
         warn_once: called with a message if a plate of all the model's latents is lost to other sites, a scale
             stays inside the logarithm, or a latent is masked in the model alone.
+        is_stratified: whether values that the guide enumerates are summed over inside the logarithm.
 
     Raises:
         ValueError: if a plate is unknown or has sites outside, or a subsampled plate is not kept,
@@ -173,6 +200,10 @@ def collect(
         NotImplementedError: as :func:`read_sites`.
     """
     sites = read_sites(traces)
+    enumerated = tuple(site for site in sites if site.is_enumerated)
+    absorbed: tuple[Site, ...] = ()
+    if enumerated and is_stratified:
+        sites, absorbed = stratified(sites, enumerated, traces)
     kept = _kept_plates(sites, plates, is_linear, warn_once)
     if not is_linear:
         _check_subsampling(sites, kept)
@@ -188,8 +219,17 @@ def collect(
     layout = _Layout(traces.particle_dim, kept_dims)
     if kl_weight != 1:
         _check_kl_weight(sites)
-    log_p, log_q, log_q_stopped = _log_densities(sites, layout, traces, kl_weight)
-    return Particles(log_p, log_q, scale, kept, tuple(sites), kl_weight, log_q_stopped, layout, shared)
+    counted, rescored = sites, None
+    if enumerated and not is_stratified:
+        found = over_values(sites, kept, traces, is_linear)
+        sites, counted, rescored = found.sites, found.counted, found.rescored
+        layout, enumerated = layout._replace(values=found.dims), found.enumerated
+    log_p, log_q, log_q_stopped = _log_densities(counted, layout, traces, kl_weight, rescored)
+    particles = Particles(log_p, log_q, scale, kept, tuple(sites), kl_weight, log_q_stopped, layout, shared)
+    if not layout.values.dims:
+        return replace(particles, enumerated=enumerated, absorbed=absorbed) if enumerated else particles
+    values = guide_values(enumerated, particles.guide_sites, traces, particles.log_prob)
+    return replace(particles, enumerated=enumerated, values=values)
 
 
 def _check_kl_weight(sites: list[Site]) -> None:
@@ -411,14 +451,18 @@ def _shared_scale(
 
 
 def _log_densities(
-    sites: list[Site], layout: _Layout, traces: Traces, kl_weight: float
+    sites: list[Site],
+    layout: _Layout,
+    traces: Traces,
+    kl_weight: float,
+    rescored: list[Site] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p, log q and, if the guide was rescored, log q at stopped values, of shape ``[S, *cells]``."""
     guide = [site for site in sites if site.role == "guide"]
     model = [site for site in sites if site.role == "model"]
     groups = [model, guide]
     if any(site.rescored is not None for site in guide):
-        groups.append([site.rescored_site() for site in guide])
+        groups.append([site.rescored_site() for site in guide] if rescored is None else rescored)
     zero = sites[0].log_prob.new_zeros(()) if sites else torch.zeros(())
     totals = [_sum_sites(group, layout, len(traces.pairs), kl_weight, zero) for group in groups]
     shape = totals[0].shape
@@ -434,7 +478,7 @@ def _sum_sites(
     sites: Iterable[Site], layout: _Layout, num_pairs: int, kl_weight: float, zero: Tensor
 ) -> Tensor:
     """The sites' log densities summed, of shape ``[S, *cells]`` with size 1 where they do not vary."""
-    rank = len(layout.kept_dims) + (layout.particle_dim is not None)
+    rank = len(layout.kept_dims) + (layout.particle_dim is not None) + len(layout.values.dims)
     sums: list[Tensor | None] = [None] * num_pairs
     for site in sites:
         term = layout.log_density(site)
@@ -449,7 +493,7 @@ def _sum_sites(
         if total is None or total.dtype != zero.dtype:  # a dtype that all groups share
             start = zero.reshape((1,) * rank)
             total = start if total is None else start + total
-        totals.append(total)
+        totals.append(layout.values.join(total, layout.particle_dim is not None))
     if layout.particle_dim is not None:
         return totals[0]
     return totals[0].unsqueeze(0) if num_pairs == 1 else torch.stack(torch.broadcast_tensors(*totals))

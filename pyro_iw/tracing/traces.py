@@ -21,6 +21,7 @@ from torch.distributions import TransformedDistribution
 
 from .._support.random_state import RandomState
 from .handlers import GivenValues
+from .guide_values import is_enumerated_in_guide, refuse_messenger, spread_over_values
 from .messages import guide_messenger, is_latent, sample_sites
 from .paths import carried, has_path
 
@@ -66,12 +67,15 @@ class Route(NamedTuple):
         stopped: whether no gradient flows through them at all, from one guide site to the next either.
         rescored: whether the guide's density is also evaluated at stopped values, by a second run of it.
         model_gradients: whether the model runs with gradients.
+        per_value: whether what passes through is first spread over the values that the guide enumerates, so
+            that each of them has a gradient of its own.
     """
 
     through: Through | None = None
     stopped: bool = False
     rescored: bool = False
     model_gradients: bool = True
+    per_value: bool = False
 
 
 class PairTraces(NamedTuple):
@@ -95,8 +99,8 @@ class Traces(NamedTuple):
         pairs: one if vectorised, else S.
         num_particles: the number S of particles.
         particle_dim: the (negative) batch dim of the particles; None where each pair holds one.
-        enum_dim: the first (negative) dim for enumerated sites of the model, left of all others; None where
-            nothing is enumerated.
+        enum_dim: the first (negative) dim for enumerated sites, the guide's before the model's, left of all
+            others; None where nothing is enumerated.
         began: the random state that the run began from, where it was asked for.
     """
 
@@ -226,20 +230,25 @@ def trace_pair(
         particle: index of the particle that this run is; None if it holds all of them.
         route: how latent values travel; straight, if None.
         enclose: wraps guide and model, as the plate over particles does.
-        enum_dim: first dim for the model's sites that are enumerated in parallel; if None they are sampled.
+        enum_dim: first dim for the sites that are enumerated in parallel; if None they are sampled.
         progress: kept up to date while they run.
+
+    Raises:
+        NotImplementedError: if a guide messenger has a site to enumerate.
     """
     route, progress = route or Route(), progress or Progress()
     # Around the trace and not inside it: the trace is to record stopped values.
     with _CutPaths(everywhere=route.stopped) if torch.is_grad_enabled() else nullcontext():
-        guided, guide_trace, model_trace = _trace_guide(pair, enclose(pair.guide), progress)
+        guide = _enumerating(pair, enclose(pair.guide), enum_dim)
+        guided, guide_trace, model_trace = _trace_guide(pair, guide, progress)
     _score_transformed(guide_trace)
     rescored = None
     if route.rescored:
         stopped = _with_values(guided, lambda value, *_: value.detach())
         _, rescored, _ = _trace_guide(pair, poutine.replay(enclose(pair.guide), trace=stopped), progress)
     if route.through is not None:
-        guided = _with_values(guided, route.through, particle)
+        through = spread_over_values(route.through, guide_trace) if route.per_value else route.through
+        guided = _with_values(guided, through, particle)
     if route.through is not None or model_trace is None or enum_dim is not None:
         with nullcontext() if route.model_gradients else torch.no_grad():
             model_trace = _trace_model(pair, guided, enclose, enum_dim, progress)
@@ -256,7 +265,8 @@ def trace_particle(pair: Pair, latents: Mapping[str, Tensor], enum_dim: int | No
     """
     progress = Progress()
     with GivenValues(latents):
-        guided, guide_trace, model_trace = _trace_guide(pair, pair.guide, progress)
+        guide = _enumerating(pair, pair.guide, enum_dim)
+        guided, guide_trace, model_trace = _trace_guide(pair, guide, progress)
     if model_trace is None or enum_dim is not None:
         model_trace = _trace_model(pair, guided, lambda fn: fn, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace)
@@ -299,8 +309,17 @@ def _trace_model(
     """The model replayed against the guide's trace."""
     model = enclose(pair.model)
     if enum_dim is not None:
-        model = poutine.enum(model, first_available_dim=enum_dim)
+        # The model's dims lie left of those that the guide has taken.
+        taken = any(map(is_enumerated_in_guide, guided.nodes.values()))
+        model = poutine.enum(model, first_available_dim=None if taken else enum_dim)
     return progress.record("model", poutine.replay(model, trace=guided), pair)
+
+
+def _enumerating(pair: Pair, guide: Callable, enum_dim: int | None) -> Callable:
+    """The guide under Pyro's parallel enumeration, unless it runs the model itself."""
+    if enum_dim is None or guide_messenger(pair.guide) is not None:
+        return guide
+    return poutine.enum(guide, first_available_dim=enum_dim)
 
 
 def _trace_guide(pair: Pair, guide: Callable, progress: Progress) -> tuple[Trace, Trace, Trace | None]:
@@ -315,6 +334,7 @@ def _trace_guide(pair: Pair, guide: Callable, progress: Progress) -> tuple[Trace
     finally:
         progress.trace = messenger.trace
     model_trace, guide_trace = messenger.get_traces()
+    refuse_messenger(guide_trace)
     # What it ran is the model itself only if neither of them is wrapped.
     own = messenger is pair.guide and messenger.model is pair.model
     return messenger.trace, guide_trace, model_trace if own else None
@@ -341,7 +361,7 @@ def _with_values(trace: Trace, change: Through, particle: int | None = None) -> 
     """The trace with its latent values changed."""
     trace = trace.copy()
     for name, site in list(trace.nodes.items()):
-        if is_latent(site):
+        if is_latent(site) and not is_enumerated_in_guide(site):
             event_dim = getattr(site["fn"], "event_dim", 0)
             value: Any = site["value"]
             changed: Any = {**site, "value": carried(value, change, event_dim, particle)}
