@@ -99,10 +99,11 @@ class ImportanceWeightedELBO(ELBO):
             new shapes runs eagerly and the second takes some seconds to compile; from then on Pyro's handlers
             no longer run. What cannot be compiled runs eagerly, after a warning. :meth:`recompile` starts
             afresh where the model reads something in Python whose changes go unseen.
-        stratified: whether discrete sites y that the guide enumerates (``infer={"enumerate": "parallel"}``) are
-            summed over inside the logarithm, as the strata of one weight :math:`\sum_y p_\theta(x, y, z_y) /
-            q_\phi(z_y \mid y, x)`. The bound is tighter than :math:`\sum_y q_\phi(y \mid x) V(\ell_y)`, the
-            default, but does not train :math:`q_\phi(y \mid x)`, which drops out of it.
+        stratified: whether discrete sites y that the guide enumerates (``infer={"enumerate": "parallel"}``)
+            are summed over inside the logarithm, as the strata of one weight
+            :math:`\sum_y p_\theta(x, y, z_y) / q_\phi(z_y \mid y, x)`. The bound is tighter than
+            :math:`\sum_y q_\phi(y \mid x) V(\ell_y)`, the default, but does not train
+            :math:`q_\phi(y \mid x)`, which drops out of it.
 
     Raises:
         ValueError: if an argument is out of range.

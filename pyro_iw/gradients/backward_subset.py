@@ -75,9 +75,9 @@ def estimate_from_subset(
         particles = collect(traces)
         if particles.enumerated:
             raise NotImplementedError(
-                f"backward_particles chooses particles, and of site(s) {listed(particles.enumerated)} the guide "
-                "enumerates all values. Use chunk_size to save memory instead, or sample them (without "
-                "infer={'enumerate': 'parallel'})."
+                "backward_particles chooses particles, and of site(s) "
+                f"{listed(particles.enumerated)} the guide enumerates all values. Use "
+                "chunk_size to save memory instead, or sample them (without infer={'enumerate': 'parallel'})."
             )
         estimator.check(particles, bound)
         log_w = particles.log_weights.detach()

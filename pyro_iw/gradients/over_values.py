@@ -12,19 +12,19 @@ particles of a group: :math:`\sum_y r(y) \log(\hat w_y / r(y)) \le \log \sum_y \
 :math:`\hat w_y` the mean weight without r, holds for any r, and the right-hand side is a bound. With K = 1
 either is the ELBO with y summed out.
 
-By linearity the gradient for fixed r is, for each y, that of V times r(y), for whatever estimator; r itself adds
+By linearity the gradient for fixed r is, for each y, that of V times r(y), whatever the estimator; r itself
+adds
 
 .. math:: \frac{\partial F}{\partial \log q_k(y)} = \frac1K\, q_k(y)\, V(\ell_{\cdot y})
 
-and, through :math:`-\log r(y)` within :math:`\ell`, a term that sums to 0 over y unless y is masked or scaled.
-From V the mean over y is taken off, which changes nothing and saves its digits.
+and, through :math:`-\log r(y)` within :math:`\ell`, a term that sums to 0 over y unless y is masked or
+scaled. From V the mean over y is taken off, which changes nothing and saves its digits.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..bounds import IWAE, MIWAE, Bound
@@ -38,7 +38,7 @@ __all__ = ["OverValues", "suited_to"]
 
 
 def suited_to(estimator: Estimator, particles: Any) -> Estimator:
-    """The estimator for these particles, or chunks of them: one over values where the guide enumerates some."""
+    """The estimator for these particles, or chunks of them: over values where the guide enumerates some."""
     if particles.values is None:
         return estimator
     return OverValues(estimator, particles.kl_weight, particles.values.is_free)
@@ -118,8 +118,8 @@ class OverValues(Estimator):
             ):
                 raise NotImplementedError(
                     f"{given}. Their probabilities then are mixed over the particles of a group, but how "
-                    f"{part!r} takes its M groups together is not known. Draw {names} first in the guide, take "
-                    "M=1, or pass stratified=True."
+                    f"{part!r} takes its M groups together is not known. Draw {names} first in the guide, "
+                    "take M=1, or pass stratified=True."
                 )
 
     def evaluate(self, bound: Bound, log_w: Tensor, scale: float | Tensor) -> Estimate:

@@ -95,12 +95,12 @@ def refuse_hidden_draws(sites: Iterable[Site], name: str) -> None:
 
 
 def refuse_enumerated(sites: Iterable[Site], name: str) -> None:
-    """Refuse sites that the guide enumerates, where the guide climbs no bound that they could be summed out of."""
+    """Refuse sites that the guide enumerates, where it climbs no bound that they could be summed out of."""
     sites = list(sites)
     if sites:
         raise NotImplementedError(
-            f"Site(s) {listed(sites)} are enumerated in the guide, and estimator={name!r} climbs log q of what "
-            "was drawn. Remove their infer={'enumerate': 'parallel'} to have them sampled, or use "
+            f"Site(s) {listed(sites)} are enumerated in the guide, and estimator={name!r} climbs log q of "
+            "what was drawn. Remove their infer={'enumerate': 'parallel'} to have them sampled, or use "
             "estimator='reparam' ('score' or 'vimco' where other sites have no path)."
         )
 
@@ -110,10 +110,10 @@ def refuse_expected(sites: Iterable[Site], name: str) -> None:
     found = [site for site in sites if site.message.get("is_expected")]
     if found:
         raise NotImplementedError(
-            f"Guide site(s) {listed(found)} have no path, and are drawn for each value of a site that the guide "
-            "enumerates outside of the plates that have importance weights, so there is no cost for each value, "
-            f"which estimator={name!r} needs. Pass stratified=True, enumerate {listed(found)} as well, or sample "
-            "the enumerated site: remove its infer={'enumerate': 'parallel'}."
+            f"Guide site(s) {listed(found)} have no path, and are drawn for each value of a site that the "
+            "guide enumerates outside of the plates that have importance weights, so there is no cost for "
+            f"each value, which estimator={name!r} needs. Pass stratified=True, enumerate {listed(found)} as "
+            "well, or sample the enumerated site: remove its infer={'enumerate': 'parallel'}."
         )
 
 
@@ -125,8 +125,8 @@ def refuse_inside_sums(sites: Iterable[Site], name: str) -> None:
     sites = list(sites)
     if sites:
         raise NotImplementedError(
-            f"Guide site(s) {listed(sites)} are drawn for each value of an enumerated site, and summed over inside "
-            f"the logarithm by stratified=True, which estimator={name!r} has no weights for. Use "
+            f"Guide site(s) {listed(sites)} are drawn for each value of an enumerated site, and summed over "
+            f"inside the logarithm by stratified=True, which estimator={name!r} has no weights for. Use "
             "estimator='reparam', or leave out stratified=True."
         )
 

@@ -284,6 +284,7 @@ class ImportanceSampler:
         dead = None
         with self._bar(1) as bar:
             for particles, traces in self._chunks(pair, bar, minibatch):
+                _refuse_values(particles)
                 log_p.append(particles.log_p)
                 log_q.append(particles.log_q)
                 latents.append(read_latents(traces))
@@ -347,7 +348,9 @@ class ImportanceSampler:
             # Never across a yield: whoever consumes this may leave it, or run under other settings.
             with torch.no_grad(), minibatch:
                 traces = self._runner.run(pair, size)
-                particles = collect(traces, self.plates, is_linear=False, warn_once=self._warn_once)
+                particles = collect(
+                    traces, self.plates, is_linear=False, warn_once=self._warn_once, is_stratified=True
+                )
                 if left == self.num_particles:
                     check_proposal(particles, traces, self.check_support, self._warn_once)
             _check_finite(particles)
@@ -367,6 +370,18 @@ class ImportanceSampler:
 
     def __repr__(self) -> str:
         return f"ImportanceSampler(num_particles={self.num_particles}, chunk_size={self.chunk_size})"
+
+
+def _refuse_values(particles: Particles) -> None:
+    """Refuse particles that stand for all values of a site, and so are no draws of the latents."""
+    names = ", ".join(dict.fromkeys(repr(site.name) for site in particles.enumerated))
+    if names:
+        raise NotImplementedError(
+            f"Site(s) {names} are enumerated in the guide, so a particle holds all of their values, and there "
+            "are no draws to keep. log_marginal sums over the values; for draws sample them in the guide "
+            "(without infer={'enumerate': 'parallel'}), or leave them out of the guide and enumerate them in "
+            "the model."
+        )
 
 
 def _check_finite(particles: Particles) -> None:

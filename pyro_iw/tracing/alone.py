@@ -26,6 +26,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
+from .guide_values import ids_of, is_enumerated_in_guide
 from .latents import own_frames, own_shape
 from .messages import base_of, latent_sites
 from .sites import Site, read_sites
@@ -128,6 +129,8 @@ class Alone:
     def _read_again(self, move: float) -> list[Site] | None:
         """The sites of a run of the particle by itself."""
         enum_dim = None if self._traces.enum_dim is None else self._traces.particle_dim
+        if ids_of(self._traces.pairs[0].guide):
+            enum_dim = self._traces.enum_dim  # where values given to the model have theirs
         try:
             with OneMinibatch(self._minibatch):
                 traced = trace_particle(self._pair, self._latents(move), enum_dim)
@@ -139,11 +142,12 @@ class Alone:
     def _latents(self, move: float) -> dict[str, Tensor]:
         """The particle's latent values, as they are without the particle dim.
 
-        Those of a Delta are left to be computed: they would have to be met to the last bit.
+        Those of a Delta are left to be computed: they would have to be met to the last bit. So are those that
+        are enumerated.
         """
         values = {}
         for name, site in latent_sites(self._traces.pairs[0].guide).items():
-            if isinstance(base_of(site["fn"]), Delta):
+            if isinstance(base_of(site["fn"]), Delta) or is_enumerated_in_guide(site):
                 continue
             value: Any = self._take(site, site["value"])
             if move and _is_real(site["fn"]):
@@ -158,6 +162,9 @@ class Alone:
         assert self._traces.particle_dim is not None
         event_dim, nesting = getattr(site["fn"], "event_dim", 0), -self._traces.particle_dim - 1
         size = self._traces.num_particles
+        if value.dim() - event_dim > nesting + 1:  # of each of the values that the guide enumerates
+            dim = -nesting - 1 - event_dim
+            return value.narrow(dim, self._particle if value.shape[dim] > 1 else 0, 1).clone()
         return own_shape(value, event_dim, own_frames(site), nesting, size)[self._particle].clone()
 
     def _fill_in(self, guide: Trace) -> None:

@@ -90,7 +90,7 @@ def marginalize(trace: Trace, guide_trace: Trace, log_probs: dict[str, Tensor]) 
 
 
 def _symbols_of_guide(trace: Trace, guide_trace: Trace) -> dict[str, int]:
-    """Symbols of the dims of what the guide enumerates, which are not summed over here, and the ids of those."""
+    """Symbols of the dims of what the guide enumerates, which are not summed over here, and their ids."""
     ids = ids_of(guide_trace)
     found: dict[str, int] = {}
     for message in trace.nodes.values() if ids else ():
@@ -120,9 +120,10 @@ def _check_plates(
             outer = {frame.name for frame in trace.nodes[name]["cond_indep_stack"] if frame.vectorized}
             if not inner <= outer:
                 raise NotImplementedError(
-                    f"Site {name!r} is to be summed out of the model, but the guide enumerates {site!r}, on which "
-                    f"the same sites depend, in plate(s) {', '.join(map(repr, sorted(inner - outer)))} inside of "
-                    f"it. Enumerate {name!r} in the guide as well, or leave {site!r} out of the guide, too."
+                    f"Site {name!r} is to be summed out of the model, but the guide enumerates {site!r}, on "
+                    "which the same sites depend, in plate(s) "
+                    f"{', '.join(map(repr, sorted(inner - outer)))} inside of it. Enumerate {name!r} "
+                    f"in the guide as well, or leave {site!r} out of the guide, too."
                 )
 
 

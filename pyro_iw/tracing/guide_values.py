@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 __all__ = [
     "GuideValues",
     "ValueDims",
+    "guide_values",
     "ids_of",
     "is_enumerated_in_guide",
     "is_marked",
     "joint_values",
-    "guide_values",
     "refuse_messenger",
     "spread_over_values",
     "value_dims",
@@ -85,7 +85,7 @@ def value_dims(message: Any, log_prob: Tensor, ids: frozenset[int]) -> dict[int,
 
 
 class ValueDims(NamedTuple):
-    """Where the values of the enumerated sites lie among batch dims: the leftmost dim first, and their sizes."""
+    """Where values of the enumerated sites lie among batch dims, the leftmost dim first, and their sizes."""
 
     dims: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
@@ -109,7 +109,7 @@ class ValueDims(NamedTuple):
         """``[S, Y, *cells]`` so that it broadcasts against values, each joint value at the dims of its sites.
 
         Returns:
-            A tensor of shape ``[*values, S, *batch]``, or ``[S, *values, *batch]`` where particles have no dim.
+            A tensor of shape ``[*values, S, *batch]``; ``[S, *values, *batch]`` where particles have no dim.
         """
         apart = per_cell.unflatten(1, self.sizes)
         shape = [1] * -min(self.dims)
@@ -136,8 +136,8 @@ def refuse_messenger(trace: Any) -> None:
         if is_marked(site):
             raise NotImplementedError(
                 f"Site {name!r} of the guide is to be enumerated in parallel, but the guide is a guide "
-                "messenger, which runs the model itself. Write the guide as a function or an AutoGuideList, or "
-                f"remove its infer={{'enumerate': 'parallel'}} to have {name!r} sampled."
+                "messenger, which runs the model itself. Write the guide as a function or an AutoGuideList, "
+                f"or remove its infer={{'enumerate': 'parallel'}} to have {name!r} sampled."
             )
 
 
@@ -180,10 +180,10 @@ def joint_values(sites: Sequence[Site], kept: Sequence[CondIndepStackFrame], num
         if deeper:
             plates = ", ".join(repr(frame.name) for frame in deeper)
             raise NotImplementedError(
-                f"Site {site.name!r} of the guide is enumerated in plate(s) {plates}, which have no importance "
-                "weight of their own: outside the logarithm its sum would be over the values of all entries "
-                "jointly. Pass stratified=True, which sums inside the logarithm entry by entry, use K=1 (the "
-                "ELBO), move every latent, observed and factor site into the plate(s), or sample "
+                f"Site {site.name!r} of the guide is enumerated in plate(s) {plates}, which have no "
+                "importance weight of their own: outside the logarithm its sum would be over the values of "
+                "all entries jointly. Pass stratified=True, which sums inside the logarithm entry by entry, use "
+                "K=1 (the ELBO), move every latent, observed and factor site into the plate(s), or sample "
                 f"{site.name!r} (without its infer={{'enumerate': 'parallel'}}) with estimator='vimco'."
             )
     for pair in range(num_pairs):
@@ -194,9 +194,9 @@ def joint_values(sites: Sequence[Site], kept: Sequence[CondIndepStackFrame], num
             if dim in seen:
                 raise NotImplementedError(
                     f"Sites {seen[dim]!r} and {site.name!r} of the guide are enumerated on the same dim, as "
-                    "pyro.markov lets them, but outside the logarithm all their values are taken jointly. Pass "
-                    "stratified=True, use K=1 (the ELBO), or leave out pyro.markov in the guide to have a dim "
-                    "for each."
+                    "pyro.markov lets them, but outside the logarithm all their values are taken jointly. "
+                    "Pass stratified=True, use K=1 (the ELBO), or leave out pyro.markov in the guide to have "
+                    "a dim for each."
                 )
             seen[dim] = site.name
         if ValueDims.of(own) != ValueDims.of([site for site in sites if site.pair == 0]):

@@ -8,10 +8,10 @@ there are three ways to sum.
 
 * **Outside the logarithm**, :math:`\sum_y q_\phi(y \mid x)\, V(\ell_y)`: the joint values y are cells, which
   :mod:`~pyro_iw.gradients.over_values` weighs. Nothing is summed here.
-* **Outside, of a mean** (the ELBO), where the sum goes into each log density: :func:`expected`. Entries of a
-  plate, and links of a chain, then have their own sums.
-* **Inside the logarithm**, :math:`\log \sum_y p_\theta(x, y, z_y) / q_\phi(z_y \mid y, x)`: the values are the
-  strata of one importance weight, :func:`stratified`. Pyro's variable elimination takes the sum, with the
+* **Outside, of a mean** (the ELBO), where the sum goes into each log density: :class:`Expectation`. Entries
+  of a plate, and links of a chain, then have their own sums.
+* **Inside the logarithm**, :math:`\log \sum_y p_\theta(x, y, z_y) / q_\phi(z_y \mid y, x)`: the values are
+  the strata of one importance weight, :func:`stratified`. Pyro's variable elimination takes the sum, with the
   guide's densities among the factors.
 
 References:
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import string
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ from .paths import has_path
 from .sites import Site
 from .traces import Traces
 
-__all__ = ["Expectation", "OverValues", "Stratified", "over_values", "stratified"]
+__all__ = ["Expectation", "OverValues", "Stratified", "over_values", "stratified", "warn_of_dropped"]
 
 
 class Expectation:
@@ -99,9 +99,10 @@ class Expectation:
                 for frame in above.frames:
                     if frame.vectorized and not site.inside(frame):
                         raise NotImplementedError(
-                            f"Site {site} lies outside plate {frame.name!r}, but depends on {above.name!r}, which "
-                            f"the guide enumerates inside of it. Move {site.name!r} into the plate, or sample "
-                            f"{above.name!r}: remove its infer={{'enumerate': 'parallel'}}."
+                            f"Site {site} lies outside plate {frame.name!r}, but depends on "
+                            f"{above.name!r}, which the guide enumerates inside of it. Move {site.name!r} "
+                            f"into the plate, or sample {above.name!r}: remove its infer={{'enumerate': "
+                            "'parallel'}."
                         )
                 pending += self.dims(above).values()
         symbols = _Symbols()
@@ -211,6 +212,17 @@ def is_joint(enumerated: Sequence[Site], kept: Sequence[CondIndepStackFrame], nu
     return True
 
 
+def warn_of_dropped(enumerated: Sequence[Site], warn_once: Callable[[str], None]) -> None:
+    """Warn of densities with parameters that drop out of a sum inside the logarithm."""
+    names = dict.fromkeys(repr(site.name) for site in enumerated if site.log_prob.requires_grad)
+    if names:
+        warn_once(
+            f"stratified=True sums the values of guide site(s) {', '.join(names)} inside the logarithm, "
+            "where their probabilities drop out: what they alone depend on is not trained. Leave out "
+            "stratified=True to train it, or detach the probabilities where it is trained otherwise."
+        )
+
+
 class Stratified(NamedTuple):
     """Sites with the guide's enumerated ones summed out.
 
@@ -226,9 +238,10 @@ class Stratified(NamedTuple):
 def stratified(sites: Sequence[Site], enumerated: Sequence[Site], traces: Traces) -> Stratified:
     r"""Sum the values out inside the log-weight.
 
-    The term of sites that hang together, :math:`L = \log \sum_y p_\theta(\cdot, y, z_y) / q_\phi(z_y \mid y)`,
-    is split in two by its gradient: a site of the model, of value L, has the derivative in :math:`p_\theta`;
-    one of the guide, of value 0, that in :math:`q_\phi`. The density :math:`q_\phi(y \mid x)` drops out.
+    The term of sites that hang together,
+    :math:`L = \log \sum_y p_\theta(\cdot, y, z_y) / q_\phi(z_y \mid y)`, is split in two by its gradient: a
+    site of the model, of value L, has the derivative in :math:`p_\theta`; one of the guide, of value 0, that
+    in :math:`q_\phi`. The density :math:`q_\phi(y \mid x)` drops out.
 
     Arguments:
         sites: all sites, guide first.
@@ -276,9 +289,9 @@ def _contract(sites: list[Site], dims: list[dict[int, int]], ids: frozenset[int]
         value = scale_and_mask(site.log_prob, mask=mask)
         tensor, names = symbols.pack(value, found)
         tensors.append((tensor, names))
-        plates = [frame for frame in site.frames if frame.vectorized and frame.dim is not None]
-        frames.update({symbols.of(("dim", frame.dim)): frame for frame in plates})
-        ordinals.append([symbols.of(("dim", frame.dim)) for frame in plates])
+        own = {symbols.of(("dim", frame.dim)): frame for frame in site.frames if frame.dim is not None}
+        frames.update(own)
+        ordinals.append(list(own))
     # The particles' dim is around all of them.
     free = [letter for (kind, dim), letter in symbols.known.items() if kind == "dim" and letter not in frames]
     contexts = [frozenset([*ordinal, *free]) for ordinal in ordinals]

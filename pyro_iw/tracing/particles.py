@@ -26,7 +26,7 @@ from torch import Tensor
 from .._support.warn import warn
 from .guide_values import GuideValues, ValueDims, guide_values
 from .masks import warn_of_masks, warn_of_masks_of_guide
-from .over_values import over_values, stratified
+from .over_values import over_values, stratified, warn_of_dropped
 from .sites import Site, plate_key, read_sites
 from .traces import Traces
 
@@ -203,6 +203,7 @@ def collect(
     enumerated = tuple(site for site in sites if site.is_enumerated)
     absorbed: tuple[Site, ...] = ()
     if enumerated and is_stratified:
+        warn_of_dropped(enumerated, warn_once)
         sites, absorbed = stratified(sites, enumerated, traces)
     kept = _kept_plates(sites, plates, is_linear, warn_once)
     if not is_linear:

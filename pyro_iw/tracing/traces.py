@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution
 
 from .._support.random_state import RandomState
-from .handlers import GivenValues
 from .guide_values import is_enumerated_in_guide, refuse_messenger, spread_over_values
+from .handlers import GivenValues
 from .messages import guide_messenger, is_latent, sample_sites
 from .paths import carried, has_path
 

@@ -1,9 +1,9 @@
-"""Pairs whose guide enumerates discrete sites, written twice: in Pyro, and as loops over the same particles.
+"""Pairs whose guide enumerates discrete sites, written twice: in Pyro, and as loops over the particles.
 
-Each case has ``model()`` and ``guide()``, parameters ``theta`` and ``phi``, ``values`` (the joint values y), and
-``densities(theta, phi, noise, n, y)``: the scalars (log p(x, y, z), log q(z | y), log q(y)) of cell n. ``noise``
-gives the standard normal draw of a guide site by ``noise(site, *values, n)``, with the values that the site is
-drawn for.
+Each case has ``model()`` and ``guide()``, parameters ``theta`` and ``phi``, ``values`` (joint values y), and
+``densities(theta, phi, noise, n, y)``: the scalars (log p(x, y, z), log q(z | y), log q(y)) of cell n.
+``noise`` gives the standard normal draw of a guide site by ``noise(site, *values, n)``, with the values that
+the site is drawn for.
 """
 
 import itertools
@@ -88,7 +88,7 @@ class Minibatch(PerValue):
 
 
 class Masked(PerValue):
-    """Cell 1 is masked altogether; in cell 2 neither y nor its density exists, and the model takes y = 1 there."""
+    """Cell 1 is masked altogether; in cell 2 y does not exist, and the model takes y = 1 there."""
 
     cell = torch.tensor([True, False, True])
     exists = torch.tensor([True, True, False])
@@ -297,8 +297,9 @@ def per_particle(draws, num_particles, sizes):
     """The noise of each particle, as a function of site, values and cell.
 
     Arguments:
-        draws: what was drawn, one tensor a site for each chunk of ``sizes`` particles; None for a run without a
-            particle dim.
+        draws: what was drawn, one tensor a site for each chunk.
+        num_particles: the number of particles.
+        sizes: the number of particles in each chunk; None for a run without a particle dim.
     """
     sites = len(draws) // len(sizes)
     found = []
