@@ -19,6 +19,7 @@ comes from the guide's own density stay those of all S particles.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -30,7 +31,7 @@ from ..tracing.batch_norm import watch_batch_norm
 from ..tracing.messages import guide_messenger
 from ..tracing.particles import Particles
 from ..tracing.runner import Runner
-from ..tracing.traces import OneMinibatch, Pair, Route, Traces
+from ..tracing.traces import Index, OneMinibatch, Pair, Route, Traces
 from .estimators import Estimator
 from .refusals import listed, refuse_another_density
 from .surrogate import Boundary, Estimate, boundary_ratio, tie
@@ -88,7 +89,7 @@ def estimate_from_subset(
         indices, model, path = _choose(weights.model, path, count)
         places = particles.to_batch(indices)
 
-        def through(value: Tensor, event_dim: int, particle: int | None) -> Tensor:
+        def through(value: Tensor, event_dim: int, particle: Index, site: Any) -> Tensor:
             value = _gather(value, event_dim, places)
             return value if boundary is None else boundary(value, event_dim, particle)
 

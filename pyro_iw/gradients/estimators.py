@@ -62,7 +62,7 @@ from ..bounds import Bound
 from ..logmean import leave_one_out_logmeanexp, leave_one_out_mean, softmax
 from ..tracing.masks import masked_in_guide_alone
 from ..tracing.particles import Particles
-from ..tracing.traces import Route
+from ..tracing.traces import Rescored, Route
 from .refusals import (
     listed,
     refuse_another_density,
@@ -269,7 +269,7 @@ class STL(Reparam):
     guide_densities = (_minus_log_q, _log_q_stopped)
 
     def route(self, bound: Bound) -> Route:
-        return super().route(bound)._replace(rescored=True)
+        return super().route(bound)._replace(rescored=(Rescored(),))
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
@@ -315,7 +315,7 @@ class DReG(STL):
     name = "dreg"
 
     def route(self, bound: Bound) -> Route:
-        return Route(through=Boundary(), rescored=True)
+        return Route(through=Boundary(), rescored=(Rescored(),))
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)

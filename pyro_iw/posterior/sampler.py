@@ -377,8 +377,8 @@ def _refuse_values(particles: Particles) -> None:
     names = ", ".join(dict.fromkeys(repr(site.name) for site in particles.enumerated))
     if names:
         raise NotImplementedError(
-            f"Site(s) {names} are enumerated in the guide, so a particle holds all of their values, and there "
-            "are no draws to keep. log_marginal sums over the values; for draws sample them in the guide "
+            f"Site(s) {names} are enumerated in the guide, so a particle holds all of their values, and "
+            "there are no draws to keep. log_marginal sums over the values; for draws sample them in the guide "
             "(without infer={'enumerate': 'parallel'}), or leave them out of the guide and enumerate them in "
             "the model."
         )

@@ -105,7 +105,7 @@ class ValueDims(NamedTuple):
         joined = tensor.expand(*self.sizes, *tensor.shape[count:]).flatten(0, count - 1)
         return joined.transpose(0, 1) if has_particles else joined
 
-    def to_batch(self, per_cell: Tensor, kept_dims: Sequence[int], particle_dim: int | None) -> Tensor:
+    def to_batch(self, per_cell: Tensor, kept_dims: Sequence[int], particle_dims: Sequence[int]) -> Tensor:
         """``[S, Y, *cells]`` so that it broadcasts against values, each joint value at the dims of its sites.
 
         Returns:
@@ -115,9 +115,9 @@ class ValueDims(NamedTuple):
         shape = [1] * -min(self.dims)
         for dim, size in zip((*self.dims, *kept_dims), apart.shape[1:], strict=True):
             shape[dim] = size
-        if particle_dim is None:
+        if not particle_dims:
             return apart.reshape(-1, *shape)
-        shape[particle_dim] = len(apart)
+        shape[particle_dims[0]] = len(apart)
         return apart.movedim(0, len(self.dims)).reshape(shape)
 
 
@@ -150,7 +150,7 @@ def spread_over_values(through: Callable[..., Tensor], guide_trace: Any) -> Call
             shape = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
             sizes[dim] = shape[dim]
 
-    def spread(value: Tensor, event_dim: int, particle: int | None) -> Tensor:
+    def spread(value: Tensor, event_dim: int, particle: Any, site: Any) -> Tensor:
         if value.requires_grad and sizes:
             rank = max(value.dim() - event_dim, -min(sizes))
             value = value.reshape((1,) * (rank + event_dim - value.dim()) + value.shape)
@@ -158,7 +158,7 @@ def spread_over_values(through: Callable[..., Tensor], guide_trace: Any) -> Call
             for dim, size in sizes.items():
                 shape[dim - event_dim] = size
             value = value.expand(shape)
-        return through(value, event_dim, particle)
+        return through(value, event_dim, particle, site)
 
     return spread
 
@@ -182,9 +182,9 @@ def joint_values(sites: Sequence[Site], kept: Sequence[CondIndepStackFrame], num
             raise NotImplementedError(
                 f"Site {site.name!r} of the guide is enumerated in plate(s) {plates}, which have no "
                 "importance weight of their own: outside the logarithm its sum would be over the values of "
-                "all entries jointly. Pass stratified=True, which sums inside the logarithm entry by entry, use "
-                "K=1 (the ELBO), move every latent, observed and factor site into the plate(s), or sample "
-                f"{site.name!r} (without its infer={{'enumerate': 'parallel'}}) with estimator='vimco'."
+                "all entries jointly. Pass stratified=True, which sums inside the logarithm entry by entry, "
+                "use K=1 (the ELBO), move every latent, observed and factor site into the plate(s), or "
+                f"sample {site.name!r} (without its infer={{'enumerate': 'parallel'}}) with estimator='vimco'."
             )
     for pair in range(num_pairs):
         own = [site for site in sites if site.pair == pair]

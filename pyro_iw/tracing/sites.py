@@ -26,7 +26,7 @@ from .masks import fits, masked_value, with_masks_of_model
 from .messages import base_of, has_no_density
 from .paths import class_name, draws_hard_values, has_biased_path, has_path
 from .supports import is_discrete, own_support, support_moves
-from .traces import PARTICLE_PLATE, Traces, is_transformed
+from .traces import Traces, is_of_particles, is_transformed
 
 __all__ = ["Site", "plate_key", "read_sites"]
 
@@ -48,7 +48,7 @@ class Site(NamedTuple):
         """The site of a trace, its log density evaluated unless given."""
         if log_prob is None:
             log_prob = _log_prob(role, name, message)
-        frames = tuple(f for f in message["cond_indep_stack"] if f.name != PARTICLE_PLATE)
+        frames = tuple(f for f in message["cond_indep_stack"] if not is_of_particles(f))
         return cls(role, name, message, log_prob, pair, frames)
 
     @property
@@ -141,8 +141,8 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
                 if role == "guide" and message["is_observed"] and not isinstance(message["fn"], Unit):
                     continue  # no particle is drawn from it
                 site = Site.read(role, name, message, index)
-                if role == "guide" and rescored is not None:
-                    site = site._replace(rescored=rescored.nodes[name])
+                if role == "guide" and name in rescored:
+                    site = site._replace(rescored=rescored[name])
                 if validate:
                     message["log_prob"] = site.log_prob
                     check_site_shape(message, nesting)

@@ -8,7 +8,8 @@ that run one by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
@@ -26,14 +27,17 @@ from .messages import guide_messenger, is_latent, sample_sites
 from .paths import carried, has_path
 
 __all__ = [
+    "LOCAL_PLATE",
     "PARTICLE_PLATE",
     "OneMinibatch",
     "Pair",
     "PairTraces",
     "Progress",
+    "Rescored",
     "Route",
     "Through",
     "Traces",
+    "is_of_particles",
     "is_transformed",
     "plate_nesting",
     "trace_guide_given",
@@ -45,9 +49,16 @@ __all__ = [
 #: Name of the plate over particles; Pyro's own ELBOs use the same.
 PARTICLE_PLATE = "num_particles_vectorized"
 
-#: What a latent value passes through between guide and model, given its event_dim and the index of its
-#: particle (None where it holds all of them).
-Through = Callable[[Tensor, int, "int | None"], Tensor]
+#: Name of the plate over the local particles of each of these.
+LOCAL_PLATE = "num_local_particles_vectorized"
+
+#: Index of the particle that a run is: of the particle and its local one where there are two levels; None
+#: where it holds all of them.
+Index = int | tuple[int, int] | None
+
+#: What a latent value passes through between guide and model, given its event_dim, the index of its particle,
+#: and the message of its site in the guide.
+Through = Callable[[Tensor, int, Index, Any], Tensor]
 
 
 class Pair(NamedTuple):
@@ -59,13 +70,25 @@ class Pair(NamedTuple):
     kwargs: dict[str, Any] = {}  # noqa: RUF012 - never written to
 
 
+class Rescored(NamedTuple):
+    """A second run of the guide, at its own values, for the density at stopped values.
+
+    Attributes:
+        stopped: whether the value of a site is stopped, given its message; all are, unless given.
+        read: whether the density of a site is that of this run.
+    """
+
+    stopped: Callable[[Any], bool] = lambda site: True
+    read: Callable[[Any], bool] = lambda site: True
+
+
 class Route(NamedTuple):
     """How latent values travel.
 
     Attributes:
         through: what each passes through on its way from the guide to the model.
         stopped: whether no gradient flows through them at all, from one guide site to the next either.
-        rescored: whether the guide's density is also evaluated at stopped values, by a second run of it.
+        rescored: second runs of the guide, in which its density is also evaluated at stopped values.
         model_gradients: whether the model runs with gradients.
         per_value: whether what passes through is first spread over the values that the guide enumerates, so
             that each of them has a gradient of its own.
@@ -73,7 +96,7 @@ class Route(NamedTuple):
 
     through: Through | None = None
     stopped: bool = False
-    rescored: bool = False
+    rescored: tuple[Rescored, ...] = ()
     model_gradients: bool = True
     per_value: bool = False
 
@@ -84,24 +107,26 @@ class PairTraces(NamedTuple):
     Attributes:
         model: the model, replayed against the guide.
         guide: the guide.
-        rescored: the guide again, replayed against its own stopped values, if the route asks for it.
+        rescored: sites of the guide again, at stopped values, as far as the route asks for it.
     """
 
     model: Trace
     guide: Trace
-    rescored: Trace | None = None
+    rescored: Mapping[str, Any] = {}
 
 
 class Traces(NamedTuple):
     """The traces of S particles.
 
     Attributes:
-        pairs: one if vectorised, else S.
+        pairs: one if vectorised; else S, or with local particles S times the most of them that a plate has,
+            those of one particle side by side.
         num_particles: the number S of particles.
         particle_dim: the (negative) batch dim of the particles; None where each pair holds one.
         enum_dim: the first (negative) dim for enumerated sites, the guide's before the model's, left of all
             others; None where nothing is enumerated.
         began: the random state that the run began from, where it was asked for.
+        local: by the name of its plate, the number of local particles of each particle.
     """
 
     pairs: list[PairTraces]
@@ -109,6 +134,12 @@ class Traces(NamedTuple):
     particle_dim: int | None
     enum_dim: int | None = None
     began: RandomState | None = None
+    local: Mapping[str, int] = {}
+
+    @property
+    def local_dim(self) -> int | None:
+        """The batch dim of the local particles, right of that of the particles; None where there is none."""
+        return self.particle_dim + 1 if self.local and self.particle_dim is not None else None
 
     @property
     def plate_nesting(self) -> int:
@@ -124,10 +155,15 @@ def plate_nesting(trace: Trace) -> int:
             for site in trace.nodes.values()
             if site["type"] == "sample"
             for frame in site["cond_indep_stack"]
-            if frame.dim is not None and frame.name != PARTICLE_PLATE
+            if frame.dim is not None and not is_of_particles(frame)
         ),
         default=0,
     )
+
+
+def is_of_particles(frame: Any) -> bool:
+    """Whether a plate is none of the pair's own."""
+    return frame.name in (PARTICLE_PLATE, LOCAL_PLATE)
 
 
 class Progress:
@@ -217,35 +253,42 @@ class _CutPaths(Messenger):
 
 def trace_pair(
     pair: Pair,
-    particle: int | None = None,
+    particle: Index = None,
     route: Route | None = None,
     enclose: Callable[[Callable], Callable] = lambda fn: fn,
     enum_dim: int | None = None,
     progress: Progress | None = None,
+    given: Mapping[str, Tensor] | None = None,
 ) -> PairTraces:
     """Run guide and model once.
 
     Arguments:
         pair: the pair and its arguments.
-        particle: index of the particle that this run is; None if it holds all of them.
+        particle: index of the particle that this run is.
         route: how latent values travel; straight, if None.
         enclose: wraps guide and model, as the plate over particles does.
         enum_dim: first dim for the sites that are enumerated in parallel; if None they are sampled.
         progress: kept up to date while they run.
+        given: values of latent sites that the guide does not draw, with their graphs.
 
     Raises:
         NotImplementedError: if a guide messenger has a site to enumerate.
     """
     route, progress = route or Route(), progress or Progress()
     # Around the trace and not inside it: the trace is to record stopped values.
-    with _CutPaths(everywhere=route.stopped) if torch.is_grad_enabled() else nullcontext():
+    with ExitStack() as stack:
+        if torch.is_grad_enabled():
+            stack.enter_context(_CutPaths(everywhere=route.stopped))
+        if given:
+            stack.enter_context(GivenValues(given))
         guide = _enumerating(pair, enclose(pair.guide), enum_dim)
         guided, guide_trace, model_trace = _trace_guide(pair, guide, progress)
     _score_transformed(guide_trace)
-    rescored = None
-    if route.rescored:
-        stopped = _with_values(guided, lambda value, *_: value.detach())
-        _, rescored, _ = _trace_guide(pair, poutine.replay(enclose(pair.guide), trace=stopped), progress)
+    rescored: dict[str, Any] = {}
+    for run in route.rescored:
+        stopped = _with_values(guided, partial(_stop, run.stopped))
+        _, again, _ = _trace_guide(pair, poutine.replay(enclose(pair.guide), trace=stopped), progress)
+        rescored |= {name: site for name, site in again.nodes.items() if run.read(site)}
     if route.through is not None:
         through = spread_over_values(route.through, guide_trace) if route.per_value else route.through
         guided = _with_values(guided, through, particle)
@@ -350,6 +393,10 @@ def _score_transformed(trace: Trace) -> None:
                 site["unscaled_log_prob"] = log_prob
 
 
+def _stop(where: Callable[[Any], bool], value: Tensor, event_dim: int, particle: Index, site: Any) -> Tensor:
+    return value.detach() if where(site) else value
+
+
 def is_transformed(fn: Any) -> bool:
     """Whether a distribution is made by transforms, its event dims aside."""
     while not isinstance(fn, TransformedDistribution) and hasattr(fn, "base_dist"):
@@ -357,14 +404,14 @@ def is_transformed(fn: Any) -> bool:
     return isinstance(fn, TransformedDistribution)
 
 
-def _with_values(trace: Trace, change: Through, particle: int | None = None) -> Trace:
+def _with_values(trace: Trace, change: Through, particle: Index = None) -> Trace:
     """The trace with its latent values changed."""
     trace = trace.copy()
     for name, site in list(trace.nodes.items()):
         if is_latent(site) and not is_enumerated_in_guide(site):
             event_dim = getattr(site["fn"], "event_dim", 0)
             value: Any = site["value"]
-            changed: Any = {**site, "value": carried(value, change, event_dim, particle)}
+            changed: Any = {**site, "value": carried(value, change, event_dim, particle, site)}
             changed.pop("unscaled_log_prob", None)
             trace.nodes[name] = changed
     return trace
