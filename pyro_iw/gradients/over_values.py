@@ -105,9 +105,13 @@ class OverValues(Estimator):
         if isinstance(self.inner, DReG | Score) and not bound.guide_bound.is_linear:
             raise NotImplementedError(
                 f"{given}. Their probabilities then are mixed over all particles, for which "
-                f"estimator={self.name!r} has no gradient. Draw {names} first in the guide, use "
-                "estimator='reparam', pass stratified=True, or sample them (without infer={'enumerate': "
-                "'parallel'})."
+                f"estimator={self.name!r} has no gradient. Draw {names} first in the guide, or sample them "
+                "(without infer={'enumerate': 'parallel'}). "
+                + (
+                    "stratified=True, which mixes nothing, will do as well."
+                    if isinstance(self.inner, Score)
+                    else "estimator='reparam' will do as well."
+                )
             )
         for part in {bound, bound.guide_bound}:
             if (
