@@ -378,9 +378,9 @@ def _refuse_values(particles: Particles) -> None:
     if names:
         raise NotImplementedError(
             f"Site(s) {names} are enumerated in the guide, so a particle holds all of their values, and "
-            "there are no draws to keep. log_marginal sums over the values; for draws sample them in the guide "
-            "(without infer={'enumerate': 'parallel'}), or leave them out of the guide and enumerate them in "
-            "the model."
+            "there are no draws to keep. log_marginal sums over the values; for draws sample them in the "
+            "guide (without infer={'enumerate': 'parallel'}), or leave them out of the guide and enumerate "
+            "them in the model."
         )
 
 

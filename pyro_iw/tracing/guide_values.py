@@ -184,7 +184,8 @@ def joint_values(sites: Sequence[Site], kept: Sequence[CondIndepStackFrame], num
                 "importance weight of their own: outside the logarithm its sum would be over the values of "
                 "all entries jointly. Pass stratified=True, which sums inside the logarithm entry by entry, "
                 "use K=1 (the ELBO), move every latent, observed and factor site into the plate(s), or "
-                f"sample {site.name!r} (without its infer={{'enumerate': 'parallel'}}) with estimator='vimco'."
+                f"sample {site.name!r} (without its infer={{'enumerate': 'parallel'}}) with "
+                "estimator='vimco'."
             )
     for pair in range(num_pairs):
         own = [site for site in sites if site.pair == pair]
