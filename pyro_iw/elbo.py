@@ -22,6 +22,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from ._support.arguments import as_plate_names, positive_integer
+from ._support.nested import leaves
 from ._support.random_state import RandomState
 from ._support.warn import warn
 from .bounds import Bound
@@ -255,10 +256,11 @@ class ImportanceWeightedELBO(ELBO):
             return None
         self._runner.prepare(pair)  # by a run of its own, which is not to be recorded
         attributes = tuple(
-            (name, value if isinstance(value, Hashable) else id(value))
-            for name, value in vars(self.bound).items()
+            (type(bound), name, value if isinstance(value, Hashable) else id(value))
+            for bound in self._bounds
+            for name, value in vars(bound).items()
         )
-        options = (type(self.bound), attributes, self.plates, self.backward_particles)
+        options = (attributes, self.plates, self.backward_particles)
         return self._compiler.run(pair, kl_weight, self._estimate, options)
 
     def recompile(self) -> None:
@@ -312,9 +314,20 @@ class ImportanceWeightedELBO(ELBO):
         traces = self._runner.run(pair, num_particles, route, minibatch, note_state)
         return self._collect(kl_weight, traces), traces.began
 
+    @property
+    def _bounds(self) -> list[Bound]:
+        """The bound, or those it is made of."""
+        return [self.bound]
+
+    @property
+    def _is_linear(self) -> bool:
+        return all(bound.is_linear and bound.guide_bound.is_linear for bound in self._bounds)
+
+    def _read(self, kl_weight: float, traces: Traces) -> Particles:
+        return collect(traces, self.plates, self._is_linear, kl_weight, self._warn_once)
+
     def _collect(self, kl_weight: float, traces: Traces) -> Particles:
-        is_linear = self.bound.is_linear and self.bound.guide_bound.is_linear
-        particles = collect(traces, self.plates, is_linear, kl_weight, self._warn_once)
+        particles = self._read(kl_weight, traces)
         if self.strict_enumeration_warning:
             for site in particles.sites:
                 if site.role == "guide" and site.message["infer"].get("enumerate") == "sequential":
@@ -326,8 +339,7 @@ class ImportanceWeightedELBO(ELBO):
 
     def _look_along(self, traces: Traces) -> list[str]:
         route = self._estimator.route(self.bound)
-        is_linear = self.bound.is_linear and self.bound.guide_bound.is_linear
-        return find_jumps(traces, has_paths=not route.stopped, is_linear=is_linear)
+        return find_jumps(traces, has_paths=not route.stopped, is_linear=self._is_linear)
 
     def _next_kl_weight(self) -> float:
         if not callable(self.kl_weight):
@@ -338,7 +350,8 @@ class ImportanceWeightedELBO(ELBO):
         """Warn of a bound of -inf, refuse NaN and +inf; name the site each arose at."""
         if math.isfinite(loss):
             return
-        log_w, bound = particles.log_weights, estimate.bound
+        log_w = torch.cat([part.reshape(-1) for part in leaves(particles.log_weights)])
+        bound = estimate.bound
         bad = log_w.isnan() | log_w.isposinf()
         if bool(bad.any()):
             site = (

@@ -33,7 +33,7 @@ from .cells import (
     with_inner_scales,
 )
 from .masks import warn_of_masks, warn_of_masks_of_guide
-from .sites import Site, read_sites
+from .sites import Site, plate_key, read_sites
 from .traces import Traces
 
 __all__ = ["Layout", "Particles", "check_kl_weight", "collect", "sum_to_particles"]
@@ -68,6 +68,11 @@ class Particles:
     def log_weights(self) -> Tensor:
         """log p(x, z) - log q(z | x), of shape ``[S, *cells]``, in nats."""
         return self.log_p - self.log_q
+
+    @property
+    def cells(self) -> tuple[list, torch.Size]:
+        """Which plates are kept, and of what sizes."""
+        return [plate_key(frame) for frame in self.plates], self.log_p.shape[len(self._layout.particles) :]
 
     def to_batch(self, per_cell: Tensor) -> Tensor:
         """Reshape ``[S, *cells]`` so that it broadcasts against the batch dims of the sites' values.
@@ -252,7 +257,7 @@ def _log_densities(
     guide = [site for site in sites if site.role == "guide"]
     model = [site for site in sites if site.role == "model"]
     groups = [model, guide]
-    if any(site.rescored is not None for site in guide):
+    if all(site.rescored is not None for site in guide):  # or where there are none
         groups.append([site.rescored_site() for site in guide])
     zero = sites[0].log_prob.new_zeros(()) if sites else torch.zeros(())
     totals = [_sum_sites(group, layout, kl_weight, zero) for group in groups]

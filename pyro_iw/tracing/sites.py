@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +25,9 @@ from .masks import fits, masked_value, with_masks_of_model
 from .messages import base_of, has_no_density
 from .paths import class_name, draws_hard_values, has_biased_path, has_path
 from .supports import is_discrete, own_support, support_moves
-from .traces import Traces, is_of_particles, is_transformed
+from .traces import LOCAL_PLATE, Traces, is_of_particles, is_transformed
 
-__all__ = ["Site", "plate_key", "read_sites"]
+__all__ = ["Site", "outside_depends_on_inside", "plate_key", "read_sites"]
 
 
 class Site(NamedTuple):
@@ -136,6 +136,8 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
                 site = Site.read(role, name, message, index)
                 if role == "guide" and name in rescored:
                     site = site._replace(rescored=rescored[name])
+                if traces.local_dim is not None:
+                    _check_local_dim(site, traces.local_dim, traces.local)
                 if validate:
                     message["log_prob"] = site.log_prob
                     check_site_shape(message, nesting)
@@ -314,6 +316,31 @@ def _check_mask_and_scale(site: Site) -> None:
                 f"The {kind} at site {site} has shape {tuple(tensor.shape)}, which does not broadcast to the "
                 f"site's batch shape {tuple(shape)}. {remedy}"
             )
+
+
+def _check_local_dim(site: Site, dim: int, local: Mapping[str, int]) -> None:
+    """Refuse a site outside of the local plates that varies with their local particles."""
+    if site.log_prob.dim() < -dim or site.log_prob.shape[dim] == 1:
+        return
+    if not any(frame.name == LOCAL_PLATE for frame in site.message["cond_indep_stack"]):
+        shape, plates = tuple(site.log_prob.shape), ", ".join(map(repr, local))
+        how = f"has shape {shape}, where dim {dim} is that of the local particles of {plates}"
+        raise ValueError(outside_depends_on_inside(site, how))
+
+
+def outside_depends_on_inside(site: Site, how: str) -> str:
+    """What to say of a site outside of the local plates whose density varies with local particles.
+
+    Arguments:
+        site: the site.
+        how: what can be seen of it.
+    """
+    return (
+        f"The log density at site {site} {how}: the site lies outside of the plate and depends on a latent "
+        "inside, so there is no local weight for each index of the plate. Move it into the plate, sample "
+        "what it depends on outside (in the guide, latents outside of the plate come first), or use a bound "
+        "with one joint weight (IWAE_ELBO, MIWAE_ELBO)."
+    )
 
 
 def _check_particle_dim(site: Site, traces: Traces) -> None:

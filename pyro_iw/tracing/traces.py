@@ -280,7 +280,7 @@ def trace_pair(
     for run in route.rescored:
         stopped = _with_values(guided, partial(_stop, run.stopped))
         _, again, _ = _trace_guide(pair, poutine.replay(enclose(pair.guide), trace=stopped), progress)
-        rescored |= {name: site for name, site in again.nodes.items() if run.read(site)}
+        rescored |= {name: site for name, site in sample_sites(again).items() if run.read(site)}
     if route.through is not None:
         guided = _with_values(guided, route.through, particle)
     if route.through is not None or model_trace is None or enum_dim is not None:
