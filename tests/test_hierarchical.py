@@ -120,28 +120,30 @@ def check(estimator, inner, outer, way, pair=None):
             torch.testing.assert_close(grad, hand[name], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("inner, outer", PAIRS)
+@pytest.mark.parametrize(("inner", "outer"), PAIRS)
 @pytest.mark.parametrize("estimator", ["reparam", "stl", "dreg"])
 def test_gradients_of_both_levels_are_those_of_a_double_loop(estimator, inner, outer):
     check(estimator, inner, outer, "one pass")
 
 
 @pytest.mark.parametrize("way", ["one by one", "chunks"])
-@pytest.mark.parametrize("inner, outer", SOME)
+@pytest.mark.parametrize(("inner", "outer"), SOME)
 @pytest.mark.parametrize("estimator", ["reparam", "stl", "dreg"])
 def test_however_the_particles_run(estimator, inner, outer, way):
     check(estimator, inner, outer, way)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator, inner, outer", [("dreg", "MIWAE", "IWAE"), ("reparam", "IWAE", "mean")])
+@pytest.mark.parametrize(
+    ("estimator", "inner", "outer"), [("dreg", "MIWAE", "IWAE"), ("reparam", "IWAE", "mean")]
+)
 def test_compiled(estimator, inner, outer):
     check(estimator, inner, outer, "compiled")
 
 
 @pytest.mark.parametrize("way", ["one pass", "one by one", "chunks"])
 @pytest.mark.parametrize(
-    "inner, outer", [("IWAE", "mean"), ("IWAE", "IWAE"), ("CIWAE", "IWAE"), ("ELBO", "mean")]
+    ("inner", "outer"), [("IWAE", "mean"), ("IWAE", "IWAE"), ("CIWAE", "IWAE"), ("ELBO", "mean")]
 )
 @pytest.mark.parametrize("estimator", ["score", "vimco"])
 def test_coins_inside_of_the_plate(estimator, inner, outer, way):
