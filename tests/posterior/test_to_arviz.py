@@ -299,7 +299,7 @@ class TestArviZ:
     """What ArviZ does with it."""
 
     def test_summary_and_comparison(self, data):
-        summary = arviz.summary(data, kind="stats")
+        summary = arviz.summary(data, kind="stats", round_to="none")
         assert {"mu", "eta[A]", "theta[C]"} <= set(summary.index)
         assert summary.loc["mu", "mean"] == pytest.approx(data.posterior["mu"].mean().item(), abs=1e-3)
         loo = arviz.loo(data, pointwise=True)
