@@ -5,6 +5,7 @@ from .adversarial import AdversarialLosses, AdversarialSVI
 from .bounds import Bound
 from .elbo import ImportanceWeightedELBO
 from .gradients.snr import GradientSNR, gradient_snr
+from .hierarchical import LocallyEnhancedELBO
 from .losses import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
 from .optim import FusedOptim
 from .posterior.aggregated import aggregated_posterior
@@ -12,6 +13,7 @@ from .posterior.evaluation import RateDistortion, active_units, bound_curve, rat
 from .posterior.sampler import ImportanceSampler, LogMarginal
 from .posterior.samples import ImportanceSamples
 from .posterior.two_samples import TwoSamples
+from .tracing.levels import TwoLevels
 from .tracing.particles import Particles
 
 __all__ = [
@@ -29,9 +31,11 @@ __all__ = [
     "ImportanceSampler",
     "ImportanceSamples",
     "ImportanceWeightedELBO",
+    "LocallyEnhancedELBO",
     "LogMarginal",
     "Particles",
     "RateDistortion",
+    "TwoLevels",
     "TwoSamples",
     "active_units",
     "aggregated_posterior",

@@ -22,6 +22,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from ._support.arguments import as_plate_names, positive_integer
+from ._support.nested import leaves
 from ._support.random_state import RandomState
 from ._support.warn import warn
 from .bounds import Bound
@@ -33,6 +34,7 @@ from .gradients.over_values import suited_to
 from .gradients.surrogate import Estimate
 from .tracing.counterparts import check_guide
 from .tracing.jumps import find_jumps
+from .tracing.masks import warn_of_masks
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import read_sites
@@ -178,7 +180,7 @@ class ImportanceWeightedELBO(ELBO):
         self._runner = Runner(
             vectorize_particles,
             max_plate_nesting,
-            check=read_sites,
+            check=self._check_pair,
             look=partial(check_guide, strict=False),
             look_along=self._look_along,
             warn=self._warn_once,
@@ -264,10 +266,11 @@ class ImportanceWeightedELBO(ELBO):
             return None
         self._runner.prepare(pair)  # by a run of its own, which is not to be recorded
         attributes = tuple(
-            (name, value if isinstance(value, Hashable) else id(value))
-            for name, value in vars(self.bound).items()
+            (type(bound), name, value if isinstance(value, Hashable) else id(value))
+            for bound in self._bounds
+            for name, value in vars(bound).items()
         )
-        options = (type(self.bound), attributes, self.plates, self.backward_particles, self.stratified)
+        options = (attributes, self.plates, self.backward_particles, self.stratified)
         return self._compiler.run(pair, kl_weight, self._estimate, options)
 
     def recompile(self) -> None:
@@ -324,8 +327,20 @@ class ImportanceWeightedELBO(ELBO):
         traces = self._runner.run(pair, num_particles, route, minibatch, note_state)
         return self._collect(kl_weight, traces), traces.began
 
+    @property
+    def _bounds(self) -> list[Bound]:
+        """The bound, or those it is made of."""
+        return [self.bound]
+
+    @property
+    def _is_linear(self) -> bool:
+        return all(bound.is_linear and bound.guide_bound.is_linear for bound in self._bounds)
+
+    def _read(self, kl_weight: float, traces: Traces) -> Particles:
+        return collect(traces, self.plates, self._is_linear, kl_weight, self._warn_once, self.stratified)
+
     def _collect(self, kl_weight: float, traces: Traces) -> Particles:
-        particles = collect(traces, self.plates, self._is_linear, kl_weight, self._warn_once, self.stratified)
+        particles = self._read(kl_weight, traces)
         if self.strict_enumeration_warning:
             for site in particles.sites:
                 if site.role == "guide" and site.message["infer"].get("enumerate") == "sequential":
@@ -339,9 +354,9 @@ class ImportanceWeightedELBO(ELBO):
         route = self._estimator.route(self.bound)
         return find_jumps(traces, has_paths=not route.stopped, is_linear=self._is_linear)
 
-    @property
-    def _is_linear(self) -> bool:
-        return self.bound.is_linear and self.bound.guide_bound.is_linear
+    def _check_pair(self, traces: Traces) -> None:
+        """What a new pair's first run with one particle shows, masks included whatever the validation."""
+        warn_of_masks(read_sites(traces), self._warn_once, look=True)
 
     def _next_kl_weight(self) -> float:
         if not callable(self.kl_weight):
@@ -352,7 +367,8 @@ class ImportanceWeightedELBO(ELBO):
         """Warn of a bound of -inf, refuse NaN and +inf; name the site each arose at."""
         if math.isfinite(loss):
             return
-        log_w, bound = particles.log_weights, estimate.bound
+        log_w = torch.cat([part.reshape(-1) for part in leaves(particles.log_weights)])
+        bound = estimate.bound
         bad = log_w.isnan() | log_w.isposinf()
         if bool(bad.any()):
             site = (

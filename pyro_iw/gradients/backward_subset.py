@@ -83,7 +83,7 @@ def estimate_from_subset(
         estimator.check(particles, bound)
         log_w = particles.log_weights.detach()
         estimate = estimator.evaluate(bound, log_w, particles.scale)
-        weights = estimator.weights(bound, log_w, particles.log_q_weight)
+        weights = estimator.weights(bound, log_w, particles.log_q_weight, particles.scale)
         # Without a boundary the path has the model's weights, or none.
         path = weights.model if boundary is None else weights.path
         indices, model, path = _choose(weights.model, path, count)

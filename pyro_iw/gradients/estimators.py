@@ -146,7 +146,7 @@ class Estimator(ABC):
         estimate = self.evaluate(bound, log_w, particles.scale)
         if not torch.is_grad_enabled():
             return estimate
-        weights = self.weights(bound, log_w, particles.log_q_weight)
+        weights = self.weights(bound, log_w, particles.log_q_weight, particles.scale)
         return estimate._replace(loss=self.attach(estimate.loss, particles, weights, route))
 
     def evaluate(self, bound: Bound, log_w: Tensor, scale: float | Tensor) -> Estimate:
@@ -169,7 +169,9 @@ class Estimator(ABC):
             )
         return Estimate(-(scale * value).sum(), value)
 
-    def weights(self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor) -> Weights:
+    def weights(
+        self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor, scale: float | Tensor
+    ) -> Weights:
         """The weights of all particles.
 
         The guide's bound sees them in groups of its own.
@@ -178,6 +180,7 @@ class Estimator(ABC):
             bound: the bound.
             log_w: log-weights, of shape ``[S, *cells]``, detached.
             log_q_weight: the weight of log q within them, see :class:`Particles`.
+            scale: the factor outside the logarithm, which is not in these weights.
 
         Raises:
             ValueError: if the guide's bound takes another number of particles than the bound.
@@ -213,6 +216,10 @@ class Estimator(ABC):
             model, ratio = boundary_ratio(model, weights.path)
             route.through.set_ratio(particles.to_batch(ratio))
         return tie(loss, particles.scale, [(particles.log_p, model), *self.guide_terms(particles, weights)])
+
+    def densities(self, particles: Particles) -> list[Tensor]:
+        """All that is weighed in the gradient: the model's density and :attr:`guide_densities`."""
+        return [particles.log_p, *(density(particles) for density in self.guide_densities)]
 
     def guide_terms(self, particles: Particles, weights: Weights) -> list[Term]:
         """The guide's densities of these particles, with their weights."""

@@ -41,7 +41,7 @@ def suited_to(estimator: Estimator, particles: Any) -> Estimator:
     """The estimator for these particles, or chunks of them: over values where the guide enumerates some."""
     if particles.values is None:
         return estimator
-    return OverValues(estimator, particles.kl_weight, particles.values.is_free)
+    return OverValues(estimator, particles.values.kl_weight, particles.values.is_free)
 
 
 class _Mixture(NamedTuple):
@@ -130,7 +130,9 @@ class OverValues(Estimator):
         value = self._mix(bound, log_w).value
         return Estimate(-(scale * value).sum(), value)
 
-    def weights(self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor) -> Weights:
+    def weights(
+        self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor, scale: float | Tensor
+    ) -> Weights:
         mixed = self._mix(bound, log_w)
         a = mixed.weigh(mixed.bound.weights(mixed.log_w))
         if bound.guide_bound is not bound:

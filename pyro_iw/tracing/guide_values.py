@@ -45,12 +45,14 @@ class GuideValues(NamedTuple):
         counted: the same, scaled and masked, as it counts in the log-weights; of the same shape.
         is_free: whether it is known not to depend on the particles.
         names: the enumerated sites.
+        kl_weight: what ``counted`` is weighted by there.
     """
 
     log_q: Tensor
     counted: Tensor
     is_free: bool
     names: tuple[str, ...]
+    kl_weight: float
 
 
 def without_densities(values: GuideValues | None) -> GuideValues | None:
@@ -212,6 +214,7 @@ def guide_values(
     guide: Sequence[Site],
     traces: Traces,
     log_prob: Callable[[list[Site]], Tensor],
+    kl_weight: float,
 ) -> GuideValues:
     """The densities of joint values.
 
@@ -220,13 +223,15 @@ def guide_values(
         guide: the guide's sites, in the order in which they ran.
         traces: the traces that they are from.
         log_prob: sums log densities as they are to count, unscaled or not.
+        kl_weight: the weight of the prior and of the guide's density.
     """
     plain = [site._replace(scale=1.0, message={**site.message, "mask": None}) for site in enumerated]
     log_q = counted = log_prob(plain)
     if any(site.message["mask"] is not None or not _is_one(site.scale) for site in enumerated):
         counted = log_prob(list(enumerated))
     free = _is_free(enumerated, guide, traces.particle_dim)
-    return GuideValues(log_q, counted, free, tuple(dict.fromkeys(site.name for site in enumerated)))
+    names = tuple(dict.fromkeys(site.name for site in enumerated))
+    return GuideValues(log_q, counted, free, names, kl_weight)
 
 
 def _is_one(scale: Any) -> bool:

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
@@ -33,9 +32,9 @@ from .cells import (
     with_inner_scales,
 )
 from .guide_values import GuideValues, ValueDims, guide_values
-from .masks import warn_of_masks, warn_of_masks_of_guide
+from .masks import warn_of_masks
 from .over_values import over_values, stratified, warn_of_dropped
-from .sites import Site, read_sites
+from .sites import Site, plate_key, read_sites
 from .traces import Traces
 
 __all__ = ["Layout", "Particles", "check_kl_weight", "collect", "sum_to_particles"]
@@ -89,6 +88,11 @@ class Particles:
             return self.log_p - self.log_q
         parts = (self.log_p - self.log_q, self.values.log_q, self.values.counted)
         return torch.stack(torch.broadcast_tensors(*parts), 1)
+
+    @property
+    def cells(self) -> tuple[list, torch.Size]:
+        """Which plates are kept, and of what sizes."""
+        return [plate_key(frame) for frame in self.plates], self.log_p.shape[len(self._layout.particles) :]
 
     def to_batch(self, per_cell: Tensor) -> Tensor:
         """Reshape ``[S, *cells]`` so that it broadcasts against the batch dims of the sites' values.
@@ -231,9 +235,7 @@ def collect(
     scale, sites, shared = split_scales(sites, kept)
     if not is_linear:
         warn_of_tempering(sites, warn_once)
-    if is_validation_enabled():
-        warn_of_masks(sites, warn_once)
-    warn_of_masks_of_guide(sites, warn_once)
+    warn_of_masks(sites, warn_once)
     if kl_weight != 1:
         check_kl_weight(sites)
     dims = () if traces.particle_dim is None else (traces.particle_dim,)
@@ -249,7 +251,9 @@ def collect(
     particles = replace(particles, sites=tuple(found.sites), enumerated=found.enumerated)
     if not found.dims.dims:
         return particles
-    values = guide_values(found.enumerated, particles.guide_sites, traces, particles.log_prob_as_is)
+    values = guide_values(
+        found.enumerated, particles.guide_sites, traces, particles.log_prob_as_is, kl_weight
+    )
     return replace(particles, values=values)
 
 
@@ -299,9 +303,8 @@ def _log_densities(
     guide = [site for site in sites if site.role == "guide"]
     model = [site for site in sites if site.role == "model"]
     groups = [model, guide]
-    if any(site.rescored is not None for site in guide):
-        again = [site if site.rescored is None else site.rescored_site() for site in guide]
-        groups.append(again if rescored is None else rescored)
+    if all(site.rescored is not None for site in guide):  # or where there are none
+        groups.append([site.rescored_site() for site in guide] if rescored is None else rescored)
     zero = sites[0].log_prob.new_zeros(()) if sites else torch.zeros(())
     totals = [_sum_sites(group, layout, kl_weight, zero) for group in groups]
     shape, levels = totals[0].shape, len(layout.particles)

@@ -16,6 +16,7 @@ import torch
 from pyro.distributions import Bernoulli, Delta, Independent, Unit
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -26,9 +27,9 @@ from .masks import fits, masked_value, with_masks_of_model
 from .messages import base_of, has_no_density
 from .paths import class_name, draws_hard_values, has_biased_path, has_path
 from .supports import is_discrete, own_support, support_moves
-from .traces import Traces, is_of_particles, is_transformed
+from .traces import LOCAL_PLATE, Traces, is_of_particles, is_transformed
 
-__all__ = ["Site", "plate_key", "read_sites"]
+__all__ = ["Site", "outside_depends_on_inside", "plate_key", "read_sites"]
 
 
 class Site(NamedTuple):
@@ -122,6 +123,9 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
     validate = is_validation_enabled()
     nesting = _plate_dims(traces)
     for index, (model_trace, guide_trace, rescored) in enumerate(traces.pairs):
+        if traces.local_dim is not None:
+            for role, trace in (("guide", guide_trace), ("model", model_trace)):
+                _check_local_dim(role, trace, traces)
         _check_names(model_trace, guide_trace)
         ids = ids_of(guide_trace)
         if validate and len(roles) == 2:
@@ -315,6 +319,35 @@ def _check_mask_and_scale(site: Site) -> None:
                 f"The {kind} at site {site} has shape {tuple(tensor.shape)}, which does not broadcast to the "
                 f"site's batch shape {tuple(shape)}. {remedy}"
             )
+
+
+def _check_local_dim(role: str, trace: Any, traces: Traces) -> None:
+    """Refuse a site outside of the local plates that varies with their local particles."""
+    dim = traces.local_dim
+    assert dim is not None
+    for name, message in trace.nodes.items():
+        shape = tuple(getattr(message.get("fn"), "batch_shape", ())) if message["type"] == "sample" else ()
+        if len(shape) < -dim or shape[dim] == 1 or site_is_subsample(message):
+            continue
+        if not any(frame.name == LOCAL_PLATE for frame in message["cond_indep_stack"]):
+            plates = ", ".join(map(repr, traces.local))
+            how = f"has shape {shape}, where dim {dim} is that of the local particles of {plates}"
+            raise ValueError(outside_depends_on_inside(f"{name!r} ({role})", how))
+
+
+def outside_depends_on_inside(site: Site | str, how: str) -> str:
+    """What to say of a site outside of the local plates whose density varies with local particles.
+
+    Arguments:
+        site: the site, or its name and role.
+        how: what can be seen of it.
+    """
+    return (
+        f"The log density at site {site} {how}: the site lies outside of the plate and depends on a latent "
+        "inside, so there is no local weight for each index of the plate. Move it into the plate, sample "
+        "what it depends on outside (in the guide, latents outside of the plate come first), or use a bound "
+        "with one joint weight (IWAE_ELBO, MIWAE_ELBO)."
+    )
 
 
 def _check_particle_dim(site: Site, traces: Traces, ids: frozenset[int]) -> None:

@@ -16,7 +16,15 @@ from pyro.optim import Adam
 from helpers.enumerated import Minibatch, PerValue, TwoSites, set_up
 from helpers.semi_supervised import M2, SCANVI
 from helpers.truth import RecordedNormal, normal
-from pyro_iw import IWAE_ELBO, MIWAE_ELBO, Bound, ImportanceSampler, ImportanceWeightedELBO
+from pyro_iw import (
+    IWAE_ELBO,
+    MIWAE_ELBO,
+    Bound,
+    ImportanceSampler,
+    ImportanceWeightedELBO,
+    LocallyEnhancedELBO,
+    bounds,
+)
 
 PARALLEL = {"enumerate": "parallel"}
 NOT_TRAINED = pytest.mark.filterwarnings("ignore:.*is not trained")
@@ -159,6 +167,21 @@ def mixture_guide():
     guide.append(AutoNormal(poutine.block(mixture, expose=["weights", "scale", "locs"])))
     guide.append(AutoDiscreteParallel(poutine.block(mixture, expose=["c"])))
     return guide
+
+
+def local_mixture(data):
+    loc = pyro.sample("loc", dist.Normal(torch.tensor(0.0, dtype=torch.float64), 10.0))
+    with pyro.plate("data", len(data)):
+        c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.4, dtype=torch.float64)))
+        z = pyro.sample("z", dist.Normal(loc + 5 * c, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=data)
+
+
+def local_guide(data):
+    loc = pyro.sample("loc", dist.Normal(torch.tensor(3.0, dtype=torch.float64), 1.0))
+    with pyro.plate("data", len(data)):
+        c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.5, dtype=torch.float64)), infer=PARALLEL)
+        pyro.sample("z", dist.Normal(loc + 5 * c, 1.0))
 
 
 DATA = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0], dtype=torch.float64)
@@ -518,6 +541,12 @@ class TestRefusals:
         with pytest.raises(NotImplementedError, match=r"Doubled\(M=2, K=2\) takes its M groups together"):
             ImportanceWeightedELBO(Doubled(M=2, K=2)).loss_and_grads(scanvi.model, guide, x)
         ImportanceWeightedELBO(Doubled(K=4)).loss_and_grads(scanvi.model, guide, x)
+
+    @pytest.mark.parametrize("vectorize", [True, False])
+    def test_local_particles(self, vectorize):
+        loss = LocallyEnhancedELBO(local=bounds.IWAE(3), over="data", vectorize_particles=vectorize)
+        with pytest.raises(NotImplementedError, match=r"Site\(s\) 'c' .* local particles do not go together"):
+            loss.loss(local_mixture, local_guide, DATA)
 
     def test_a_distribution_without_a_finite_support(self):
         def model():
