@@ -207,6 +207,72 @@ def test_assignments_inside_the_logarithm_are_those_of_the_model_summed_out():
     assert found[0] == pytest.approx(truth[0], rel=1e-10)
 
 
+def test_a_minibatch_below_global_latents():
+    rows = torch.tensor([1, 3])
+
+    def model():
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+        with pyro.plate("data", 5, subsample=rows):
+            c = pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.7])))
+            pyro.sample("obs", dist.Normal(Vindex(locs)[..., c], 1.0), obs=DATA[rows])
+
+    def guide():
+        p = pyro.param("p", torch.linspace(-1, 1, 5))
+        loc = pyro.param("loc", torch.tensor([1.0, 9.0]))
+        pyro.sample("locs", dist.Normal(loc, 0.5).to_event(1))
+        with pyro.plate("data", 5, subsample=rows):
+            logits = torch.stack([p[rows], -p[rows]], -1)
+            pyro.sample("c", dist.Categorical(logits=logits), infer=PARALLEL)
+
+    theirs = TraceEnum_ELBO(max_plate_nesting=1, num_particles=3, vectorize_particles=True)
+    assert_same(run(MIWAE_ELBO(M=3, K=1), model, guide), run(theirs, model, guide))
+    with pytest.raises(ValueError, match="Plate 'data' is subsampled"):
+        IWAE_ELBO(K=3).loss(model, guide)
+
+
+@NOT_TRAINED
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: IWAE_ELBO(K=1),
+        lambda: IWAE_ELBO(K=3),
+        lambda: IWAE_ELBO(K=3, estimator="dreg"),
+        lambda: IWAE_ELBO(K=3, stratified=True),
+    ],
+)
+def test_a_value_that_cannot_be_counts_for_nothing(make):
+    """As if there were one value fewer, where neither prior nor guide allows it."""
+
+    def pair(number):
+        ruled_out = torch.full((number - 2,), -math.inf)
+
+        def model():
+            with pyro.plate("data", 3):
+                logits = torch.cat([torch.tensor([0.2, 0.0]), ruled_out])
+                y = pyro.sample("y", dist.Categorical(logits=logits))
+                z = pyro.sample("z", dist.Normal(1.0 * y, 1.0))
+                pyro.sample("x", dist.Normal(z, pyro.param("s", torch.tensor(0.8))), obs=torch.zeros(3))
+
+        def guide():
+            a = pyro.param("a", torch.tensor([0.3, -0.2]))
+            with pyro.plate("data", 3):
+                y = pyro.sample("y", dist.Categorical(logits=torch.cat([a, ruled_out])), infer=PARALLEL)
+                # The same noise for each value, so that the pairs can be compared.
+                pyro.sample("z", SameNoise(a[0] * y, torch.tensor(0.9)))
+
+        return model, guide
+
+    assert_same(run(make(), *pair(3)), run(make(), *pair(2)))
+
+
+class SameNoise(dist.Normal):
+    """Draws from the same standard normal noise along the leftmost dim."""
+
+    def rsample(self, sample_shape=()):
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return self.loc + self.scale * torch.randn(shape[1:]).expand(shape)
+
+
 class Rows:
     """A latent for each row; in each column of it an enumerated site, and what is drawn given that."""
 
