@@ -323,9 +323,9 @@ def trace_pair(
     if route.through is not None:
         guided = _with_values(guided, route.through, particle)
     if route.through is not None or model_trace is None or enum_dim is not None:
-        run = pair._replace(model=_SameMinibatch(guided)(pair.model)) if is_new else pair
+        watched = pair._replace(model=_SameMinibatch(guided)(pair.model)) if is_new else pair
         with nullcontext() if route.model_gradients else torch.no_grad():
-            model_trace = _trace_model(run, guided, enclose, enum_dim, progress)
+            model_trace = _trace_model(watched, guided, enclose, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace, rescored)
 
 
