@@ -24,6 +24,7 @@ from .._support.random_state import RandomState
 from .handlers import GivenValues
 from .messages import guide_messenger, is_latent, sample_sites
 from .paths import carried, has_path
+from .precision import in_full_precision, wide_densities
 
 __all__ = [
     "LOCAL_PLATE",
@@ -306,7 +307,21 @@ def trace_pair(
     Raises:
         ValueError: if ``is_new``, and a plate has a minibatch in the guide and is given another in the model.
     """
-    route, progress = route or Route(), progress or Progress()
+    with wide_densities():
+        return _trace_pair(pair, particle, route or Route(), enclose, enum_dim, progress, given, is_new)
+
+
+def _trace_pair(
+    pair: Pair,
+    particle: Index,
+    route: Route,
+    enclose: Callable[[Callable], Callable],
+    enum_dim: int | None,
+    progress: Progress | None,
+    given: Mapping[str, Tensor] | None,
+    is_new: bool,
+) -> PairTraces:
+    progress = progress or Progress()
     # Around the trace and not inside it: the trace is to record stopped values.
     with ExitStack() as stack:
         if torch.is_grad_enabled():
@@ -338,10 +353,11 @@ def trace_particle(pair: Pair, latents: Mapping[str, Tensor], enum_dim: int | No
         enum_dim: as in :func:`trace_pair`.
     """
     progress = Progress()
-    with GivenValues(latents):
-        guided, guide_trace, model_trace = _trace_guide(pair, pair.guide, progress)
-    if model_trace is None or enum_dim is not None:
-        model_trace = _trace_model(pair, guided, lambda fn: fn, enum_dim, progress)
+    with wide_densities():
+        with GivenValues(latents):
+            guided, guide_trace, model_trace = _trace_guide(pair, pair.guide, progress)
+        if model_trace is None or enum_dim is not None:
+            model_trace = _trace_model(pair, guided, lambda fn: fn, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace)
 
 
@@ -362,13 +378,14 @@ def trace_model_again(
         enum_dim: as in :func:`trace_pair`.
     """
     guided = _with_values(traces.guide, through)
-    model_trace = _trace_model(pair, guided, enclose, enum_dim, Progress())
+    with wide_densities():
+        model_trace = _trace_model(pair, guided, enclose, enum_dim, Progress())
     return traces._replace(model=prune_subsample_sites(model_trace))
 
 
 def trace_guide_given(pair: Pair, values: Mapping[str, Tensor]) -> Trace:
     """Run the guide alone, with given values of some of its latent sites; without subsample sites."""
-    with GivenValues(values):
+    with wide_densities(), GivenValues(values):
         return _trace_guide(pair, pair.guide, Progress())[1]
 
 
@@ -408,7 +425,10 @@ def _score_transformed(trace: Trace) -> None:
     site: Any
     for site in trace.nodes.values():
         if site["type"] == "sample" and is_transformed(site["fn"]):
-            with suppress(ValueError, RuntimeError, KeyError):  # raised again, with a name, when it is read
+            with (
+                suppress(ValueError, RuntimeError, KeyError),
+                in_full_precision(),
+            ):  # raised again, with a name, when it is read
                 log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
                 site["unscaled_log_prob"] = log_prob
 
