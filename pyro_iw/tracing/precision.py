@@ -83,10 +83,10 @@ def _widened(value: Any, known: dict[int, Any]) -> Any:
         if any(new is not old for new, old in zip(parts, value, strict=True)):
             result = type(value)(parts)
     elif isinstance(value, Distribution | Transform) and not isinstance(value, nn.Module):
-        parts = {name: _widened(part, known) for name, part in vars(value).items()}
-        if any(new is not vars(value)[name] for name, new in parts.items()):
+        state = {name: _widened(part, known) for name, part in vars(value).items()}
+        if any(new is not vars(value)[name] for name, new in state.items()):
             result = copy.copy(value)
-            vars(result).update(parts)
+            vars(result).update(state)
     known[id(value)] = value, result  # the value too, so that no other gets its id meanwhile
     return result
 
