@@ -42,7 +42,9 @@ def autocasts() -> list[str]:
 def in_full_precision() -> AbstractContextManager[Any]:
     """A context without autocast."""
     kinds = autocasts()
-    stack = ExitStack() if kinds else nullcontext()
+    if not kinds:
+        return nullcontext()
+    stack = ExitStack()
     for kind in kinds:
         stack.enter_context(torch.autocast(kind, enabled=False))
     return stack
