@@ -255,7 +255,7 @@ class TestUnbiased:
         grads = self.draws(loss, 60)  # 30 000 draws
         error = grads.std(0) / math.sqrt(len(grads))
         assert ((grads.mean(0) - torch.stack(exact)).abs() < 4 * error).all()
-        assert (error < 0.01).all()
+        assert (error < 0.02).all()
 
     @pytest.mark.slow
     def test_dreg_with_an_outer_iwae(self):

@@ -26,6 +26,7 @@ from .guide_values import ids_of, is_enumerated_in_guide, value_dims
 from .masks import fits, masked_value, with_masks_of_model
 from .messages import base_of, has_no_density
 from .paths import class_name, draws_hard_values, has_biased_path, has_path
+from .precision import in_full_precision
 from .supports import is_discrete, own_support, support_moves
 from .traces import LOCAL_PLATE, Traces, is_of_particles, is_transformed
 
@@ -258,9 +259,10 @@ def _log_prob(role: str, name: str, message: Any) -> Tensor:
         return message["unscaled_log_prob"]
     fn, value = message["fn"], masked_value(message)
     try:
-        if _is_bits(fn) and not (message["args"] or message["kwargs"]):
-            return _log_prob_of_bits(fn, value)
-        return fn.log_prob(value, *message["args"], **message["kwargs"])
+        with in_full_precision():
+            if _is_bits(fn) and not (message["args"] or message["kwargs"]):
+                return _log_prob_of_bits(fn, value)
+            return fn.log_prob(value, *message["args"], **message["kwargs"])
     except (KeyError, NotImplementedError) as error:
         said = str(error) or f"{type(fn).__name__} raises {type(error).__name__}"
         if not is_transformed(fn):

@@ -25,6 +25,7 @@ from .guide_values import is_enumerated_in_guide, refuse_messenger, spread_over_
 from .handlers import GivenValues
 from .messages import guide_messenger, is_latent, sample_sites
 from .paths import carried, has_path
+from .precision import in_full_precision, wide_densities
 
 __all__ = [
     "LOCAL_PLATE",
@@ -311,7 +312,21 @@ def trace_pair(
         ValueError: if ``is_new``, and a plate has a minibatch in the guide and is given another in the model.
         NotImplementedError: if a guide messenger has a site to enumerate.
     """
-    route, progress = route or Route(), progress or Progress()
+    with wide_densities():
+        return _trace_pair(pair, particle, route or Route(), enclose, enum_dim, progress, given, is_new)
+
+
+def _trace_pair(
+    pair: Pair,
+    particle: Index,
+    route: Route,
+    enclose: Callable[[Callable], Callable],
+    enum_dim: int | None,
+    progress: Progress | None,
+    given: Mapping[str, Tensor] | None,
+    is_new: bool,
+) -> PairTraces:
+    progress = progress or Progress()
     # Around the trace and not inside it: the trace is to record stopped values.
     with ExitStack() as stack:
         if torch.is_grad_enabled():
@@ -330,9 +345,9 @@ def trace_pair(
         through = spread_over_values(route.through, guide_trace) if route.per_value else route.through
         guided = _with_values(guided, through, particle)
     if route.through is not None or model_trace is None or enum_dim is not None:
-        run = pair._replace(model=_SameMinibatch(guided)(pair.model)) if is_new else pair
+        watched = pair._replace(model=_SameMinibatch(guided)(pair.model)) if is_new else pair
         with nullcontext() if route.model_gradients else torch.no_grad():
-            model_trace = _trace_model(run, guided, enclose, enum_dim, progress)
+            model_trace = _trace_model(watched, guided, enclose, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace, rescored)
 
 
@@ -345,11 +360,12 @@ def trace_particle(pair: Pair, latents: Mapping[str, Tensor], enum_dim: int | No
         enum_dim: as in :func:`trace_pair`.
     """
     progress = Progress()
-    with GivenValues(latents):
-        guide = _enumerating(pair, pair.guide, enum_dim)
-        guided, guide_trace, model_trace = _trace_guide(pair, guide, progress)
-    if model_trace is None or enum_dim is not None:
-        model_trace = _trace_model(pair, guided, lambda fn: fn, enum_dim, progress)
+    with wide_densities():
+        with GivenValues(latents):
+            guide = _enumerating(pair, pair.guide, enum_dim)
+            guided, guide_trace, model_trace = _trace_guide(pair, guide, progress)
+        if model_trace is None or enum_dim is not None:
+            model_trace = _trace_model(pair, guided, lambda fn: fn, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace)
 
 
@@ -370,13 +386,14 @@ def trace_model_again(
         enum_dim: as in :func:`trace_pair`.
     """
     guided = _with_values(traces.guide, through)
-    model_trace = _trace_model(pair, guided, enclose, enum_dim, Progress())
+    with wide_densities():
+        model_trace = _trace_model(pair, guided, enclose, enum_dim, Progress())
     return traces._replace(model=prune_subsample_sites(model_trace))
 
 
 def trace_guide_given(pair: Pair, values: Mapping[str, Tensor]) -> Trace:
     """Run the guide alone, with given values of some of its latent sites; without subsample sites."""
-    with GivenValues(values):
+    with wide_densities(), GivenValues(values):
         return _trace_guide(pair, pair.guide, Progress())[1]
 
 
@@ -426,7 +443,10 @@ def _score_transformed(trace: Trace) -> None:
     site: Any
     for site in trace.nodes.values():
         if site["type"] == "sample" and is_transformed(site["fn"]):
-            with suppress(ValueError, RuntimeError, KeyError):  # raised again, with a name, when it is read
+            with (
+                suppress(ValueError, RuntimeError, KeyError),
+                in_full_precision(),
+            ):  # raised again, with a name, when it is read
                 log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
                 site["unscaled_log_prob"] = log_prob
 
