@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +82,9 @@ class ItemResponse(nn.Module):
         super().__init__()
         self.N, self.items, self.abilities = N, items, abilities
         self.network = mlp(2 * items, hidden, hidden, 2 * abilities)
-        self.guide_of_items = AutoNormal(poutine.block(self.model, expose=["slope", "offset"]), init_scale=0.1)
+        self.guide_of_items = AutoNormal(
+            poutine.block(self.model, expose=["slope", "offset"]), init_scale=0.1
+        )
 
     def logits(self, theta: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
         """``[..., I]`` of abilities ``[..., D]``, slopes ``[..., I, D]`` and offsets ``[..., I]``."""
@@ -113,11 +114,13 @@ class ItemResponse(nn.Module):
 
 
 @torch.no_grad()
-def held_out_density(pair: ItemResponse, data: Answers, draws: int, num_particles: int) -> tuple[float, float]:
+def held_out_density(
+    pair: ItemResponse, data: Answers, draws: int, num_particles: int
+) -> tuple[float, float]:
     """Log density of an answer that is held out, in nats: by the guide's abilities, and by weighted ones.
 
-    For each draw of the items, abilities from the guide are weighted by the answers that were seen; the density
-    is the mean over both.
+    For each draw of the items, abilities from the guide are weighted by the answers that were seen; the
+    density is the mean over both.
     """
     plain, weighted = [], []
     for batch in (data.of(rows) for rows in torch.arange(len(data.y)).split(500)):
@@ -147,7 +150,9 @@ def make_losses(S: int, L: int) -> dict[str, ImportanceWeightedELBO]:
     }
 
 
-def fit(pair: ItemResponse, data: Answers, loss: ImportanceWeightedELBO, args: argparse.Namespace, label: str) -> dict:
+def fit(
+    pair: ItemResponse, data: Answers, loss: ImportanceWeightedELBO, args: argparse.Namespace, label: str
+) -> dict:
     """Train on minibatches: seconds, and along the way the held-out density by the weights."""
     steps = args.epochs * math.ceil(len(data.y) / args.batch_size)
     optimiser = pyro.optim.ClippedAdam({"lr": args.learning_rate, "lrd": 0.01 ** (1 / steps)})
@@ -212,7 +217,8 @@ def table(results: dict) -> str:
     """A line a method."""
     settings, per_gradient = results["settings"], results["gradient_seconds"]
     lines = [
-        f"{results['answers']} answers of {settings['students']} students to train on, {results['held_out']} held out",
+        f"{settings['students']} students: {results['answers']} answers to train on, "
+        f"{results['held_out']} held out",
         f"{'':<14}{'bound a student':>16}{'held out, guide':>18}{'held out, weighted':>20}{'seconds':>9}",
     ]
     for method, label in METHODS.items():
@@ -225,8 +231,8 @@ def table(results: dict) -> str:
     # A short tree and a short chain, to be generous.
     hours = per_gradient * 63 * 2000 / 3600
     lines.append(
-        f"One gradient of all {results['latents']} latents takes {1000 * per_gradient:.0f} ms: 2000 draws of NUTS, "
-        f"63 of them each, {hours:.1f} h"
+        f"One gradient of all {results['latents']} latents takes {1000 * per_gradient:.0f} ms: 2000 draws of "
+        f"NUTS, 63 of them each, {hours:.1f} h"
     )
     return "\n".join(lines)
 
@@ -260,7 +266,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num-particles", type=positive_int, default=200, help="of a student, for the held-out density")
     add("--item-draws", type=positive_int, default=8, help="of the items, for the held-out density")
     add("--seed", type=int, default=0, help="of everything random")
-    add("--out", type=Path, default=Path("results/item-response"), help="folder; of a smoke run, in results/smoke")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/item-response"),
+        help="folder; of a smoke run, in results/smoke",
+    )
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     return parser
 

@@ -58,7 +58,7 @@ SMOKE = {"steps": 8, "global_particles": 2, "local_particles": 3, "nuts_samples"
 
 
 class Survey(NamedTuple):
-    """Log radon and floor of every house, ``[J, H]``; which of them exist; log uranium of a county, ``[J]``."""
+    """Log radon and floor of the houses, ``[J, H]``; which of these exist; log uranium of a county, ``[J]``."""
 
     y: Tensor
     floor: Tensor
@@ -154,7 +154,9 @@ def make_losses(S: int, L: int) -> dict[str, ImportanceWeightedELBO]:
     return losses | {f"{name}, minibatches": losses[name] for name in ("elbo", "levels")}
 
 
-def fit(guide: Callable, survey: Survey, loss: ImportanceWeightedELBO, counties: int | None, args: Any, label: str):
+def fit(
+    guide: Callable, survey: Survey, loss: ImportanceWeightedELBO, counties: int | None, args: Any, label: str
+):
     """Train by clipped Adam; the learning rate falls to a hundredth."""
     optimiser = pyro.optim.ClippedAdam({"lr": args.learning_rate, "lrd": 0.01 ** (1 / args.steps)})
     svi = SVI(model, guide, optimiser, loss=loss)
@@ -287,9 +289,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--counties", type=positive_int, default=17, help="in a minibatch")
     add("--nuts-samples", type=positive_int, default=800, help="draws of NUTS after its warm-up")
     add("--seed", type=int, default=0, help="of everything random")
-    add(
-        "--out", type=Path, default=Path("results/radon"), help="folder; of a smoke run, in results/smoke"
-    )
+    add("--out", type=Path, default=Path("results/radon"), help="folder; of a smoke run, in results/smoke")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     return parser
 
