@@ -58,7 +58,7 @@ SMOKE = {"steps": 8, "global_particles": 2, "local_particles": 3, "nuts_samples"
 
 
 class Survey(NamedTuple):
-    """Log radon and floor of the houses, ``[J, H]``; which of these exist; log uranium of a county, ``[J]``."""
+    """Log radon and floor of houses, ``[J, H]``; which of these exist; log uranium of a county, ``[J]``."""
 
     y: Tensor
     floor: Tensor
