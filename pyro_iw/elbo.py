@@ -33,6 +33,7 @@ from .gradients.estimators import get_estimator
 from .gradients.surrogate import Estimate
 from .tracing.counterparts import check_guide
 from .tracing.jumps import find_jumps
+from .tracing.masks import warn_of_masks
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import read_sites
@@ -171,7 +172,7 @@ class ImportanceWeightedELBO(ELBO):
         self._runner = Runner(
             vectorize_particles,
             max_plate_nesting,
-            check=read_sites,
+            check=self._check_pair,
             look=partial(check_guide, strict=False),
             look_along=self._look_along,
             warn=self._warn_once,
@@ -340,6 +341,10 @@ class ImportanceWeightedELBO(ELBO):
     def _look_along(self, traces: Traces) -> list[str]:
         route = self._estimator.route(self.bound)
         return find_jumps(traces, has_paths=not route.stopped, is_linear=self._is_linear)
+
+    def _check_pair(self, traces: Traces) -> None:
+        """What a new pair's first run with one particle shows, masks included whatever the validation."""
+        warn_of_masks(read_sites(traces), self._warn_once, look=True)
 
     def _next_kl_weight(self) -> float:
         if not callable(self.kl_weight):

@@ -123,7 +123,7 @@ class LocallyEnhancedELBO(ImportanceWeightedELBO):
         self._runner = Runner(
             vectorize_particles,
             max_plate_nesting,
-            check=self._check_plates,
+            check=self._check_pair,
             look=partial(check_guide, strict=False),
             look_along=self._look_along,
             warn=self._warn_once,
@@ -134,8 +134,9 @@ class LocallyEnhancedELBO(ImportanceWeightedELBO):
     def _bounds(self) -> list[Bound]:
         return [self.bound.outer, *self.bound.local.values()]
 
-    def _check_plates(self, traces: Traces) -> None:
+    def _check_pair(self, traces: Traces) -> None:
         check_local_plates(read_sites(traces), list(self.bound.local))
+        super()._check_pair(traces)
 
     def _read(self, kl_weight: float, traces: Traces) -> Any:
         local_is_linear = {name: inner.is_linear for name, inner in self.bound.local.items()}

@@ -44,7 +44,7 @@ def check_proposal(
             + (", with the enumerated ones summed out" if enumerated_sites(traces) else "")
             + ", which pyro_iw.IWAE_ELBO(K=1).loss gives exactly (with the opposite sign)."
         )
-    warn_of_masks(sites, warn)
+    warn_of_masks(sites, warn, look=True)
     for name, site in latent.items():
         if is_delta(guide[name].message["fn"]):
             continue

@@ -38,7 +38,7 @@ from .cells import (
     with_inner_scales,
 )
 from .local_particles import local_plate_of
-from .masks import warn_of_masks, warn_of_masks_of_guide
+from .masks import warn_of_masks
 from .messages import is_delta
 from .particles import Layout, Particles, check_kl_weight, sum_to_particles
 from .sites import Site, outside_depends_on_inside, plate_key, read_sites
@@ -247,9 +247,7 @@ def collect_levels(
     """
     sites = read_sites(traces)
     by_plate = check_local_plates(sites, list(numbers))
-    if is_validation_enabled():
-        warn_of_masks(sites, warn_once)
-    warn_of_masks_of_guide(sites, warn_once)
+    warn_of_masks(sites, warn_once)
     if kl_weight != 1:
         check_kl_weight(sites)
     kept = _in_order(frame for frame in common_plates(sites) if frame.name not in numbers)

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from .cells import (
     warn_of_tempering,
     with_inner_scales,
 )
-from .masks import warn_of_masks, warn_of_masks_of_guide
+from .masks import warn_of_masks
 from .sites import Site, plate_key, read_sites
 from .traces import Traces
 
@@ -202,9 +201,7 @@ def collect(
     scale, sites, shared = split_scales(sites, kept)
     if not is_linear:
         warn_of_tempering(sites, warn_once)
-    if is_validation_enabled():
-        warn_of_masks(sites, warn_once)
-    warn_of_masks_of_guide(sites, warn_once)
+    warn_of_masks(sites, warn_once)
     if kl_weight != 1:
         check_kl_weight(sites)
     dims = () if traces.particle_dim is None else (traces.particle_dim,)

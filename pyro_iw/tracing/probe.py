@@ -56,7 +56,7 @@ class Probe:
             look: as in :meth:`look_at_guide`, whose warnings are returned.
         """
         with fork_rng(), watch_batch_norm(restore=True):
-            traces = Traces([trace_pair(pair)], 1, None)
+            traces = Traces([trace_pair(pair, is_new=True)], 1, None)
             if check is not None:
                 check(traces)
             messages = self.look_at_guide(pair, traces, look)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import Bernoulli, Delta, Independent, Unit
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -116,6 +117,9 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
     validate = is_validation_enabled()
     nesting = _plate_dims(traces)
     for index, (model_trace, guide_trace, rescored) in enumerate(traces.pairs):
+        if traces.local_dim is not None:
+            for role, trace in (("guide", guide_trace), ("model", model_trace)):
+                _check_local_dim(role, trace, traces)
         _check_names(model_trace, guide_trace)
         if validate and len(roles) == 2:
             with warnings.catch_warnings():
@@ -136,8 +140,6 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
                 site = Site.read(role, name, message, index)
                 if role == "guide" and name in rescored:
                     site = site._replace(rescored=rescored[name])
-                if traces.local_dim is not None:
-                    _check_local_dim(site, traces.local_dim, traces.local)
                 if validate:
                     message["log_prob"] = site.log_prob
                     check_site_shape(message, nesting)
@@ -318,21 +320,25 @@ def _check_mask_and_scale(site: Site) -> None:
             )
 
 
-def _check_local_dim(site: Site, dim: int, local: Mapping[str, int]) -> None:
+def _check_local_dim(role: str, trace: Any, traces: Traces) -> None:
     """Refuse a site outside of the local plates that varies with their local particles."""
-    if site.log_prob.dim() < -dim or site.log_prob.shape[dim] == 1:
-        return
-    if not any(frame.name == LOCAL_PLATE for frame in site.message["cond_indep_stack"]):
-        shape, plates = tuple(site.log_prob.shape), ", ".join(map(repr, local))
-        how = f"has shape {shape}, where dim {dim} is that of the local particles of {plates}"
-        raise ValueError(outside_depends_on_inside(site, how))
+    dim = traces.local_dim
+    assert dim is not None
+    for name, message in trace.nodes.items():
+        shape = tuple(getattr(message.get("fn"), "batch_shape", ())) if message["type"] == "sample" else ()
+        if len(shape) < -dim or shape[dim] == 1 or site_is_subsample(message):
+            continue
+        if not any(frame.name == LOCAL_PLATE for frame in message["cond_indep_stack"]):
+            plates = ", ".join(map(repr, traces.local))
+            how = f"has shape {shape}, where dim {dim} is that of the local particles of {plates}"
+            raise ValueError(outside_depends_on_inside(f"{name!r} ({role})", how))
 
 
-def outside_depends_on_inside(site: Site, how: str) -> str:
+def outside_depends_on_inside(site: Site | str, how: str) -> str:
     """What to say of a site outside of the local plates whose density varies with local particles.
 
     Arguments:
-        site: the site.
+        site: the site, or its name and role.
         how: what can be seen of it.
     """
     return (

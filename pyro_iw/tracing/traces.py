@@ -228,6 +228,40 @@ def _is_minibatch(msg: Any) -> bool:
     return subsample_size is not None and subsample_size < size
 
 
+class _SameMinibatch(Messenger):
+    """Refuses a plate whose minibatch the model is given while the guide has another.
+
+    Replayed, the model's plate has the guide's indices whatever it was given: parameters of some datapoints
+    would meet the data of others.
+
+    Arguments:
+        guided: the guide's trace.
+    """
+
+    def __init__(self, guided: Trace) -> None:
+        super().__init__()
+        self.guided = guided
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, given = msg["name"], msg["value"]
+        if not site_is_subsample(msg) or given is None or name not in self.guided.nodes:
+            return
+        drawn = self.guided.nodes[name]["value"]
+        given, drawn = torch.as_tensor(given), torch.as_tensor(drawn)
+        if given.shape != drawn.shape or not torch.equal(given.cpu(), drawn.cpu()):
+            raise ValueError(
+                f"Plate {name!r} has another minibatch in the guide than the model is given by subsample=: "
+                f"{_beginning(drawn)} against {_beginning(given)}. Give the guide the same indices (an "
+                f"AutoGuide by create_plates=lambda *args: pyro.plate({name!r}, ..., subsample=indices)), or "
+                "let the plate draw them (subsample_size=) and take the data of its indices."
+            )
+
+
+def _beginning(indices: Tensor) -> str:
+    first = ", ".join(map(str, indices[:3].tolist()))
+    return f"[{first}, ...]" if len(indices) > 3 else f"[{first}]"
+
+
 class _CutPaths(Messenger):
     """Cuts the gradient at latent values without a path, before anything downstream or any trace sees it.
 
@@ -255,6 +289,7 @@ def trace_pair(
     enum_dim: int | None = None,
     progress: Progress | None = None,
     given: Mapping[str, Tensor] | None = None,
+    is_new: bool = False,
 ) -> PairTraces:
     """Run guide and model once.
 
@@ -266,6 +301,10 @@ def trace_pair(
         enum_dim: first dim for the model's sites that are enumerated in parallel; if None they are sampled.
         progress: kept up to date while they run.
         given: values of latent sites that the guide does not draw, with their graphs.
+        is_new: whether to look at what is looked at in a pair's first run.
+
+    Raises:
+        ValueError: if ``is_new``, and a plate has a minibatch in the guide and is given another in the model.
     """
     route, progress = route or Route(), progress or Progress()
     # Around the trace and not inside it: the trace is to record stopped values.
@@ -284,8 +323,9 @@ def trace_pair(
     if route.through is not None:
         guided = _with_values(guided, route.through, particle)
     if route.through is not None or model_trace is None or enum_dim is not None:
+        watched = pair._replace(model=_SameMinibatch(guided)(pair.model)) if is_new else pair
         with nullcontext() if route.model_gradients else torch.no_grad():
-            model_trace = _trace_model(pair, guided, enclose, enum_dim, progress)
+            model_trace = _trace_model(watched, guided, enclose, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace, rescored)
 
 

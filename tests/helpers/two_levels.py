@@ -1,4 +1,4 @@
-"""A hierarchical pair, and its bound and gradients by a double loop over its particles, without the package."""
+"""A hierarchical pair, its bound and gradients by a double loop over particles, without the package."""
 
 import math
 
@@ -135,13 +135,13 @@ class ByHand:
         g1 = p["guide.loc"] + p["guide.scale"].exp() * e1
         return g1, p["guide.tilt"] * g1 + p["guide.scale"].exp() * e2
 
-    def local_on_path(self, s, l, i, g1, g2):
+    def local_on_path(self, s, j, i, g1, g2):
         p, q, v, n = self.p, self.still, self.values, self.index[i]
-        z1 = v["z1"][s, l, i]
+        z1 = v["z1"][s, j, i]
         if not self.pair.discrete:
             e1 = (z1 - self.loc(n, v["g2"][s], q)) / q["guide.width"].exp()
             z1 = self.loc(n, g2, p) + p["guide.width"].exp() * e1
-        e2 = (v["z2"][s, l, i] - q["guide.link"] * v["z1"][s, l, i] - v["g1"][s]) / q["guide.width"].exp()
+        e2 = (v["z2"][s, j, i] - q["guide.link"] * v["z1"][s, j, i] - v["g1"][s]) / q["guide.width"].exp()
         return z1, p["guide.link"] * z1 + g1 + p["guide.width"].exp() * e2
 
     @property
@@ -159,9 +159,9 @@ class ByHand:
         for s in range(S):
             g1, g2 = self.on_path(s)
             top.append(self.log_p_top(g1, g2, self.p) - self.log_q_top(g1, g2, self.p))
-            for l in range(L):
+            for j in range(L):
                 for i in range(B):
-                    z1, z2 = self.local_on_path(s, l, i, g1, g2)
+                    z1, z2 = self.local_on_path(s, j, i, g1, g2)
                     n = self.index[i]
                     rows.append(
                         self.log_p_local(n, z1, z2, g1, g2, self.p)
@@ -207,10 +207,10 @@ class ByHand:
         for s in range(S):
             g1, g2 = v["g1"][s], v["g2"][s]
             total = total + a[s] * self.log_p_top(g1, g2, self.p)
-            for l in range(L):
+            for j in range(L):
                 for i in range(B):
-                    z1, z2 = v["z1"][s, l, i], v["z2"][s, l, i]
-                    total = total + u[s, l, i] * self.log_p_local(self.index[i], z1, z2, g1, g2, self.p)
+                    z1, z2 = v["z1"][s, j, i], v["z2"][s, j, i]
+                    total = total + u[s, j, i] * self.log_p_local(self.index[i], z1, z2, g1, g2, self.p)
         return total
 
     def stl(self, outer, inner):
@@ -221,11 +221,11 @@ class ByHand:
         for s in range(S):
             g1, g2 = self.on_path(s)
             total = total + a[s] * (self.log_p_top(g1, g2, still) - self.log_q_top(g1, g2, still))
-            for l in range(L):
+            for j in range(L):
                 for i in range(B):
-                    z1, z2 = self.local_on_path(s, l, i, g1, g2)
+                    z1, z2 = self.local_on_path(s, j, i, g1, g2)
                     n = self.index[i]
-                    total = total + u[s, l, i] * (
+                    total = total + u[s, j, i] * (
                         self.log_p_local(n, z1, z2, g1, g2, still)
                         - self.log_q_local(n, z1, z2, g1, g2, still)
                     )
@@ -241,16 +241,16 @@ class ByHand:
             h1, h2 = v["g1"][s], v["g2"][s]
             total = total + a[s] * self.log_p_top(g1, g2, still)
             total = total - a[s] * self.log_q_top(g1, g2, still if outer_is_linear else self.p)
-            for l in range(L):
+            for j in range(L):
                 for i in range(B):
                     n = self.index[i]
-                    z1, z2 = self.local_on_path(s, l, i, g1, g2)
-                    w1, w2 = v["z1"][s, l, i], v["z2"][s, l, i]
+                    z1, z2 = self.local_on_path(s, j, i, g1, g2)
+                    w1, w2 = v["z1"][s, j, i], v["z2"][s, j, i]
                     path = self.log_p_local(n, z1, z2, h1, h2, still) - self.log_q_local(
                         n, z1, z2, h1, h2, still
                     )
-                    total = total + (u - second)[s, l, i] * path
-                    total = total + u[s, l, i] * self.log_p_local(n, w1, w2, g1, g2, still)
+                    total = total + (u - second)[s, j, i] * path
+                    total = total + u[s, j, i] * self.log_p_local(n, w1, w2, g1, g2, still)
         return self.grads(total)
 
     def score(self, outer, inner, suggest):
@@ -260,13 +260,13 @@ class ByHand:
         total = self.value(outer, inner, top, local)
         value, fixed, above = total.detach(), local.detach(), top.detach()
         for s in range(S):
-            g1, g2 = self.on_path(s)
-            for l in range(L):
+            _, g2 = self.on_path(s)
+            for j in range(L):
                 for i in range(B):
                     changed = fixed.clone()
-                    changed[s, l, i] = suggest(torch.cat([fixed[s, :l, i], fixed[s, l + 1 :, i]]))
+                    changed[s, j, i] = suggest(torch.cat([fixed[s, :j, i], fixed[s, j + 1 :, i]]))
                     signal = value - self.value(outer, inner, above, changed)
-                    z1 = self.values["z1"][s, l, i]
+                    z1 = self.values["z1"][s, j, i]
                     total = total + signal * self.log_q_z1(self.index[i], z1, g2, self.p)
         return self.grads(total)
 
