@@ -179,9 +179,9 @@ def nuts(survey: Survey, number: int) -> tuple[Tensor, float]:
     """Draws of one chain, ``[number, 5]``, and the smallest ESS of a global latent."""
     # Levels and spread would make a funnel: counties in units of the spread do not.
     centred = poutine.reparam(model, {"level": LocScaleReparam(0.0)})
-    warmup = min(300, number)
+    warmup = min(250, number)
     with progress_bar(warmup + number, "NUTS") as bar, pyro.validation_enabled(False):
-        kernel = NUTS(centred, max_tree_depth=7)
+        kernel = NUTS(centred, max_tree_depth=6)
         options = {"warmup_steps": warmup, "disable_progbar": True}
         mcmc = MCMC(kernel, number, hook_fn=lambda *_: bar.update(), **options)
         mcmc.run(survey)
@@ -282,12 +282,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", choices=DATA, default="auto", help="arviz: the survey, downloaded where it is not on disk")
-    add("--steps", type=positive_int, default=2000, help="of each fit")
-    add("--learning-rate", type=positive_float, default=0.03, help="at first; it falls to a hundredth")
-    add("--global-particles", type=positive_int, default=4, help="of the global latents")
+    add("--steps", type=positive_int, default=1000, help="of each fit")
+    add("--learning-rate", type=positive_float, default=0.05, help="at first; it falls to a hundredth")
+    add("--global-particles", type=positive_int, default=2, help="of the global latents")
     add("--local-particles", type=positive_int, default=16, help="of a county, for each of those")
     add("--counties", type=positive_int, default=17, help="in a minibatch")
-    add("--nuts-samples", type=positive_int, default=800, help="draws of NUTS after its warm-up")
+    add("--nuts-samples", type=positive_int, default=500, help="draws of NUTS after its warm-up")
     add("--seed", type=int, default=0, help="of everything random")
     add("--out", type=Path, default=Path("results/radon"), help="folder; of a smoke run, in results/smoke")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
