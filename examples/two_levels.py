@@ -1,9 +1,9 @@
 """Why two levels: effective particles of a joint weight and of local ones, as a plate of data grows.
 
 g ~ N(0, 1), z_n ~ N(g, 1), x_n ~ N(z_n, 1) for n up to 1000. The guide of g is the exact posterior, that of
-z_n given g the exact one but for its location, which is off by half its scale. One joint weight over all z_n is
-a product of N factors and comes down to its largest particle. The local weights of two levels know nothing of
-N. All is normal, so that log p(x) is known. Try::
+z_n given g the exact one but for its location, which is off by half its scale. One joint weight over all z_n
+is a product of N factors and comes down to its largest particle. The local weights of two levels know nothing
+of N. All is normal, so that log p(x) is known. Try::
 
     python examples/two_levels.py                  # seconds
 """
