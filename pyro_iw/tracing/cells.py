@@ -14,6 +14,7 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from .messages import is_delta
 from .sites import Site, plate_key
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "own_scales",
     "split_scales",
     "subsampling",
+    "two_levels",
     "warn_of_tempering",
     "with_inner_scales",
 ]
@@ -66,10 +68,12 @@ def kept_plates(
         for frame in common_plates(site for site in sites if site.is_latent and site.role == "model"):
             outside = [site for site in sites if not site.inside(frame)]
             if outside and not is_subsampled(frame):
+                loss = two_levels(sites, frame)
+                loss = f"Take {loss}, in which what lies outside counts once, or move" if loss else "Move"
                 warn_once(
                     f"All latent sites of the model lie in plate {frame.name!r}, but site(s) "
                     f"{names_of(outside)} do not, so there is one joint importance weight instead of one for "
-                    f"each index of {frame.name!r}. Move observed and factor sites into the plate (divided "
+                    f"each index of {frame.name!r}. {loss} observed and factor sites into the plate (divided "
                     "by its size where they are a regulariser), take a guide whose sites lie in it "
                     "(AutoNormal rather than one with a joint latent), or pass plates=() to ask for the "
                     "joint weight."
@@ -113,9 +117,11 @@ def _named_plates(sites: list[Site], names: Sequence[str]) -> list[CondIndepStac
             raise ValueError(f"Plate {name!r} is a Python loop; only vectorised plates can be kept.")
         outside = [site for site in sites if not site.inside(frame)]
         if outside:
+            loss = two_levels(sites, frame)
             raise ValueError(
                 f"Plate {name!r} cannot be kept: site(s) {names_of(outside)} lie outside it, so there is no "
-                f"importance weight for each index of {name!r}."
+                f"importance weight for each index of {name!r}"
+                + (f" alone. Given what lies outside there is, in {loss}." if loss else ".")
             )
         kept.append(frame)
     return kept
@@ -145,11 +151,26 @@ def check_subsampling(sites: list[Site], kept: tuple[CondIndepStackFrame, ...]) 
                     if latent
                     else "move them into the plate, divided by its size where they are a regulariser"
                 )
+            loss = two_levels(sites, frame) if outside else ""
+            first = "Run"
+            if loss:
+                first = f"Take {loss}, which weighs the plate's latents given what is outside; or run"
             raise ValueError(
                 f"Plate {frame.name!r} is subsampled ({_in_words(frame)}), but {reason}. The joint "
                 "importance weight then needs all of the data: an estimate from a minibatch is no bound for "
-                f"K > 1. Run the plate on all of its data, use K=1 (the ELBO), or {remedy}."
+                f"K > 1. {first} the plate on all of its data, use K=1 (the ELBO), or {remedy}."
             )
+
+
+def two_levels(sites: Sequence[Site], frame: CondIndepStackFrame) -> str:
+    """The loss with local particles in a plate, as a user can paste it; empty where it would be refused."""
+    inside = [site for site in sites if site.is_latent and site.inside(frame)]
+    drawn = [site for site in inside if site.role == "guide" and not is_delta(site.message["fn"])]
+    if not frame.vectorized or not any(site.role == "model" for site in inside):
+        return ""
+    loss = f"LocallyEnhancedELBO(local=pyro_iw.bounds.IWAE(16), over={frame.name!r})"
+    # A joint latent of the guide lies outside, and what is made of it inside is a function of it.
+    return loss if drawn else f"{loss} with a guide that draws the plate's latents in it (AutoNormal)"
 
 
 def split_scales(
