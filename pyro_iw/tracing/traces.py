@@ -35,10 +35,12 @@ __all__ = [
     "Traces",
     "is_transformed",
     "plate_nesting",
+    "trace_given",
     "trace_guide_given",
     "trace_model_again",
     "trace_pair",
     "trace_particle",
+    "trace_prior_given",
 ]
 
 #: Name of the plate over particles; Pyro's own ELBOs use the same.
@@ -254,12 +256,51 @@ def trace_particle(pair: Pair, latents: Mapping[str, Tensor], enum_dim: int | No
         latents: values of the guide's latent sites, of those where they are given.
         enum_dim: as in :func:`trace_pair`.
     """
+    return trace_given(pair, GivenValues(latents), enum_dim=enum_dim)
+
+
+def trace_given(
+    pair: Pair,
+    given: Messenger,
+    enclose: Callable[[Callable], Callable] = lambda fn: fn,
+    enum_dim: int | None = None,
+) -> PairTraces:
+    """Run guide and model once, with latents of the guide that a handler gives their values.
+
+    Arguments:
+        pair: the pair and its arguments.
+        given: the handler, around the guide alone; whatever gradients its values carry, they keep.
+        enclose: wraps guide and model, as the plate over particles does.
+        enum_dim: as in :func:`trace_pair`.
+    """
     progress = Progress()
-    with GivenValues(latents):
-        guided, guide_trace, model_trace = _trace_guide(pair, pair.guide, progress)
+    with given:
+        guided, guide_trace, model_trace = _trace_guide(pair, enclose(pair.guide), progress)
     if model_trace is None or enum_dim is not None:
-        model_trace = _trace_model(pair, guided, lambda fn: fn, enum_dim, progress)
+        model_trace = _trace_model(pair, guided, enclose, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace)
+
+
+def trace_prior_given(
+    pair: Pair,
+    given: Messenger,
+    enclose: Callable[[Callable], Callable] = lambda fn: fn,
+    enum_dim: int | None = None,
+) -> PairTraces:
+    """:func:`trace_given` where the guide is the model's own prior, by a single run of the model.
+
+    What is enumerated is not among the guide's sites.
+    """
+    model = enclose(pair.model)
+    if enum_dim is not None:
+        model = poutine.enum(model, first_available_dim=enum_dim)
+    with given:
+        model_trace = prune_subsample_sites(Progress().record("model", model, pair))
+    guide_trace = Trace()
+    for name, site in model_trace.nodes.items():
+        if is_latent(site) and (site["infer"] or {}).get("enumerate") != "parallel":
+            guide_trace.add_node(name, **site)
+    return PairTraces(model_trace, guide_trace)
 
 
 def trace_model_again(
