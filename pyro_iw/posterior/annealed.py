@@ -184,10 +184,10 @@ class AnnealedImportanceSampler:
 
         Arguments and errors are those of :meth:`log_marginal`.
         """
-        with self._bar(1) as bar:
+        with self.bar(1) as bar:
             start = self.prepare(Pair(self.model, self.guide, args, kwargs))
             annealing = self.tune(start, bar)
-            return self._samples(start, self._forwards(start, annealing))
+            return self._samples(start, self.forwards(start, annealing))
 
     def log_marginal_dataset(
         self,
@@ -219,7 +219,7 @@ class AnnealedImportanceSampler:
         """
         check_loader(loader)
         file = ProgressFile(resume, repr(self))
-        with self._bar(_length(loader)) as bar:
+        with self.bar(_length(loader)) as bar:
             before = RandomState.now()
             for index, batch in enumerate(loader):
                 args, kwargs = read_batch(batch, to_args)
@@ -236,7 +236,7 @@ class AnnealedImportanceSampler:
                 if file.knows(index, start.log_weights):
                     bar.update(self._num_transitions)
                     continue
-                annealed = self._forwards(start, self.tune(start, bar))
+                annealed = self.forwards(start, self.tune(start, bar))
                 running = RunningLogMean()
                 running.add(annealed.log_w)
                 columns = [running.value, running.standard_error, running.ess]
@@ -251,9 +251,14 @@ class AnnealedImportanceSampler:
     # The steps of a run
     # ------------------------------------------------------------------------------------------------
 
-    def prepare(self, pair: Pair) -> Start:
-        """Draw from the guide once, check the pair, and get to know its shapes."""
-        minibatch = OneMinibatch()
+    def prepare(self, pair: Pair, minibatch: OneMinibatch | None = None) -> Start:
+        """Draw from the guide once, check the pair, and get to know its shapes.
+
+        Arguments:
+            pair: the pair and its arguments.
+            minibatch: the subsample, where it is known.
+        """
+        minibatch = minibatch or OneMinibatch()
         with torch.no_grad():
             self._runner.prepare(pair)
         traces, particles = self._draw(pair, minibatch)
@@ -262,7 +267,10 @@ class AnnealedImportanceSampler:
             path = PairPath(pair, traces, particles, minibatch, self.plates, self._warn_once)
             coordinates = path.coordinates(traces)
         _check_same_density(path.at(coordinates), particles)
-        return Start(pair, path, minibatch, coordinates, particles.log_weights, dead_site(particles))
+        scaled = [site for site in particles.sites if isinstance(site.scale, Tensor) or site.scale != 1]
+        tempered = list(dict.fromkeys(site.name for site in scaled))
+        log_weights = particles.log_weights
+        return Start(pair, path, minibatch, coordinates, log_weights, dead_site(particles), tempered)
 
     def tune(self, start: Start, bar: tqdm) -> Annealing:
         """Find the settings of the transitions."""
@@ -285,7 +293,7 @@ class AnnealedImportanceSampler:
         tuning.run(start.path.at(start.coordinates), betas[1:], bar.update)
         return Annealing(start.path, tuning, self._betas, self.num_leapfrog, bar.update)
 
-    def _forwards(self, start: Start, annealing: Annealing) -> Annealed:
+    def forwards(self, start: Start, annealing: Annealing) -> Annealed:
         """Run the chains that count, from draws of their own."""
         annealed = annealing.forwards(start.path.at(self._draw_coordinates(start)))
         warn_of_dead(annealed.log_w.amax(0), self.num_chains, start.dead)
@@ -337,8 +345,10 @@ class AnnealedImportanceSampler:
     def _num_transitions(self) -> int:
         return Tuning.FIRST + self.num_adaptation + self.num_temperatures
 
-    def _bar(self, runs: int | None) -> tqdm:
-        total = None if runs is None else runs * self._num_transitions
+    def bar(self, runs: int | None, both_ways: bool = False) -> tqdm:
+        """A progress bar over the transitions of that many runs."""
+        each = self._num_transitions + both_ways * self.num_temperatures
+        total = None if runs is None else runs * each
         return progress_bar(show=self.progress, total=total, desc="transitions", unit_scale=True)
 
     def _warn_once(self, message: str) -> None:
@@ -365,6 +375,7 @@ class Start(NamedTuple):
         coordinates: S draws of the guide.
         log_weights: their log-weights, of shape ``[S, *cells]``.
         dead: the first site at which one of them has zero density.
+        tempered: sites with a scale inside the weights.
     """
 
     pair: Pair
@@ -373,6 +384,7 @@ class Start(NamedTuple):
     coordinates: list[Tensor]
     log_weights: Tensor
     dead: str | None
+    tempered: list[str]
 
 
 def _check_same_density(point: Point, particles: Particles) -> None:

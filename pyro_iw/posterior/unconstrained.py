@@ -28,7 +28,7 @@ from torch.distributions import Independent, biject_to
 
 from ..tracing.change_of_variables import change_of_variables, deltas, points
 from ..tracing.counterparts import check_guide, pattern_of
-from ..tracing.latents import place
+from ..tracing.latents import own_frames, place
 from ..tracing.messages import is_delta, latent_sites
 from ..tracing.particles import Particles, collect
 from ..tracing.paths import class_name
@@ -117,31 +117,56 @@ def _check_movable(name: str, fn: Any, from_prior: bool) -> None:
         ) from None
 
 
-class _Coordinates(Messenger):
-    """Gives latent sites the values that lie at unconstrained coordinates.
+class _Given(Messenger):
+    """Gives latent sites their values.
 
     Arguments:
-        coordinates: by the name of their site.
+        given: what makes the value of each site, by its name.
 
     Attributes:
-        log_dets: log-determinant of each site's bijection there, of its batch shape.
+        found: what was found of each site on the way.
     """
 
-    def __init__(self, coordinates: Mapping[str, Tensor]) -> None:
+    def __init__(self, given: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.coordinates = coordinates
-        self.log_dets: dict[str, Tensor] = {}
+        self.given = given
+        self.found: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
-        if name not in self.coordinates or msg["is_observed"]:
-            return
-        u, fn = self.coordinates[name], msg["fn"]
+        if name in self.given and not msg["is_observed"]:
+            msg["value"], self.found[name] = self.make(msg["fn"], self.given[name])
+            msg["done"] = True
+
+    def make(self, fn: Any, given: Tensor) -> tuple[Tensor, Tensor]:
+        """The value of a site, and what is to be found of it."""
+        raise NotImplementedError
+
+
+class _Coordinates(_Given):
+    """Gives values by their unconstrained coordinates; finds the bijections' log-determinants."""
+
+    def make(self, fn: Any, given: Tensor) -> tuple[Tensor, Tensor]:
         transform = biject_to(fn.support)
-        msg["value"] = transform(u)
-        msg["done"] = True
-        log_det = transform.log_abs_det_jacobian(u, msg["value"])
-        self.log_dets[name] = sum_rightmost(log_det, log_det.dim() - u.dim() + _event_dim(fn, transform))
+        value = transform(given)
+        log_det = transform.log_abs_det_jacobian(given, value)
+        return value, sum_rightmost(log_det, log_det.dim() - given.dim() + _event_dim(fn, transform))
+
+
+class _Values(_Given):
+    """Gives values; finds their unconstrained coordinates."""
+
+    def make(self, fn: Any, given: Tensor) -> tuple[Tensor, Tensor]:
+        return given, biject_to(fn.support).inv(given)
+
+
+def _agree(trace: Any, latents: Mapping[str, Any]) -> bool:
+    """Whether a guide has the latent values that it should have, in all of its particles."""
+    for name, site in latents.items():
+        value = trace.nodes[name]["value"]
+        if not torch.allclose(value, site["value"].expand_as(value), rtol=1e-3, atol=1e-4):
+            return False
+    return True
 
 
 def _event_dim(fn: Any, transform: Any) -> int:
@@ -160,7 +185,7 @@ class _Own(NamedTuple):
     Attributes:
         name: its name.
         event_dim: number of event dims of its coordinates.
-        rank: number of its batch dims by itself, without particles.
+        rank: number of its batch dims by itself, from the outermost plate around it on.
     """
 
     name: str
@@ -237,9 +262,9 @@ class PairPath:
                 if is_delta(site["fn"]):
                     continue
                 self._check_density(name, site)
-                u = free_coordinates(site, site["value"])
                 event_dim = _event_dim(site["fn"], biject_to(site["fn"].support))
-                found.setdefault(name, []).append(_Own(name, event_dim, u.dim() - event_dim))
+                rank = max((-frame.dim for frame in own_frames(site) if frame.dim is not None), default=0)
+                found.setdefault(name, []).append(_Own(name, event_dim, rank))
         for name, parts in found.items():
             if len(parts) < len(traces.pairs) or len(set(parts)) > 1:
                 raise ValueError(
@@ -272,11 +297,7 @@ class PairPath:
         for own in self._own:
             sites: list[Any] = [pair.guide.nodes[own.name] for pair in traces.pairs]
             parts = [free_coordinates(site, site["value"].detach()) for site in sites]
-            if self._particle_dim is None:
-                parts = [self._padded(part, own.event_dim) for part in parts]
-                found.append(torch.stack(parts))
-            else:
-                found.append(parts[0])
+            found.append(self._gather(parts, own.event_dim))
         return found
 
     def _padded(self, tensor: Tensor, event_dim: int = 0) -> Tensor:
@@ -284,37 +305,95 @@ class PairPath:
         missing = self._nesting - (tensor.dim() - event_dim)
         return tensor.reshape((1,) * missing + tensor.shape)
 
+    def coordinates_of(self, latents: Mapping[str, Any]) -> list[Tensor]:
+        """Where given values of the model's latents lie, S times the same.
+
+        Arguments:
+            latents: messages of the model's latent sites, from a run without particles.
+
+        Raises:
+            ValueError: if the guide makes its latents of draws that cannot be told from them.
+        """
+        given = self._draws_behind(latents)
+        if len(given) == len(self._own):
+            with torch.no_grad():
+                traces, handlers = self._trace(_Values, given)
+            if all(_agree(pair.guide, latents) for pair in traces.pairs):
+                return [
+                    self._gather([handler.found[own.name] for handler in handlers], own.event_dim)
+                    for own in self._own
+                ]
+        raise ValueError(
+            f"The guide makes the model's latents of {_listed([own.name for own in self._own])}, and which "
+            "values of these would give the latents that were simulated cannot be told. Take a guide that "
+            "samples the model's latents themselves, AutoNormal, or guide=None for the prior."
+        )
+
+    def _draws_behind(self, latents: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Values of the guide's own sites that may give those of the model's latents, for all chains."""
+        left = dict(latents)
+        given, joint = {}, []
+        for own in self._own:
+            name = own.name.removesuffix("_unconstrained")  # the draw for this site alone in AutoNormal
+            if name not in left:
+                joint.append(own.name)
+                continue
+            site = left.pop(name)
+            value = site["value"] if name == own.name else free_coordinates(site, site["value"])
+            given[own.name] = self._for_all_chains(value, own)
+        if len(joint) == 1:
+            # The draw for all other sites together in Pyro's automatic guides, in the model's order.
+            parts = [free_coordinates(site, site["value"]).flatten() for site in left.values()]
+            own = next(own for own in self._own if own.name == joint[0])
+            if parts and own.event_dim == 1:
+                given[own.name] = self._for_all_chains(torch.cat(parts), own)
+        return given
+
+    def _for_all_chains(self, value: Tensor, own: _Own) -> Tensor:
+        """``[*batch, *event]`` as ``[S, *plates, *event]``."""
+        padded = self._padded(value, value.dim() - own.rank)
+        return padded.expand(self.num_chains, *padded.shape)
+
+    def _trace(self, handler: type[_Given], given: Mapping[str, Tensor]) -> tuple[Traces, list[_Given]]:
+        """Guide and model with the guide's own sites given, by a handler of that kind for each run.
+
+        Arguments:
+            handler: the kind.
+            given: what it is given for each site, of shape ``[S, *plates, *event]``.
+        """
+        trace = trace_prior_given if self._from_prior else trace_given
+        handlers, pairs = [], []
+        with self._minibatch:
+            if self._particle_dim is not None:
+                handlers.append(handler(given))
+                plate = pyro.plate(PARTICLE_PLATE, self.num_chains, dim=self._particle_dim)
+                pairs.append(trace(self.pair, handlers[0], plate, self._enum_dim))
+            else:
+                for chain in range(self.num_chains):
+                    # Without the dims of plates that a site is outside of.
+                    outside = {own.name: self._nesting - own.rank for own in self._own}
+                    single = {n: u[chain].reshape(u.shape[1 + outside[n] :]) for n, u in given.items()}
+                    handlers.append(handler(single))
+                    pairs.append(trace(self.pair, handlers[-1], enum_dim=self._enum_dim))
+        return Traces(pairs, self.num_chains, self._particle_dim, self._enum_dim), handlers
+
+    def _gather(self, parts: Sequence[Tensor], event_dim: int = 0) -> Tensor:
+        """One tensor ``[S, *plates, *event]`` of what each run has."""
+        if self._particle_dim is not None:
+            return parts[0]
+        return torch.stack([self._padded(part, event_dim) for part in parts])
+
     def run(self, coordinates: Sequence[Tensor]) -> tuple[Particles, Traces, Tensor]:
         """The pair at some coordinates: its particles and traces, and the log-determinants ``[S, *cells]``.
 
         Gradients with respect to the coordinates are there if they are enabled.
         """
         names = [own.name for own in self._own]
-        trace = trace_prior_given if self._from_prior else trace_given
-        handlers = []
-        pairs = []
+        traces, handlers = self._trace(_Coordinates, dict(zip(names, coordinates, strict=True)))
         with self._minibatch:
-            if self._particle_dim is not None:
-                handlers.append(_Coordinates(dict(zip(names, coordinates, strict=True))))
-                plate = pyro.plate(PARTICLE_PLATE, self.num_chains, dim=self._particle_dim)
-                pairs.append(trace(self.pair, handlers[0], plate, self._enum_dim))
-            else:
-                for chain in range(self.num_chains):
-                    single = {
-                        own.name: u[chain].reshape(u.shape[u.dim() - own.event_dim - own.rank :])
-                        for own, u in zip(self._own, coordinates, strict=True)
-                    }
-                    handlers.append(_Coordinates(single))
-                    pairs.append(trace(self.pair, handlers[-1], enum_dim=self._enum_dim))
-            traces = Traces(pairs, self.num_chains, self._particle_dim, self._enum_dim)
             particles = self._collect(traces)
-        log_dets = []
-        for name in names:
-            parts = [handler.log_dets[name] for handler in handlers]
-            stacked = (
-                parts[0] if self._particle_dim is not None else torch.stack(list(map(self._padded, parts)))
-            )
-            log_dets.append(self._batch_to_cells(stacked))
+        each = [self._gather([handler.found[name] for handler in handlers]) for name in names]
+        log_dets = [self._batch_to_cells(log_det) for log_det in each]
         return particles, traces, torch.stack(torch.broadcast_tensors(*log_dets)).sum(0)
 
     def at(self, coordinates: Sequence[Tensor]) -> Point:
