@@ -51,8 +51,8 @@ __all__ = ["AnnealedImportanceSampler", "AnnealedSamples"]
 
 # As many draws of the guide know the spread of its coordinates well enough.
 _DRAWS_FOR_SCALES = 32
-# Chains that are accepted less often than this hardly move.
-_LOW_ACCEPTANCE = 0.2
+# Chains that are accepted less often than this hardly move; of fewer moves than that it cannot be told.
+_LOW_ACCEPTANCE, _ENOUGH_MOVES = 0.2, 100
 
 
 class AnnealedSamples(ImportanceSamples):
@@ -331,7 +331,7 @@ class AnnealedImportanceSampler:
 
     def _warn_of_rejection(self, acceptance: Tensor) -> None:
         low = acceptance < _LOW_ACCEPTANCE
-        if bool(low.any()):
+        if self.num_chains * self.num_temperatures >= _ENOUGH_MOVES and bool(low.any()):
             warn(
                 f"In {int(low.sum())} of {low.numel()} cell(s) fewer than {_LOW_ACCEPTANCE:.0%} of the moves "
                 f"were accepted (least {acceptance.min().item():.2g}), so the chains hardly leave the "
