@@ -8,9 +8,11 @@ from .gradients.snr import GradientSNR, gradient_snr
 from .losses import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
 from .optim import FusedOptim
 from .posterior.aggregated import aggregated_posterior
+from .posterior.annealed import AnnealedImportanceSampler, AnnealedSamples
 from .posterior.evaluation import RateDistortion, active_units, bound_curve, rate_distortion
 from .posterior.sampler import ImportanceSampler, LogMarginal
 from .posterior.samples import ImportanceSamples
+from .posterior.sandwich import Sandwich, sandwich
 from .posterior.two_samples import TwoSamples
 from .tracing.particles import Particles
 
@@ -23,6 +25,8 @@ __all__ = [
     "VR_ELBO",
     "AdversarialLosses",
     "AdversarialSVI",
+    "AnnealedImportanceSampler",
+    "AnnealedSamples",
     "Bound",
     "FusedOptim",
     "GradientSNR",
@@ -32,10 +36,12 @@ __all__ = [
     "LogMarginal",
     "Particles",
     "RateDistortion",
+    "Sandwich",
     "TwoSamples",
     "active_units",
     "aggregated_posterior",
     "bound_curve",
     "gradient_snr",
     "rate_distortion",
+    "sandwich",
 ]

@@ -411,7 +411,7 @@ class OVIS(Score):
     r"""Score function with the asymptotically best control variate (Liévin et al., 2020, with gamma = 0).
 
     That of :class:`Score`, but :math:`V_{-i}` has the weight of particle i replaced by 0 instead of the
-    others' mean. For IWAE, with normalised weights :math:`s_i`, what multiplies the score is then, all in all,
+    others' mean. For IWAE, with normalised weights :math:`s_i`, what multiplies the score is then, in all,
 
     .. math:: V - V_{-i} - \frac{\partial V}{\partial \ell_i} = -\log(1 - s_i) - s_i \approx s_i^2 / 2,
 

@@ -161,10 +161,10 @@ def sandwich(
                     "importance weights, so what would be bounded is not the evidence of the model that data "
                     "are simulated from. Remove the scale."
                 )
+            exact = start.path.coordinates_of(latents)
             annealing = sampler.tune(start, bar)
             forwards = sampler.forwards(start, annealing)
-            exact = start.path.at(start.path.coordinates_of(latents))
-            backwards = annealing.backwards(exact)
+            backwards = annealing.backwards(start.path.at(exact))
             lower, upper = RunningLogMean(), RunningLogMean()
             lower.add(forwards.log_w)
             upper.add(-backwards.log_w)
@@ -244,7 +244,8 @@ def _check_arguments(pair: Pair, values: Mapping[str, Tensor], minibatch: OneMin
     sites: dict[str, Any] = dict(trace.nodes)
     for name, value in values.items():
         observed = sites[name]["value"] if name in sites and sites[name]["is_observed"] else None
-        if observed is None or observed.shape != value.shape or not torch.equal(observed.to(value), value):
+        same = observed is not None and observed.shape == value.shape
+        if not same or not torch.allclose(observed.to(value), value, rtol=1e-4):
             raise ValueError(
                 f"Site {name!r} does not observe what was simulated for it when the model runs on the "
                 "arguments made of that. Let to_args= give the arguments that hold these values."

@@ -55,7 +55,7 @@ def close(samples, exact, errors=4, atol=0.0):
 
 class TestTruths:
     def test_unbiased_over_many_repeats(self):
-        """E[p^(x)] = p(x) with a poor guide, few chains, few temperatures: 4000 cells repeat one datapoint."""
+        """E[p^(x)] = p(x) with a poor guide, few chains and temperatures: 4000 cells repeat a datapoint."""
         x = torch.full((4000,), 1.0)
 
         def narrow(x):
@@ -213,7 +213,8 @@ class TestTruths:
         for options in ({}, {"vectorize_particles": False, "num_chains": 6, "num_leapfrog": 2}):
             samples = quiet(hierarchy, num_temperatures=40, **options)(X)
             close(samples, exact)
-            assert samples.values["z"].shape[1:] == (3,) and samples.values["mu"].dim() == 1
+            assert samples.values["z"].shape[1:] == (3,)
+            assert samples.values["mu"].dim() == 1
 
     def test_nested_plates_and_a_joint_weight(self):
         def nested(x):
@@ -299,7 +300,8 @@ class TestSamples:
         assert abs(second.mean().item() - 0.5) < 4 * second.std().item() / 20
         draws = samples.posterior(8)
         assert draws["z"].shape == (8, 400)
-        assert (samples.ess <= 16.001).all() and (samples.ess >= 1).all()
+        assert (samples.ess <= 16.001).all()
+        assert (samples.ess >= 1).all()
         assert "AnnealedSamples(S=16" in repr(samples)
 
     def test_to_arviz_and_merge(self):
@@ -338,7 +340,8 @@ class TestSamples:
         )
         exact = log_joint.logsumexp(-1) + math.log(1e-4)
         samples = quiet(positive, both_signs, 64, 40)(x)
-        assert samples.log_weights.isneginf().any() and not samples.log_weights.isnan().any()
+        assert samples.log_weights.isneginf().any()
+        assert not samples.log_weights.isnan().any()
         close(samples, exact.float())
 
     def test_inference_leaves_no_gradients(self):
@@ -350,7 +353,8 @@ class TestSamples:
                 pyro.sample("x", dist.Normal(weight * z, 1.0), obs=x)
 
         samples = quiet(learnt, None, 4, 5)(X)
-        assert not samples.log_weights.requires_grad and weight.grad is None
+        assert not samples.log_weights.requires_grad
+        assert weight.grad is None
 
 
 class TestDataSets:
@@ -358,7 +362,8 @@ class TestDataSets:
         x = torch.randn(7)
         result = quiet(model, guide, 16, 60).log_marginal_dataset(x.split(3))
         exact = dist.Normal(0.0, 2**0.5).log_prob(x)
-        assert result.values.shape == (7,) and result.num_particles == 16
+        assert result.values.shape == (7,)
+        assert result.num_particles == 16
         assert ((result.values - exact).abs() < 4 * result.monte_carlo_errors).all()
 
     def test_resumed_is_as_uninterrupted(self, tmp_path):

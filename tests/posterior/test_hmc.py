@@ -49,7 +49,7 @@ def draws(path, num_chains):
 class TestTransition:
     @pytest.mark.parametrize("step_size", [0.3, 1.1])
     def test_leaves_a_skewed_target_as_it_is(self, step_size):
-        """Chains that begin at exact draws are still exact draws after many transitions: moments, quantiles."""
+        """Chains that begin at exact draws still have its moments and quantiles after many transitions."""
         path = GammaAndNormal([1.0, 3.0], skewed=True)
         size = 10_000
         gamma = torch.distributions.Gamma(torch.tensor(2.0, dtype=DTYPE), 1.0)
@@ -100,7 +100,8 @@ class TestTransition:
         point = draws(path, 8)
         setting = Setting(torch.tensor([1e6, 0.1], dtype=DTYPE), [torch.ones(1, 1, 1, dtype=DTYPE)])
         moved, probability = transition(path, point, 1.0, setting, 3)
-        assert (probability[:, 0] == 0).all() and (probability[:, 1] > 0.5).all()
+        assert (probability[:, 0] == 0).all()
+        assert (probability[:, 1] > 0.5).all()
         assert torch.equal(moved.coordinates[0][:, 0], point.coordinates[0][:, 0])
         assert not torch.equal(moved.coordinates[0][:, 1], point.coordinates[0][:, 1])
 
@@ -139,7 +140,7 @@ class TestTuning:
 class TestAnnealing:
     @pytest.mark.parametrize("num_temperatures", [1, 2, 7])
     def test_unbiased_both_ways(self, num_temperatures):
-        """E[w] = p(x) forwards, E[1 / w] = 1 / p(x) backwards, whatever T; here p(x) is 1 and 1 / p(x) is 1."""
+        """E[w] = p(x) forwards, E[1 / w] = 1 / p(x) backwards, whatever T; here p(x) is 1."""
         path = GammaAndNormal([0.7, 1.3], skewed=True)
         tuning = Tuning(path, [torch.ones(1, 2, 1, dtype=DTYPE)], 3, 0.65)
         tuning.run(draws(path, 16), temperatures(20)[1:])
@@ -158,7 +159,9 @@ class TestAnnealing:
 class TestTemperatures:
     def test_sigmoidal(self):
         betas = temperatures(10)
-        assert betas[0] == 0 and betas[-1] == 1 and len(betas) == 11
+        assert betas[0] == 0
+        assert betas[-1] == 1
+        assert len(betas) == 11
         curve = [1 / (1 + math.exp(-4 * (2 * t / 10 - 1))) for t in range(11)]
         expected = [(c - curve[0]) / (curve[-1] - curve[0]) for c in curve]
         assert betas == pytest.approx(expected, abs=1e-12)
