@@ -236,7 +236,8 @@ def table(results: dict) -> str:
     lines = [
         f"{settings['students']} students: {results['answers']} answers to train on, "
         f"{results['held_out']} held out",
-        f"{'':<14}{'bound a student':>16}{'held out, guide':>18}{'held out, weighted':>20}{'CPU seconds':>13}",
+        f"{'':<14}{'bound a student':>16}{'held out, guide':>18}"
+        f"{'held out, weighted':>20}{'CPU seconds':>13}",
     ]
     for method, label in METHODS.items():
         own = results["methods"][method]

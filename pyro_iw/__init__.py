@@ -9,9 +9,11 @@ from .hierarchical import LocallyEnhancedELBO
 from .losses import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
 from .optim import FusedOptim
 from .posterior.aggregated import aggregated_posterior
+from .posterior.annealed import AnnealedImportanceSampler, AnnealedSamples
 from .posterior.evaluation import RateDistortion, active_units, bound_curve, rate_distortion
 from .posterior.sampler import ImportanceSampler, LogMarginal
 from .posterior.samples import ImportanceSamples
+from .posterior.sandwich import Sandwich, sandwich
 from .posterior.two_samples import TwoSamples
 from .tracing.levels import TwoLevels
 from .tracing.particles import Particles
@@ -25,6 +27,8 @@ __all__ = [
     "VR_ELBO",
     "AdversarialLosses",
     "AdversarialSVI",
+    "AnnealedImportanceSampler",
+    "AnnealedSamples",
     "Bound",
     "FusedOptim",
     "GradientSNR",
@@ -35,6 +39,7 @@ __all__ = [
     "LogMarginal",
     "Particles",
     "RateDistortion",
+    "Sandwich",
     "TwoLevels",
     "TwoSamples",
     "active_units",
@@ -42,4 +47,5 @@ __all__ = [
     "bound_curve",
     "gradient_snr",
     "rate_distortion",
+    "sandwich",
 ]

@@ -35,10 +35,11 @@ from .gradients.surrogate import Estimate
 from .tracing.counterparts import check_guide
 from .tracing.jumps import find_jumps
 from .tracing.masks import warn_of_masks
+from .tracing.minibatches import OneMinibatch
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import read_sites
-from .tracing.traces import OneMinibatch, Pair, Route, Traces, trace_pair
+from .tracing.traces import Pair, Route, Traces, trace_pair
 
 if TYPE_CHECKING:
     from .compiling.program import CompiledStep
@@ -73,8 +74,8 @@ class ImportanceWeightedELBO(ELBO):
         bound: the bound on the log evidence, over S = M K particles.
         estimator: how the guide's gradient is estimated, see :mod:`~pyro_iw.gradients.estimators`:
             ``"reparam"`` (total derivative along reparameterised particles), ``"stl"``, ``"dreg"``, and for
-            guides with sites that cannot be reparameterised ``"score"``, ``"vimco"``, ``"rws"``. ``"auto"``
-            is ``"reparam"``, where every guide site allows it.
+            guides with sites that cannot be reparameterised ``"score"``, ``"vimco"``, ``"ovis"``, ``"rws"``.
+            ``"auto"`` is ``"reparam"``, where every guide site allows it.
         plates: name or names of the plates whose cells get an importance weight each; ``()`` for one
             joint weight; None for the plates common to all sample sites.
         kl_weight: :math:`\beta` in :math:`\ell = \log p(x \mid z) + \beta\,(\log p(z) - \log q(z \mid x))`; a

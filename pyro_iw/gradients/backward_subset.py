@@ -29,10 +29,11 @@ from ..bounds import Bound
 from ..resampling import systematic
 from ..tracing.batch_norm import watch_batch_norm
 from ..tracing.messages import guide_messenger
+from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles
 from ..tracing.runner import Runner
-from ..tracing.traces import Index, OneMinibatch, Pair, Route, Traces
-from .estimators import Estimator
+from ..tracing.traces import Index, Pair, Route, Traces
+from .estimator import Estimator
 from .refusals import listed, refuse_another_density
 from .surrogate import Boundary, Estimate, boundary_ratio, tie
 

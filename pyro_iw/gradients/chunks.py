@@ -30,10 +30,11 @@ from ..bounds import Bound
 from ..tracing.batch_norm import watch_batch_norm
 from ..tracing.guide_values import GuideValues, without_densities
 from ..tracing.handlers import handlers_in_force, under_handlers
+from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles
 from ..tracing.sites import Site
-from ..tracing.traces import OneMinibatch, Pair, Route
-from .estimators import Estimator
+from ..tracing.traces import Pair, Route
+from .estimator import Estimator
 from .graph import Graph, without_hooks
 from .over_values import suited_to
 from .refusals import refuse_another_density

@@ -31,7 +31,8 @@ from ..bounds import IWAE, MIWAE, Bound
 from ..logmean import logmeanexp, softmax
 from ..tracing.particles import Particles
 from ..tracing.traces import Route
-from .estimators import DReG, Estimator, Score
+from .estimator import Estimator
+from .estimators import DReG, Score
 from .surrogate import Estimate, Weights
 
 __all__ = ["OverValues", "suited_to"]

@@ -33,10 +33,12 @@ from ..bounds import Bound
 from ..running import RunningBound, RunningGap, RunningLogMean, jackknife
 from ..tracing.counterparts import check_guide
 from ..tracing.latents import Latent, enumerated_sites, join, read_latents
+from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
 from ..tracing.runner import Runner
 from ..tracing.sites import read_sites
-from ..tracing.traces import OneMinibatch, Pair, Traces, plate_nesting
+from ..tracing.traces import Pair, Traces, plate_nesting
+from .dead import check_finite, dead_site, warn_of_dead
 from .predictive import Rerun
 from .proposal import check_proposal
 from .samples import ImportanceSamples
@@ -288,7 +290,7 @@ class ImportanceSampler:
                 log_p.append(particles.log_p)
                 log_q.append(particles.log_q)
                 latents.append(read_latents(traces))
-                dead = dead or _dead_site(particles)
+                dead = dead or dead_site(particles)
         rerun = Rerun(
             pair,
             self._runner.prepare(pair),
@@ -305,7 +307,7 @@ class ImportanceSampler:
             particles.plates,
             rerun,
         )
-        _warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
+        warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
         return samples
 
     def particles(self, *args: Any, **kwargs: Any) -> Iterator[Particles]:
@@ -330,9 +332,9 @@ class ImportanceSampler:
                 bounds.add(log_w)
             if self.jackknife:
                 kept.append(log_w)
-            dead = dead or _dead_site(particles)
+            dead = dead or dead_site(particles)
             del particles, traces  # or two chunks would be in memory while the next one runs
-        _warn_of_dead(running.value, self.num_particles, dead)
+        warn_of_dead(running.value, self.num_particles, dead)
         value = jackknife(torch.cat(kept)) if self.jackknife else running.value
         return value.to(log_w.dtype)
 
@@ -353,7 +355,7 @@ class ImportanceSampler:
                 )
                 if left == self.num_particles:
                     check_proposal(particles, traces, self.check_support, self._warn_once)
-            _check_finite(particles)
+            check_finite(particles)
             bar.update(size)
             left -= size
             yield particles, traces
@@ -381,41 +383,6 @@ def _refuse_values(particles: Particles) -> None:
             "there are no draws to keep. log_marginal sums over the values; for draws sample them in the "
             "guide (without infer={'enumerate': 'parallel'}), or leave them out of the guide and enumerate "
             "them in the model."
-        )
-
-
-def _check_finite(particles: Particles) -> None:
-    """Refuse NaN and +inf, naming the site."""
-    log_w = particles.log_weights
-    bad = log_w.isnan() | log_w.isposinf()
-    if bool(bad.any()):
-        site = (
-            particles.first_site(torch.isnan)
-            or particles.first_site(torch.isposinf)
-            or particles.first_site(torch.isneginf, role="guide")
-        )
-        raise ValueError(
-            f"{int(bad.sum())} of {log_w.numel()} log-weights are NaN or +inf (first at site {site}), and "
-            "so would be the estimate. Look for a NaN in the data or the parameters, or a scale of 0."
-        )
-
-
-def _dead_site(particles: Particles) -> str | None:
-    """The first site at which a particle has zero density."""
-    if not bool(particles.log_weights.isneginf().any()):
-        return None
-    return str(particles.first_site(torch.isneginf) or particles.first_site(torch.isposinf, role="guide"))
-
-
-def _warn_of_dead(value: Tensor, num_particles: int, site: str | None) -> None:
-    """Warn of cells that no particle has reached."""
-    dead = value.isneginf()
-    if bool(dead.any()):
-        warn(
-            f"In {int(dead.sum())} of {dead.numel()} cell(s) none of the {num_particles} particles has "
-            f"positive density (first at site {site}), so the estimate there is -inf. The guide proposes "
-            "values outside the model's support, or the data do not fit the model.",
-            RuntimeWarning,
         )
 
 

@@ -29,8 +29,9 @@ from torch.distributions import constraints
 from .guide_values import ids_of, is_enumerated_in_guide
 from .latents import own_frames, own_shape
 from .messages import base_of, latent_sites
+from .minibatches import OneMinibatch
 from .sites import Site, read_sites
-from .traces import OneMinibatch, Pair, PairTraces, Traces, is_transformed, trace_particle
+from .traces import Pair, PairTraces, Traces, is_transformed, trace_particle
 
 __all__ = ["Alone"]
 

@@ -18,18 +18,9 @@ from .._support.warn import PACKAGE, warn
 from .alone import Alone
 from .batch_norm import watch_batch_norm
 from .local_particles import particles_on_two_levels, values_outside
+from .minibatches import OneMinibatch
 from .probe import Look, Probe
-from .traces import (
-    PARTICLE_PLATE,
-    OneMinibatch,
-    Pair,
-    Progress,
-    Route,
-    Through,
-    Traces,
-    trace_model_again,
-    trace_pair,
-)
+from .traces import PARTICLE_PLATE, Pair, Progress, Route, Through, Traces, trace_model_again, trace_pair
 
 __all__ = ["Runner"]
 

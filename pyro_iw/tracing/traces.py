@@ -24,13 +24,13 @@ from .._support.random_state import RandomState
 from .guide_values import is_enumerated_in_guide, refuse_messenger, spread_over_values
 from .handlers import GivenValues
 from .messages import guide_messenger, is_latent, sample_sites
+from .minibatches import SameMinibatch
 from .paths import carried, has_path
 from .precision import in_full_precision, wide_densities
 
 __all__ = [
     "LOCAL_PLATE",
     "PARTICLE_PLATE",
-    "OneMinibatch",
     "Pair",
     "PairTraces",
     "Progress",
@@ -41,10 +41,12 @@ __all__ = [
     "is_of_particles",
     "is_transformed",
     "plate_nesting",
+    "trace_given",
     "trace_guide_given",
     "trace_model_again",
     "trace_pair",
     "trace_particle",
+    "trace_prior_given",
 ]
 
 #: Name of the plate over particles; Pyro's own ELBOs use the same.
@@ -194,79 +196,6 @@ class Progress:
         return f"after sample site {names[-1]!r}" if names else "before its first sample site"
 
 
-class OneMinibatch(Messenger):
-    """Gives every run inside it the subsample that the first one drew.
-
-    A model's plate that declares no subsample gets the guide's, as under ``poutine.replay``, also when the
-    model runs alone.
-
-    Arguments:
-        indices: subsamples known beforehand, by the name of their plate.
-
-    Attributes:
-        indices: subsamples known by now.
-    """
-
-    def __init__(self, indices: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self.indices: dict[str, Any] = dict(indices or {})
-        self._full_sizes: dict[str, int] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if not site_is_subsample(msg) or msg["value"] is not None or name not in self.indices:
-            return
-        # A plate that takes all of its indices may have others than before: it is on other data then.
-        if _is_minibatch(msg) or self._full_sizes.get(name) == msg["fn"].size:
-            msg["value"] = self.indices[name]
-            msg["done"] = True
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and (_is_minibatch(msg) or len(msg["value"]) < msg["fn"].size):
-            self.indices.setdefault(msg["name"], msg["value"])
-            self._full_sizes.setdefault(msg["name"], msg["fn"].size)
-
-
-def _is_minibatch(msg: Any) -> bool:
-    """Whether a plate draws from its indices, rather than take them all."""
-    size, subsample_size = msg["fn"].size, msg["fn"].subsample_size
-    return subsample_size is not None and subsample_size < size
-
-
-class _SameMinibatch(Messenger):
-    """Refuses a plate whose minibatch the model is given while the guide has another.
-
-    Replayed, the model's plate has the guide's indices whatever it was given: parameters of some datapoints
-    would meet the data of others.
-
-    Arguments:
-        guided: the guide's trace.
-    """
-
-    def __init__(self, guided: Trace) -> None:
-        super().__init__()
-        self.guided = guided
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name, given = msg["name"], msg["value"]
-        if not site_is_subsample(msg) or given is None or name not in self.guided.nodes:
-            return
-        drawn = self.guided.nodes[name]["value"]
-        given, drawn = torch.as_tensor(given), torch.as_tensor(drawn)
-        if given.shape != drawn.shape or not torch.equal(given.cpu(), drawn.cpu()):
-            raise ValueError(
-                f"Plate {name!r} has another minibatch in the guide than the model is given by subsample=: "
-                f"{_beginning(drawn)} against {_beginning(given)}. Give the guide the same indices (an "
-                f"AutoGuide by create_plates=lambda *args: pyro.plate({name!r}, ..., subsample=indices)), or "
-                "let the plate draw them (subsample_size=) and take the data of its indices."
-            )
-
-
-def _beginning(indices: Tensor) -> str:
-    first = ", ".join(map(str, indices[:3].tolist()))
-    return f"[{first}, ...]" if len(indices) > 3 else f"[{first}]"
-
-
 class _CutPaths(Messenger):
     """Cuts the gradient at latent values without a path, before anything downstream or any trace sees it.
 
@@ -345,7 +274,7 @@ def _trace_pair(
         through = spread_over_values(route.through, guide_trace) if route.per_value else route.through
         guided = _with_values(guided, through, particle)
     if route.through is not None or model_trace is None or enum_dim is not None:
-        watched = pair._replace(model=_SameMinibatch(guided)(pair.model)) if is_new else pair
+        watched = pair._replace(model=SameMinibatch(guided)(pair.model)) if is_new else pair
         with nullcontext() if route.model_gradients else torch.no_grad():
             model_trace = _trace_model(watched, guided, enclose, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace, rescored)
@@ -359,14 +288,53 @@ def trace_particle(pair: Pair, latents: Mapping[str, Tensor], enum_dim: int | No
         latents: values of the guide's latent sites, of those where they are given.
         enum_dim: as in :func:`trace_pair`.
     """
+    return trace_given(pair, GivenValues(latents), enum_dim=enum_dim)
+
+
+def trace_given(
+    pair: Pair,
+    given: Messenger,
+    enclose: Callable[[Callable], Callable] = lambda fn: fn,
+    enum_dim: int | None = None,
+) -> PairTraces:
+    """Run guide and model once, with latents of the guide that a handler gives their values.
+
+    Arguments:
+        pair: the pair and its arguments.
+        given: the handler, around the guide alone; whatever gradients its values carry, they keep.
+        enclose: wraps guide and model, as the plate over particles does.
+        enum_dim: as in :func:`trace_pair`.
+    """
     progress = Progress()
     with wide_densities():
-        with GivenValues(latents):
-            guide = _enumerating(pair, pair.guide, enum_dim)
+        with given:
+            guide = _enumerating(pair, enclose(pair.guide), enum_dim)
             guided, guide_trace, model_trace = _trace_guide(pair, guide, progress)
         if model_trace is None or enum_dim is not None:
-            model_trace = _trace_model(pair, guided, lambda fn: fn, enum_dim, progress)
+            model_trace = _trace_model(pair, guided, enclose, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace)
+
+
+def trace_prior_given(
+    pair: Pair,
+    given: Messenger,
+    enclose: Callable[[Callable], Callable] = lambda fn: fn,
+    enum_dim: int | None = None,
+) -> PairTraces:
+    """:func:`trace_given` where the guide is the model's own prior, by a single run of the model.
+
+    What is enumerated is not among the guide's sites.
+    """
+    model = enclose(pair.model)
+    if enum_dim is not None:
+        model = poutine.enum(model, first_available_dim=enum_dim)
+    with given:
+        model_trace = prune_subsample_sites(Progress().record("model", model, pair))
+    guide_trace = Trace()
+    for name, site in model_trace.nodes.items():
+        if is_latent(site) and (site["infer"] or {}).get("enumerate") != "parallel":
+            guide_trace.add_node(name, **site)
+    return PairTraces(model_trace, guide_trace)
 
 
 def trace_model_again(
