@@ -10,7 +10,9 @@ from .losses import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_
 from .optim import FusedOptim
 from .posterior.aggregated import aggregated_posterior
 from .posterior.evaluation import RateDistortion, active_units, bound_curve, rate_distortion
-from .posterior.sampler import ImportanceSampler, LogMarginal
+from .posterior.hierarchical_samples import HierarchicalSamples
+from .posterior.leave_one_out import LeaveOneOut
+from .posterior.sampler import Evidence, ImportanceSampler, LogMarginal
 from .posterior.samples import ImportanceSamples
 from .posterior.two_samples import TwoSamples
 from .tracing.levels import TwoLevels
@@ -26,11 +28,14 @@ __all__ = [
     "AdversarialLosses",
     "AdversarialSVI",
     "Bound",
+    "Evidence",
     "FusedOptim",
     "GradientSNR",
+    "HierarchicalSamples",
     "ImportanceSampler",
     "ImportanceSamples",
     "ImportanceWeightedELBO",
+    "LeaveOneOut",
     "LocallyEnhancedELBO",
     "LogMarginal",
     "Particles",
