@@ -53,7 +53,7 @@ def bound_curve(
     """The IWAE bound over K, all of its points from the same particles, in groups of K.
 
     It rises with K towards the log evidence; where it still rises at the largest K, that is no estimate of
-    the log evidence yet. With ``local=`` K is the number of global particles, each with all of its local ones.
+    the log evidence yet. With ``local=`` K counts global particles, each with all of its local ones.
 
     Arguments:
         sampler: the sampler, whose number of particles is the largest K.

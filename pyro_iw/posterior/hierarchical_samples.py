@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -73,8 +73,8 @@ class HierarchicalSamples(ImportanceSamples):
     .. math:: w_s = \frac{p(g_s)}{q(g_s)} \prod_n \frac1L \sum_l w_{snl}.
 
     Draws (:meth:`posterior`, :meth:`predictive`, :meth:`to_arviz`) are of globals and locals that belong
-    together. In ArviZ's group ``log_likelihood`` a cell's local latents are integrated out, so that ``az.loo``
-    predicts it from the globals alone; :meth:`leave_one_out` does the same without the detour over draws.
+    together. In ArviZ's group ``log_likelihood`` a cell's local latents are integrated out, so that
+    ``az.loo`` predicts it from the globals alone; :meth:`leave_one_out` needs no draws for the same.
 
     Attributes:
         log_p: of what lies outside of the local plates, of shape ``[S, *cells]``, in nats.
@@ -184,11 +184,15 @@ class HierarchicalSamples(ImportanceSamples):
     def local_khat(self) -> dict[str, Tensor]:
         r"""Shape k̂ of the tail of each cell's S L weights, by plate, of shape ``[*cells]``.
 
-        A local particle enters :math:`\hat p(x)` and every expectation of its cell by the product
-        :math:`w_s\, w_{snl} / \sum_{l'} w_{snl'}`, and it is these products that are looked at, for the local
-        weights of one global particle are few, and those of one without weight are of no consequence. Where
-        :attr:`khat` is low and that of some cells is above 0.7, the guide of these cells' latents is to
-        blame. Where :attr:`khat` is high, so are these.
+        For each cell n the evidence is a mean over all of its local particles,
+
+        .. math:: \hat p(x) = \frac{1}{S L} \sum_{s, l} r_{sn}\, w_{snl}, \qquad
+            r_{sn} = \frac{p(g_s)}{q(g_s)} \prod_{m \neq n} \hat p(x_m \mid g_s),
+
+        and an expectation of its latents, one with the same weights :math:`r_{sn} w_{snl}`. It is their tail
+        that says whether these have settled. (The local weights of one global particle are few, and those of
+        one without weight are of no consequence.) Where :attr:`khat` is low and that of some cells is above
+        0.7, the guide of these cells' latents is to blame. Where :attr:`khat` is high, so are these.
 
         Raises:
             ImportError: if ArviZ is missing.
@@ -265,6 +269,7 @@ class HierarchicalSamples(ImportanceSamples):
             True
         """
         self._check_alive("an expectation")
+        inside = self._plate(over) if over is not None or len(self.local) == 1 else None
         if isinstance(what, str):
             self._check_site(what)
             latent, plate = self.latents[what], self.plate_of(what)
@@ -272,7 +277,6 @@ class HierarchicalSamples(ImportanceSamples):
             mean = weighted_sum(values, *self._joint_weights(plate), latent.event_dim)
             assert mean is not None
             return mean
-        inside = self._plate(over) if over is not None or len(self.local) == 1 else None
         given = self._broadcast(inside)
         values = what(given)
         # Weights of a single local particle are 1.

@@ -16,8 +16,8 @@ with Pareto smoothing of :math:`r_{\cdot n}`. Numerator and denominator are unbi
 References:
     | Bayesian Leave-One-Out Cross-Validation Approximations for Gaussian Latent Variable Models (Vehtari et
       al., 2016), https://jmlr.org/papers/v17/14-540.html
-    | Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and WAIC (Vehtari et al., 2017),
-      https://arxiv.org/abs/1507.04544
+    | Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and WAIC (Vehtari et al.,
+      2017), https://arxiv.org/abs/1507.04544
     | Bayesian Comparison of Latent Variable Models: Conditional versus Marginal Likelihoods (Merkle et al.,
       2019), https://arxiv.org/abs/1802.04452
 """
@@ -27,7 +27,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .._support.warn import warn
@@ -43,8 +42,8 @@ class LeaveOneOut:
 
     Attributes:
         values: :math:`\log p(x_n \mid x_{-n})`, of shape ``[*cells]``, in nats.
-        monte_carlo_errors: standard error of each from the finite number of particles (delta method), likewise;
-            NaN where the value is -inf.
+        monte_carlo_errors: standard error of each from the finite number of particles (delta method),
+            likewise; NaN where the value is -inf.
         khat: shape k̂ of the tail of the weights that leave a cell out, likewise. Above 0.7 the particles say
             little of the posterior without that cell, and its value is not to be trusted.
         monte_carlo_error: standard error of :attr:`elpd` for these very data, from the finite number of

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..tracing.jumps import wrong_outside
 from ..tracing.latents import enumerated_sites
+from ..tracing.levels import TwoLevels
 from ..tracing.masks import warn_of_masks
 from ..tracing.messages import is_delta
-from ..tracing.levels import TwoLevels
 from ..tracing.particles import Particles
 from ..tracing.sites import Site
 from ..tracing.supports import limits

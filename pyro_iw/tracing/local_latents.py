@@ -1,4 +1,4 @@
-r"""Values of latent sites on two levels: of particles, and inside of a local plate of the local ones of each."""
+r"""Values of latent sites on two levels: of particles and, in a local plate, of the local ones of each."""
 
 from __future__ import annotations
 
