@@ -8,6 +8,9 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
+from pyro.infer import autoguide
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.infer.autoguide.initialization import init_to_mean
 
 from helpers.conjugate import Conjugate
 from helpers.two_levels import ByHand, Pair, data, lme
@@ -460,6 +463,81 @@ class TestStructures:
         assert found.attrs["summed_out"] == "c, z"
         assert dict(found["x"].sizes) == {"chain": 1, "draw": 50, "data": 3}
 
+    def test_plates_inside_of_the_cells(self):
+        x = torch.linspace(-1.0, 2.0, 8).reshape(2, 4)
+
+        def model():
+            with pyro.plate("items", 3, dim=-1):
+                w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", 4, dim=-1):
+                b = pyro.sample("b", dist.Normal(w.sum(-1, keepdim=True), 1.0))
+                with pyro.plate("deep", 2, dim=-2):
+                    z = pyro.sample("z", dist.Normal(b, 1.0))
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide():
+            with pyro.plate("items", 3, dim=-1):
+                pyro.sample("w", dist.Normal(0.1, 0.9))
+            with pyro.plate("data", 4, dim=-1):
+                b = pyro.sample("b", dist.Normal(0.0, 1.5))
+                with pyro.plate("deep", 2, dim=-2):
+                    pyro.sample("z", dist.Normal((b + x) / 2, 0.8))
+
+        samples = ImportanceSampler(model, guide, 30, local="data", num_local=5)()
+        w, b, z = (samples.values[name] for name in "wbz")
+        assert [tuple(v.shape) for v in (w, b, z)] == [(30, 3), (30, 5, 4), (30, 5, 2, 4)]
+        inside = dist.Normal(b[:, :, None], 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x)
+        inside = (inside - dist.Normal((b[:, :, None] + x) / 2, 0.8).log_prob(z)).sum(2)
+        mean = w.sum(-1)[:, None, None]
+        local = dist.Normal(mean, 1.0).log_prob(b) - dist.Normal(0.0, 1.5).log_prob(b) + inside
+        top = (dist.Normal(0.0, 1.0).log_prob(w) - dist.Normal(0.1, 0.9).log_prob(w)).sum(-1)
+        total = top + (local.logsumexp(1) - math.log(5)).sum(-1)
+        torch.testing.assert_close(samples.log_weights, total)
+        weights = total.softmax(0)[:, None, None] * local.softmax(1)
+        torch.testing.assert_close(samples.expectation("z"), torch.einsum("sln,sldn->dn", weights, z))
+        both = samples.expectation(lambda v: v["b"] * v["z"])
+        torch.testing.assert_close(both, torch.einsum("sln,sln,sldn->dn", weights, b, z))
+        assert samples.expectation(lambda v: v["b"] ** 2).shape == (4,)
+        torch.testing.assert_close(samples.expectation(lambda v: v["w"] ** 2), total.softmax(0) @ w**2)
+        assert {name: tuple(v.shape) for name, v in samples.take(torch.arange(9)).items()} == {
+            "w": (9, 3), "b": (9, 4), "z": (9, 2, 4)
+        }  # fmt: skip
+
+    def test_no_global_latent(self):
+        x = torch.tensor([0.5, -1.0, 2.0])
+
+        def model():
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide():
+            with pyro.plate("data", 3):
+                pyro.sample("z", dist.Normal(x / 2, 0.8))
+
+        samples = ImportanceSampler(model, guide, 400, local="data", num_local=50)()
+        exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+        assert abs(samples.log_marginal - exact.sum()) < 4 * samples.monte_carlo_error
+        found = samples.leave_one_out()
+        assert bool(((found.values - exact).abs() < 4 * found.monte_carlo_errors).all())
+
+    @pytest.mark.parametrize("name", ["AutoNormal", "AutoGuideList", "AutoHierarchicalNormalMessenger"])
+    def test_guides_of_pyro(self, name):
+        pair = Conjugate(count=4)
+        if name == "AutoGuideList":
+            guide = AutoGuideList(pair.model)
+            for site in "gz":
+                exposed = poutine.block(pair.model, expose=[site])
+                guide.append(AutoNormal(exposed, init_scale=0.8, init_loc_fn=init_to_mean))
+        else:
+            kind = getattr(autoguide, name)
+            guide = kind(pair.model, init_scale=0.8, init_loc_fn=init_to_mean)
+        value, error, _ = ImportanceSampler(
+            pair.model, guide, 4000, local="data", num_local=16, chunk_size=2000
+        ).evidence()
+        assert error < 0.15
+        assert abs(value - pair.log_evidence) < 4 * error
+
     def test_discrete_locals(self):
         pair = Pair(discrete=True)
         samples = sampler_of(pair, 8, 4)(*data())
@@ -472,7 +550,9 @@ class TestStructures:
             g = pyro.sample("g", dist.Normal(0.0, 1.0))
             with pyro.plate("data", 2):
                 z = pyro.sample("z", dist.Normal(g, 1.0))
-                pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=torch.tensor([0.0, 1.5]))
+                pyro.sample(
+                    "x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=torch.tensor([0.0, 1.5])
+                )
 
         def guide():
             g = pyro.sample("g", dist.Normal(0.5, 1.0))
