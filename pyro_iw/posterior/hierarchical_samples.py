@@ -19,7 +19,7 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from ..psis import pareto_smoothed
+from ..psis import pareto_smoothed, warn_of_khat
 from ..resampling import multinomial
 from ..tracing.latents import Latent, cat, place
 from ..tracing.local_particles import local_plate_of
@@ -205,6 +205,12 @@ class HierarchicalSamples(ImportanceSamples):
             log_w = log_w.masked_fill(log_w.isnan(), -torch.inf)  # of cells whose particles are all dead
             found[name] = pareto_smoothed(log_w.flatten(0, 1))[1]
         return found
+
+    def warn_of_tails(self) -> None:
+        """Warn where k̂ says that the guide misses mass, on either level."""
+        super().warn_of_tails()
+        for name, khat in self.local_khat.items():
+            warn_of_khat(khat, self.num_particles * self.local[name].number)
 
     def _average(self, level: LocalWeights, values: Tensor) -> Tensor:
         """The mean of ``[S, *cells]`` over the particles by their weights."""
@@ -398,7 +404,10 @@ class HierarchicalSamples(ImportanceSamples):
             parts[part.name] = part
         done = {name for part in parts.values() for name in part.sites}
         others = {name: site for name, site in shown.items() if name not in done}
-        return {**self.rerun.log_likelihood(latents, others), **parts} if others else parts
+        if others:
+            rest = self.rerun.log_likelihood(latents, others)
+            parts |= {name: part for name, part in rest.items() if done.isdisjoint(part.sites)}
+        return parts
 
     def merge(self, other: ImportanceSamples) -> HierarchicalSamples:
         """These particles and those of another run on the same arguments, as one; see

@@ -236,7 +236,10 @@ class ImportanceSampler:
 
         Raises:
             ValueError: if the model has no latent site, the support of a guide site is smaller than that of
-                the model's, or a log-weight is NaN or +inf; naming the site.
+                the model's, or a log-weight is NaN or +inf; naming the site. With ``local`` also if a local
+                plate is not in the model, is subsampled or a Python loop, or has no latent that the guide
+                draws in it; if a latent lies inside of it in one of model and guide alone; or if a site
+                outside depends on a latent inside.
 
         Example:
             >>> exact = dist.Normal(0.0, 2**0.5).log_prob(data)

@@ -180,6 +180,11 @@ class ImportanceSamples:
         smoothed.log_weights, smoothed.is_smoothed = self._psis[0], True
         return smoothed
 
+    def warn_of_tails(self) -> None:
+        """Warn where k̂ says that the guide misses mass; of smoothed samples :meth:`smoothed` has."""
+        if not self.is_smoothed:
+            warn_of_khat(self.khat, self.num_particles)
+
     # ------------------------------------------------------------------------------------------------
     # The posterior
     # ------------------------------------------------------------------------------------------------

@@ -45,7 +45,6 @@ from torch import Tensor
 from .._support.arguments import positive_integer
 from .._support.optional import is_arviz_0, require
 from .._support.version import __version__
-from ..psis import warn_of_khat
 
 if TYPE_CHECKING:
     from ..tracing.latents import Latent
@@ -105,8 +104,7 @@ def to_arviz(
     positive_integer("num_samples", num_samples)
     wrap = _container()
     names = _Names(samples, dims or {})
-    if not samples.is_smoothed:  # which has warned
-        warn_of_khat(samples.khat, samples.num_particles)
+    samples.warn_of_tails()
     indices = _copies_together(samples.resample(num_samples), samples.num_particles)
     indices = samples.on_all_levels(indices)
     draws = samples.complete(indices)

@@ -147,6 +147,9 @@ class TestLocalWeights:
         for n in range(3):
             each = [local[s, :, n].sum() ** 2 / (local[s, :, n] ** 2).sum() for s in range(5)]
             torch.testing.assert_close(samples.local_ess["data"][n], sum(map(torch.mul, weights, each)))
+        # That of a mean of 4 over its square, by their unbiased variance.
+        variance = [(local[s].var(0) / 4 / local[s].mean(0) ** 2).sum() for s in range(5)]
+        torch.testing.assert_close(samples.local_variance, sum(map(torch.mul, weights, variance)))
 
     def test_their_variance_is_that_of_repeats(self):
         pair = Conjugate(count=4, bias=0.4)
@@ -182,6 +185,8 @@ class TestLocalWeights:
         samples = ImportanceSampler(pair.model, guide, 500, local="data", num_local=16)()
         khat = samples.local_khat["data"]
         assert khat[1] > 0.7
+        with pytest.warns(RuntimeWarning, match=r"in 1 of 4 cell\(s\)"):
+            samples.to_arviz(num_samples=10, prior=False, predictive=False)
         assert bool((khat[[0, 2, 3]] < 0.7).all())
 
     def test_khat_is_of_the_weights_as_they_enter(self):
@@ -387,7 +392,7 @@ class TestStructures:
         product = samples.expectation(lambda v: v["g"] * v["b"], over="items")
         torch.testing.assert_close(product, (weights * of_b.softmax(1) * b * g).sum((0, 1)))
         assert samples.expectation(lambda v: v["g"] ** 2).shape == ()
-        with pytest.raises(ValueError, match="'b' lies in the local plate 'items'.*over='items'"):
+        with pytest.raises(ValueError, match=r"'b' lies in the local plate 'items'.*over='items'"):
             samples.expectation(lambda v: v["b"])
         with pytest.raises(ValueError, match="'b' lies in the local plate 'items'"):
             samples.expectation(lambda v: v["a"] * v["b"], over="students")
@@ -462,6 +467,28 @@ class TestStructures:
         found = samples.to_arviz(num_samples=50)["log_likelihood"]
         assert found.attrs["summed_out"] == "c, z"
         assert dict(found["x"].sizes) == {"chain": 1, "draw": 50, "data": 3}
+
+    def test_log_likelihoods_by_what_they_are_of(self):
+        def model():
+            g = pyro.sample("g", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(g, 1.0), obs=torch.tensor(0.3))
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(g, 1.0))
+                c = pyro.sample("c", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+                pyro.sample("x", dist.Normal(z + 3 * c, 1.0), obs=torch.tensor([0.2, 3.5, -0.4]))
+                pyro.sample("w", dist.Normal(z, 1.0), obs=torch.zeros(3))
+                pyro.factor("f", -0.1 * z**2)
+
+        def guide():
+            g = pyro.sample("g", dist.Normal(0.2, 1.0))
+            with pyro.plate("data", 3):
+                pyro.sample("z", dist.Normal(g, 1.2))
+
+        samples = ImportanceSampler(model, guide, 400, local="data", num_local=8)()
+        found = samples.to_arviz(num_samples=20, prior=False, predictive=False)["log_likelihood"]
+        assert {name: dict(v.sizes) for name, v in found.data_vars.items()} == {
+            "w + x": {"chain": 1, "draw": 20, "data": 3}, "y": {"chain": 1, "draw": 20}
+        }  # fmt: skip
 
     def test_plates_inside_of_the_cells(self):
         x = torch.linspace(-1.0, 2.0, 8).reshape(2, 4)
@@ -602,8 +629,8 @@ class TestArviZ:
             "posterior": {"g1": draws, "g2": draws, "z1": {**draws, "data": 3}, "z2": {**draws, "data": 3}},
             "sample_stats": dict.fromkeys(("lp", "log_q", "log_weight"), draws),
             "weight_stats": {
-                **dict.fromkeys(("ess", "khat", "log_marginal"), {"chain": 1}),
-                **dict.fromkeys(("data_ess", "data_khat"), {"chain": 1, "data": 3}),
+                **{key: {"chain": 1} for key in ("ess", "khat", "log_marginal")},
+                **{key: {"chain": 1, "data": 3} for key in ("data_ess", "data_khat")},
             },
             "log_likelihood": {"y": draws, "x": {**draws, "data": 3}},
             "posterior_predictive": {"x": {**draws, "deep": 2, "data": 3}, "y": draws},

@@ -55,14 +55,19 @@ def test_by_a_loop_over_the_same_particles():
     samples = sampled(pair, 200, 4)
     top, local = samples.log_p - samples.log_q, samples.local["data"].log_weights
     found = samples.leave_one_out()
+    likelihood = local.logsumexp(1) - math.log(4)
+    shares = []
     for n in range(3):
-        likelihood = local.logsumexp(1) - math.log(4)
         log_r = top + sum(likelihood[:, m] for m in range(3) if m != n)
         smoothed, khat = pareto_smoothed(log_r)
         weights = smoothed.exp()
         density = (weights * likelihood[:, n].exp()).sum() / weights.sum()
         torch.testing.assert_close(found.values[n], density.log())
         torch.testing.assert_close(found.khat[n], khat)
+        # A ratio of sums: its relative change with the weight of a particle, by which its error follows.
+        shares.append(weights / weights.sum() * (likelihood[:, n].exp() / density - 1))
+        torch.testing.assert_close(found.monte_carlo_errors[n], (shares[n] ** 2).sum().sqrt())
+    assert found.monte_carlo_error == pytest.approx((sum(shares) ** 2).sum().sqrt().item())
 
 
 def test_conditional_likelihoods_get_it_wrong():
