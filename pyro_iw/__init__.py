@@ -11,7 +11,9 @@ from .optim import FusedOptim
 from .posterior.aggregated import aggregated_posterior
 from .posterior.annealed import AnnealedImportanceSampler, AnnealedSamples
 from .posterior.evaluation import RateDistortion, active_units, bound_curve, rate_distortion
-from .posterior.sampler import ImportanceSampler, LogMarginal
+from .posterior.hierarchical_samples import HierarchicalSamples
+from .posterior.leave_one_out import LeaveOneOut
+from .posterior.sampler import Evidence, ImportanceSampler, LogMarginal
 from .posterior.samples import ImportanceSamples
 from .posterior.sandwich import Sandwich, sandwich
 from .posterior.two_samples import TwoSamples
@@ -30,11 +32,14 @@ __all__ = [
     "AnnealedImportanceSampler",
     "AnnealedSamples",
     "Bound",
+    "Evidence",
     "FusedOptim",
     "GradientSNR",
+    "HierarchicalSamples",
     "ImportanceSampler",
     "ImportanceSamples",
     "ImportanceWeightedELBO",
+    "LeaveOneOut",
     "LocallyEnhancedELBO",
     "LogMarginal",
     "Particles",

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from .._support.warn import warn
+from ..tracing.levels import TwoLevels
 from ..tracing.particles import Particles
+from .local_weights import total_log_weights
 
 __all__ = ["check_finite", "dead_site", "warn_of_dead"]
 
 
-def check_finite(particles: Particles) -> None:
+def check_finite(particles: Particles | TwoLevels) -> None:
     """Refuse NaN and +inf, naming the site."""
-    log_w = particles.log_weights
+    log_w = total_log_weights(particles)
     bad = log_w.isnan() | log_w.isposinf()
     if bool(bad.any()):
         site = (
@@ -27,9 +29,9 @@ def check_finite(particles: Particles) -> None:
         )
 
 
-def dead_site(particles: Particles) -> str | None:
+def dead_site(particles: Particles | TwoLevels) -> str | None:
     """The first site at which a particle has zero density."""
-    if not bool(particles.log_weights.isneginf().any()):
+    if not bool(total_log_weights(particles).isneginf().any()):
         return None
     return str(particles.first_site(torch.isneginf) or particles.first_site(torch.isposinf, role="guide"))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..tracing.jumps import wrong_outside
 from ..tracing.latents import enumerated_sites
+from ..tracing.levels import TwoLevels
 from ..tracing.masks import warn_of_masks
 from ..tracing.messages import is_delta
 from ..tracing.particles import Particles
@@ -20,7 +21,7 @@ __all__ = ["check_proposal"]
 
 
 def check_proposal(
-    particles: Particles, traces: Traces, check_support: bool, warn: Callable[[str], None]
+    particles: Particles | TwoLevels, traces: Traces, check_support: bool, warn: Callable[[str], None]
 ) -> None:
     """Refuse a pair whose weights would say nothing of the evidence.
 

@@ -108,7 +108,10 @@ class TwoLevels:
     top: Particles
     local: dict[str, Particles]
     scale: Scales
-    values: ClassVar[None] = None  # the guide enumerates nothing
+    # The guide enumerates nothing.
+    values: ClassVar[None] = None
+    enumerated: ClassVar[tuple[Site, ...]] = ()
+    absorbed: ClassVar[tuple[Site, ...]] = ()
 
     @property
     def log_weights(self) -> LogWeights:
