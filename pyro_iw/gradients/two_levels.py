@@ -11,8 +11,8 @@ for what lies outside of the local plates and inside of them. The model's parame
 ``stl`` of the guide's take these as they are (with the outer bound's ``guide_bound`` for the guide).
 
 **score**, **vimco**, **ovis**: a draw without a path has the signal :math:`V - V_{-i}`, with the log-weight
-of one local particle replaced by what the others of its cell suggest, or that of one global particle by what the
-other global ones do.
+of one local particle replaced by what the others of its cell suggest, or that of one global particle by what
+the other global ones do.
 
 **dreg**: given :math:`g_s`, the score of a local particle comes from :math:`\log q(z_{snl} \mid g_s)` alone,
 of which :math:`g_s` is a parameter like any other. Its weight :math:`a_{snl}` depends on :math:`z_{snl}`
