@@ -17,11 +17,15 @@ from .posterior.sampler import Evidence, ImportanceSampler, LogMarginal
 from .posterior.samples import ImportanceSamples
 from .posterior.sandwich import Sandwich, sandwich
 from .posterior.two_samples import TwoSamples
+from .sequences.evaluation import ParticleFilter
+from .sequences.filtered import FilteredSequences
+from .sequences.fivo import FIVO_ELBO
 from .tracing.levels import TwoLevels
 from .tracing.particles import Particles
 
 __all__ = [
     "CIWAE_ELBO",
+    "FIVO_ELBO",
     "IWAE_ELBO",
     "MIWAE_ELBO",
     "PIWAE_ELBO",
@@ -33,6 +37,7 @@ __all__ = [
     "AnnealedSamples",
     "Bound",
     "Evidence",
+    "FilteredSequences",
     "FusedOptim",
     "GradientSNR",
     "HierarchicalSamples",
@@ -42,6 +47,7 @@ __all__ = [
     "LeaveOneOut",
     "LocallyEnhancedELBO",
     "LogMarginal",
+    "ParticleFilter",
     "Particles",
     "RateDistortion",
     "Sandwich",

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from .._support.warn import warn
 from .cells import (
-    check_subsampling,
     kept_plates,
     own_scales,
     split_scales,
@@ -109,6 +108,12 @@ class Particles:
         for dim, size in zip(dims, per_cell.shape[levels:], strict=True):
             shape[dim] = size
         return per_cell.reshape(*per_cell.shape[:levels], *shape)
+
+    def any_in_cell(self, entries: Tensor) -> Tensor:
+        """Whether any of a site's boolean entries, of its batch shape, is true in a cell, ``[*cells]``."""
+        count = self._layout.sum_to_cells(entries.to(torch.int32))
+        count = count.sum(0) if self._layout.particle_dims else count
+        return (count > 0).expand(self.log_p.shape[1:])
 
     @property
     def log_q_weight(self) -> float | Tensor:
@@ -205,6 +210,7 @@ def collect(
     kl_weight: float = 1.0,
     warn_once: Callable[[str], None] = warn,
     is_stratified: bool = False,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> Particles:
     r"""Read the log-weights off the traces.
 
@@ -217,6 +223,8 @@ def collect(
         warn_once: called with a message if a plate of all the model's latents is lost to other sites, a scale
             stays inside the logarithm, or a latent is masked in the model alone.
         is_stratified: whether values that the guide enumerates are summed over inside the logarithm.
+        before: log p and log q of the same particles, vectorised, ``[S, *cells]``, that those of these traces
+            are added to, site by site: the sum is that of one long trace, to the bit.
 
     Raises:
         ValueError: if a plate is unknown or has sites outside, or a subsampled plate is not kept,
@@ -230,8 +238,6 @@ def collect(
         warn_of_dropped(enumerated, warn_once)
         sites, absorbed = stratified(sites, enumerated, traces)
     kept = kept_plates(sites, plates, is_linear, warn_once)
-    if not is_linear:
-        check_subsampling(sites, kept)
     scale, sites, shared = split_scales(sites, kept)
     if not is_linear:
         warn_of_tempering(sites, warn_once)
@@ -243,7 +249,7 @@ def collect(
         (traces.num_particles,), dims, tuple(frame.dim for frame in kept if frame.dim is not None)
     )
     if not enumerated or is_stratified:
-        particles = sum_to_particles(sites, layout, kept, scale, kl_weight, shared)
+        particles = sum_to_particles(sites, layout, kept, scale, kl_weight, shared, before=before)
         return replace(particles, enumerated=enumerated, absorbed=absorbed) if enumerated else particles
     found = over_values(sites, kept, traces, is_linear)
     layout = layout._replace(values=found.dims)
@@ -265,6 +271,7 @@ def sum_to_particles(
     kl_weight: float,
     shares_scale: bool,
     rescored: list[Site] | None = None,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> Particles:
     """Sum the sites' log densities within each cell.
 
@@ -276,10 +283,11 @@ def sum_to_particles(
         kl_weight: the weight of the prior and of the guide's density.
         shares_scale: whether all sites share what their plates do not account for.
         rescored: the guide's sites at stopped values, where they are not those of ``sites``.
+        before: as of :func:`collect`.
     """
     if isinstance(scale, Tensor):
         scale = layout.without_particles().sum_to_cells(scale)
-    log_p, log_q, log_q_stopped = _log_densities(sites, layout, kl_weight, rescored)
+    log_p, log_q, log_q_stopped = _log_densities(sites, layout, kl_weight, rescored, before)
     return Particles(log_p, log_q, scale, kept, tuple(sites), kl_weight, log_q_stopped, layout, shares_scale)
 
 
@@ -297,7 +305,11 @@ def check_kl_weight(sites: list[Site]) -> None:
 
 
 def _log_densities(
-    sites: list[Site], layout: Layout, kl_weight: float, rescored: list[Site] | None = None
+    sites: list[Site],
+    layout: Layout,
+    kl_weight: float,
+    rescored: list[Site] | None = None,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p, log q and, if the guide was rescored, log q at stopped values, ``[*particles, *cells]``."""
     guide = [site for site in sites if site.role == "guide"]
@@ -306,7 +318,11 @@ def _log_densities(
     if all(site.rescored is not None for site in guide):  # or where there are none
         groups.append([site.rescored_site() for site in guide] if rescored is None else rescored)
     zero = sites[0].log_prob.new_zeros(()) if sites else torch.zeros(())
-    totals = [_sum_sites(group, layout, kl_weight, zero) for group in groups]
+    starts = [*(before or (None, None)), None]
+    totals = [
+        _sum_sites(group, layout, kl_weight, zero, start)
+        for group, start in zip(groups, starts, strict=False)
+    ]
     shape, levels = totals[0].shape, len(layout.particles)
     if shape[:levels] != layout.particles or any(total.shape != shape for total in totals):
         shape = torch.broadcast_shapes(*(total.shape for total in totals))
@@ -316,10 +332,12 @@ def _log_densities(
     return log_p, log_q, rest[0] if rest else None
 
 
-def _sum_sites(sites: Iterable[Site], layout: Layout, kl_weight: float, zero: Tensor) -> Tensor:
+def _sum_sites(
+    sites: Iterable[Site], layout: Layout, kl_weight: float, zero: Tensor, start: Tensor | None = None
+) -> Tensor:
     """The sites' log densities summed, ``[*particles, *cells]`` with size 1 where they do not vary."""
     rank = len(layout.kept_dims) + len(layout.particle_dims) + len(layout.values.dims)
-    sums: list[Tensor | None] = [None] * layout.num_runs
+    sums: list[Tensor | None] = [start] * layout.num_runs
     for site in sites:
         term = layout.log_density(site)
         if kl_weight != 1 and (site.is_latent or site.role == "guide"):
@@ -331,8 +349,8 @@ def _sum_sites(sites: Iterable[Site], layout: Layout, kl_weight: float, zero: Te
     totals = []
     for total in sums:
         if total is None or total.dtype != zero.dtype:  # a dtype that all groups share
-            start = zero.reshape((1,) * rank)
-            total = start if total is None else start + total
+            nothing = zero.reshape((1,) * rank)
+            total = nothing if total is None else nothing + total
         totals.append(layout.values.join(total, bool(layout.particle_dims)))
     if layout.particle_dims:
         return totals[0]
