@@ -404,10 +404,7 @@ class HierarchicalSamples(ImportanceSamples):
             parts[part.name] = part
         done = {name for part in parts.values() for name in part.sites}
         others = {name: site for name, site in shown.items() if name not in done}
-        if others:
-            rest = self.rerun.log_likelihood(latents, others)
-            parts |= {name: part for name, part in rest.items() if done.isdisjoint(part.sites)}
-        return parts
+        return {**self.rerun.log_likelihood(latents, others), **parts} if others else parts
 
     def merge(self, other: ImportanceSamples) -> HierarchicalSamples:
         """These particles and those of another run on the same arguments, as one; see
