@@ -217,8 +217,11 @@ class HierarchicalSamples(ImportanceSamples):
         return (level.spread(self.weights) * values).sum(0)
 
     def leave_one_out(self, over: str | None = None) -> LeaveOneOut:
-        """The log predictive density of every cell given all others; see
+        """The log predictive density of every cell given all others, its latents integrated out; see
         :func:`~pyro_iw.posterior.leave_one_out.leave_one_out`.
+
+        A cell is predicted with all of its data, factors included; one whose data are masked has the
+        density 1.
 
         Arguments:
             over: the plate, where there are local particles in several.
