@@ -217,8 +217,11 @@ class HierarchicalSamples(ImportanceSamples):
         return (level.spread(self.weights) * values).sum(0)
 
     def leave_one_out(self, over: str | None = None) -> LeaveOneOut:
-        """The log predictive density of every cell given all others; see
+        """The log predictive density of every cell given all others, its latents integrated out; see
         :func:`~pyro_iw.posterior.leave_one_out.leave_one_out`.
+
+        A cell is predicted with all of its data, factors included; one whose data are masked has the
+        density 1.
 
         Arguments:
             over: the plate, where there are local particles in several.
@@ -404,10 +407,7 @@ class HierarchicalSamples(ImportanceSamples):
             parts[part.name] = part
         done = {name for part in parts.values() for name in part.sites}
         others = {name: site for name, site in shown.items() if name not in done}
-        if others:
-            rest = self.rerun.log_likelihood(latents, others)
-            parts |= {name: part for name, part in rest.items() if done.isdisjoint(part.sites)}
-        return parts
+        return {**self.rerun.log_likelihood(latents, others), **parts} if others else parts
 
     def merge(self, other: ImportanceSamples) -> HierarchicalSamples:
         """These particles and those of another run on the same arguments, as one; see

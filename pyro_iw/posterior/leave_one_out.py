@@ -9,9 +9,9 @@ particles, whose local ones give :math:`\hat p(x_n \mid g_s)`, that is a factor 
 .. math:: \log p(x_n \mid x_{-n}) \approx \log \frac{\sum_s r_{sn}\, \hat p(x_n \mid g_s)}{\sum_s r_{sn}},
     \qquad r_{sn} = \frac{p(g_s)}{q(g_s)} \prod_{m \neq n} \hat p(x_m \mid g_s),
 
-with Pareto smoothing of :math:`r_{\cdot n}`. Numerator and denominator are unbiased for :math:`p(x)` and
-:math:`p(x_{-n})` whatever L is. (Weights :math:`1 / \hat p(x_n \mid g_s)` on draws from the posterior, which
-``az.loo`` takes, are the same but for the noise of drawing.)
+with Pareto smoothing of :math:`r_{\cdot n}`; before that, the means over s above and below are unbiased for
+:math:`p(x)` and :math:`p(x_{-n})`, whatever L is. (Weights :math:`1 / \hat p(x_n \mid g_s)` on draws from
+the posterior, which ``az.loo`` takes, are the same but for the noise of drawing.)
 
 References:
     | Bayesian Leave-One-Out Cross-Validation Approximations for Gaussian Latent Variable Models (Vehtari et
