@@ -27,6 +27,9 @@ __all__ = ["khat_threshold", "pareto_smoothed", "warn_of_khat"]
 # Living particles of which a fifth, the tail, are the five that a fit takes.
 _FEWEST = 25
 
+# A log-weight this far below the largest is a weight of 0 beside it in float64.
+_UNDERFLOW = math.log(np.finfo(np.float64).tiny)
+
 #: From log-weights ``[cells, S]`` to smoothed ones and k̂ ``[cells]``.
 Smoothing = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -37,9 +40,9 @@ def khat_threshold(num_particles: int) -> float:
 
 
 def warn_of_khat(khat: Tensor, num_particles: int) -> None:
-    """Warn of cells whose weights have too heavy a tail."""
+    """Warn of cells whose weights have too heavy a tail, or one of which nothing is known (NaN)."""
     threshold = khat_threshold(num_particles)
-    high = khat > threshold
+    high = ~(khat <= threshold)
     if bool(high.any()):
         warn(
             f"k̂ exceeds {threshold:.2f} in {int(high.sum())} of {high.numel()} cell(s) (up to "
@@ -56,16 +59,17 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     Particles at -inf stay there and do not count: the living ones of a cell are its sample, and their tail is
     the largest fifth of them, or :math:`3 \sqrt{S}` if these are fewer. Were the tail taken among all, it
     would reach down to weight 0 wherever most are dead, and the bulk of the weights would be fitted as if it
-    were their tail.
+    were their tail. A particle 708 nats below the cell's largest weighs 0 in float64: it does not count
+    either, and is left as it is.
 
     Arguments:
         log_weights: of shape ``[S, *cells]``, in nats.
 
     Returns:
         The smoothed log-weights, of that shape, the unsmoothed ones unchanged; and k̂, of shape ``[*cells]``
-        in float64. It is inf where the tail is too small for a fit (fewer than 25 living particles; ArviZ 1.3
-        wants 30), and -inf where a quarter of it or more is one value at its foot, as if all are equal:
-        weights of few values are bounded. Nothing is smoothed in either case.
+        in float64. It is inf where the tail is too small for a fit (fewer than 25 living particles; ArviZ 1.1
+        and newer want 30), and -inf where a quarter of it or more is one value at its foot, as if all are
+        equal: weights of few values are bounded. Nothing is smoothed in either case. It is never NaN.
 
     Raises:
         ImportError: if ArviZ is missing.
@@ -79,9 +83,11 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     smooth = _arviz()
     raw = log_weights.detach().double().cpu()
     smoothed = raw.reshape(len(raw), -1).T.contiguous().numpy().copy()  # [cells, S]
-    alive = np.isfinite(smoothed)
+    top = smoothed.max(1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # inf - inf, of cells that have no tail
+        alive = smoothed - top > _UNDERFLOW
     # A cell with a weight of NaN or +inf has no tail to speak of.
-    counts = np.where(smoothed.max(1) < np.inf, alive.sum(1), 0)
+    counts = np.where(top[:, 0] < np.inf, alive.sum(1), 0)
     khat = np.full(len(smoothed), np.inf)
     for count in np.unique(counts[counts >= _FEWEST]):  # one call where no particle is dead
         rows = np.flatnonzero(counts == count)
@@ -99,7 +105,8 @@ def _smooth_living(smooth: Smoothing, table: np.ndarray) -> tuple[np.ndarray, np
     """Smoothed log-weights ``[cells, S]`` and the shapes k̂ ``[cells]`` of finite log-weights."""
     size = table.shape[1]
     length = math.floor(min(size / 5, 3 * math.sqrt(size)))
-    tail = np.sort(table, 1)[:, size - length :]
+    # As weights, of which those of log-weights that differ by a rounding error are the same.
+    tail = np.exp(np.sort(table, 1)[:, size - length :] - table.max(1, keepdims=True))
     distinct = tail[:, max(length // 4 - 1, 1)] > tail[:, 0]
     khat = np.where(distinct, np.inf, -np.inf)
     if not distinct.any():
@@ -110,7 +117,7 @@ def _smooth_living(smooth: Smoothing, table: np.ndarray) -> tuple[np.ndarray, np
     # Version 1 normalises its result; the lowest weight lies below the tail, so only that constant moved it.
     low = chosen.argmin(1)[:, None]
     values = values + np.take_along_axis(chosen - values, low, 1)
-    fitted = np.isfinite(shapes)
+    fitted = np.isfinite(shapes) & np.isfinite(values).all(1)  # a shape is given for weights of NaN, too
     table, khat = table.copy(), khat.copy()
     table[distinct] = np.where(fitted[:, None], values, chosen)
     khat[distinct] = np.where(fitted, shapes, np.inf)

@@ -82,6 +82,7 @@ def _invert(weights: Tensor, positions: Tensor) -> Tensor:
     indices = torch.searchsorted(total.contiguous(), targets.contiguous(), right=True)
     # Rounding can put the last position at the very end, behind all particles.
     last = torch.searchsorted(total.contiguous(), total[..., -1:].contiguous())
-    # A copy with strides of its own: torch 2.4's gather takes a transposed index of a single row for one that
-    # is expanded, and gives the first cell's particle to all.
+    # A copy with strides of its own, which contiguous() does not make of a single row. On a CPU, gather of
+    # torch 2.4 and 2.5 takes its strides (1, 1) for those of an expanded index, and gives the first cell's
+    # particle to all.
     return torch.minimum(indices, last).movedim(-1, 0).clone(memory_format=torch.contiguous_format)

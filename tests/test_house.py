@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "compiling": {"_support", "maths", "tracing", "gradients"},
     "elbo": {"_support", "maths", "tracing", "gradients", "compiling"},
     "losses": {"_support", "maths", "elbo"},
+    "hierarchical": {"_support", "maths", "tracing", "gradients", "elbo"},
     "plots": {"_support", "maths", "posterior"},
 }
 

@@ -1,5 +1,6 @@
 """What is shipped: the wheel and the source archive, and that the package needs no installation to run."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -108,6 +109,65 @@ print(data.posterior.attrs["inference_library_version"])
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "pyro_iw" / "__init__.py"), pyro_iw.__version__]
+
+
+def requirements():
+    """What the package needs by itself ("") and with each extra, by the names that pip knows."""
+    project = (ROOT / "pyproject.toml").read_text()  # which Python 3.10 has no parser for
+    own, _, rest = project.partition("[project.optional-dependencies]")
+    lists = re.findall(r"^(dependencies) = \[(.*)\]$", own, re.M)
+    lists += re.findall(r"^([\w-]+) = \[(.*)\]$", rest.partition("\n[")[0], re.M)
+    return {name.replace("dependencies", ""): set(re.findall(r'"([\w-]+)', text)) for name, text in lists}
+
+
+# What pip and Python call by different names, and what a listed package always brings along.
+PIP_NAMES = {"pyro": "pyro-ppl", "sklearn": "scikit-learn", "PIL": "pillow"}
+BROUGHT = {"arviz_stats": "arviz", "xarray": "arviz"}
+
+
+def imported(folder):
+    """Packages of others that a folder's modules import, and those that it asks for by an extra's name."""
+    here = {path.stem for path in (ROOT / folder).rglob("*.py")} | {path.name for path in ROOT.glob("*/*")}
+    plain, asked = set(), set()
+    for path in (ROOT / folder).rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for_types = {
+            node
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+            for node in ast.walk(block)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import) and node not in for_types:
+                plain |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node not in for_types:
+                plain.add(node.module)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "require":
+                module, extra = (ast.literal_eval(argument) for argument in node.args[:2])
+                asked.add((module.partition(".")[0], extra))
+    tops = {name.partition(".")[0] for name in plain}
+    return tops - set(sys.stdlib_module_names) - here - {"pyro_iw"}, asked
+
+
+def test_what_is_imported_is_required():
+    """And not left to what another package happens to bring."""
+    needed = requirements()
+    plain, asked = imported("pyro_iw")
+    assert {"torch", "opt_einsum"} <= plain
+    assert {PIP_NAMES.get(name, name) for name in plain} <= needed[""]
+    assert {("arviz", "arviz"), ("sklearn", "examples")} <= asked
+    for module, extra in asked:
+        name = BROUGHT.get(module, module)
+        assert PIP_NAMES.get(name, name) in needed[extra], (module, extra)
+    plain, _ = imported("examples")
+    optional = {"torchvision"}  # which downloads a data set where the user has it
+    assert {PIP_NAMES.get(name, name) for name in plain - optional} <= needed[""] | needed["examples"]
+
+
+def test_arviz_comes_with_what_writes_its_files():
+    with_arviz = {extra: names for extra, names in requirements().items() if "arviz" in names}
+    assert {"arviz", "examples", "test", "docs"} <= set(with_arviz)
+    assert all({"h5netcdf", "h5py"} <= names for names in with_arviz.values())
 
 
 def test_what_is_promised_is_what_is_run():

@@ -29,7 +29,7 @@ from torch import nn
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO
 from pyro_iw.tracing.particles import collect
 from pyro_iw.tracing.runner import Runner
-from pyro_iw.tracing.traces import Pair, Route
+from pyro_iw.tracing.traces import Pair, Rescored, Route
 
 LOSSES = {
     "IWAE": lambda **kw: IWAE_ELBO(K=4, **kw),
@@ -439,7 +439,7 @@ def test_the_guides_density_at_stopped_values_is_its_density(pair, vectorize):
     guide()
     runner = Runner(vectorize=vectorize)
     plates = () if pair != "subsampled_vae" else None
-    particles = collect(runner.run(Pair(model, guide), 3, Route(rescored=True)), plates)
+    particles = collect(runner.run(Pair(model, guide), 3, Route(rescored=(Rescored(),))), plates)
     torch.testing.assert_close(particles.log_q_stopped, particles.log_q)
 
 

@@ -24,18 +24,21 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from .._support.nested import map_leaves
+from .._support.nested import leaves, map_leaves
 from .._support.random_state import RandomState
 from ..bounds import Bound
 from ..tracing.batch_norm import watch_batch_norm
+from ..tracing.guide_values import GuideValues, without_densities
 from ..tracing.handlers import handlers_in_force, under_handlers
+from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles
-from ..tracing.sites import Site, plate_key
-from ..tracing.traces import OneMinibatch, Pair, Route
-from .estimators import Estimator
+from ..tracing.sites import Site
+from ..tracing.traces import Pair, Route
+from .estimator import Estimator
 from .graph import Graph, without_hooks
+from .over_values import suited_to
 from .refusals import refuse_another_density
-from .surrogate import Boundary, Estimate, refuse_second_derivative
+from .surrogate import Estimate, Weights, refuse_second_derivative
 
 __all__ = ["Chunks", "Draw", "estimate_in_chunks"]
 
@@ -70,17 +73,20 @@ class Chunks:
         look: called with the particles of each chunk.
 
     Attributes:
-        log_weights: log p(x, z) - log q(z | x), of shape ``[S, *cells]``, in nats, detached.
+        log_weights: log p(x, z) - log q(z | x), of shape ``[S, *cells]``, in nats, detached; or those of two
+            levels, or what else :attr:`Particles.statistics` are.
         scale: see :class:`Particles`.
         log_q_weight: see :class:`Particles`.
+        values: those of the first chunk, see :class:`Particles`.
 
     Raises:
         ValueError: if two chunks differ in their cells.
     """
 
-    log_weights: Tensor
-    scale: float | Tensor
-    log_q_weight: float | Tensor
+    log_weights: Any
+    scale: Any
+    log_q_weight: Any
+    values: GuideValues | None
 
     def __init__(
         self,
@@ -105,10 +111,13 @@ class Chunks:
                 stop = min(start + chunk_size, num_particles)
                 log_weights = self._first_pass(start, stop, minibatch)
                 if start == 0:
-                    self.log_weights = log_weights.new_empty((num_particles, *log_weights.shape[1:]))
-                self.log_weights[start:stop] = log_weights
+                    self.log_weights = map_leaves(
+                        lambda part: part.new_empty((num_particles, *part.shape[1:])), log_weights
+                    )
+                for kept, part in zip(leaves(self.log_weights), leaves(log_weights), strict=True):
+                    kept[start:stop] = part
 
-    def _first_pass(self, start: int, stop: int, minibatch: OneMinibatch) -> Tensor:
+    def _first_pass(self, start: int, stop: int, minibatch: OneMinibatch) -> Any:
         """The log-weights of a chunk. Nothing else of it outlives this call."""
         known = dict(minibatch.indices)
         torch.clear_autocast_cache()  # of casts that belong to another chunk's graph
@@ -118,9 +127,10 @@ class Chunks:
             state = state.sharing(self._chunks[-1].random_state)
         cpu = self._cpu_states[len(self._chunks)].copy_(state.cpu)
         chunk = _Chunk(slice(start, stop), state._replace(cpu=cpu), known)
-        cells = [plate_key(frame) for frame in particles.plates], particles.log_p.shape[1:]
+        cells = particles.cells
         if not self._chunks:
             self._cells, self.scale, self.log_q_weight = cells, particles.scale, particles.log_q_weight
+            self.values = without_densities(particles.values)
         elif cells != self._cells:
             raise ValueError(
                 f"Particles {start} to {stop - 1} have cells {cells}, those before them {self._cells}. With "
@@ -128,7 +138,7 @@ class Chunks:
             )
         self._look(particles)
         self._chunks.append(chunk)
-        return particles.log_weights.detach()
+        return map_leaves(Tensor.detach, particles.statistics)
 
     def draw_again(self, visit: Callable[[slice, Particles], bool | None]) -> None:
         """Draw every chunk once more, the same as before. The random state is left as it is.
@@ -185,27 +195,29 @@ def estimate_in_chunks(
     """
     if not torch.is_grad_enabled():
         chunks = Chunks(draw, pair, route, bound.num_particles, chunk_size)
-        return chunks, estimator.evaluate(bound, chunks.log_weights, chunks.scale)
+        return chunks, suited_to(estimator, chunks).evaluate(bound, chunks.log_weights, chunks.scale)
     pair, sources, cut = _cut_arguments(pair)
     # The first pass runs with gradients too: what the estimator has to check and which tensors the gradient
     # leads to can be told from a chunk's graph, which is then dropped.
     graph = Graph(cut)
 
     def look(particles: Particles) -> None:
-        estimator.check(particles, bound)
-        graph.explore(_densities(estimator, particles))
+        suited = suited_to(estimator, particles)
+        suited.check(particles, bound)
+        graph.explore(suited.densities(particles))
 
     def draw_watched(*args: Any) -> tuple[Particles, RandomState | None]:
         graph.start()
         return draw(*args)
 
     chunks = Chunks(draw_watched, pair, route, bound.num_particles, chunk_size, look)
+    estimator = suited_to(estimator, chunks)
     estimate = estimator.evaluate(bound, chunks.log_weights, chunks.scale)
     if not graph.leaves:
         return chunks, estimate
     inputs = list(graph.leaves.values())
-    weights = estimator.weights(bound, chunks.log_weights, chunks.log_q_weight)
-    if route is None or not isinstance(route.through, Boundary):
+    weights = estimator.weights(bound, chunks.log_weights, chunks.log_q_weight, chunks.scale)
+    if isinstance(weights, Weights) and (route is None or route.through is None):
         weights = weights._replace(path=weights.model)  # and not one more tensor for all particles
     surroundings = _Surroundings(estimate.loss.device.type)
 
@@ -216,8 +228,10 @@ def estimate_in_chunks(
 
         def visit(part: slice, particles: Particles) -> None:
             if is_validation_enabled():
-                refuse_another_density(particles.log_weights, chunks.log_weights[part], _DRAWN_AGAIN)
-            graph.explore(_densities(estimator, particles), known=True)
+                log_weights = zip(leaves(particles.statistics), leaves(chunks.log_weights), strict=True)
+                for again, before in log_weights:
+                    refuse_another_density(again, before[part], _DRAWN_AGAIN)
+            graph.explore(estimator.densities(particles), known=True)
             share = estimator.attach(torch.zeros_like(grad), particles, weights.of(part), route)
             if share.requires_grad:
                 found = torch.autograd.grad(share, wanted, grad, allow_unused=True)
@@ -230,10 +244,6 @@ def estimate_in_chunks(
 
     origins = [sources.get(id(tensor), tensor) for tensor in inputs]
     return chunks, estimate._replace(loss=_Chunked.apply(estimate.loss, gradients, *origins))
-
-
-def _densities(estimator: Estimator, particles: Particles) -> list[Tensor]:
-    return [particles.log_p, *(density(particles) for density in estimator.guide_densities)]
 
 
 def _add(total: Tensor | None, new: Tensor | None) -> Tensor | None:
@@ -274,18 +284,18 @@ def _cut_arguments(pair: Pair) -> tuple[Pair, dict[int, Tensor], list[Tensor]]:
         The pair with leaves in their place; what each leaf, by its id, stands for; the leaves.
     """
     sources: dict[int, Tensor] = {}
-    leaves: list[Tensor] = []
+    stand_ins: list[Tensor] = []
 
     def cut(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf:
             return value
         leaf = value.detach().requires_grad_()
         sources[id(leaf)] = value
-        leaves.append(leaf)
+        stand_ins.append(leaf)
         return leaf
 
     args, kwargs = map_leaves(cut, (pair.args, pair.kwargs))
-    return (pair._replace(args=args, kwargs=kwargs) if leaves else pair), sources, leaves
+    return (pair._replace(args=args, kwargs=kwargs) if stand_ins else pair), sources, stand_ins
 
 
 class _Surroundings:

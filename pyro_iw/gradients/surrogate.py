@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..tracing.traces import Index
+
 __all__ = ["Boundary", "Estimate", "Term", "Weights", "boundary_ratio", "refuse_second_derivative", "tie"]
 
 # Far below float32's rounding of a, yet large enough that b / a stays finite where a underflows.
@@ -68,13 +70,14 @@ class Boundary:
     def __init__(self) -> None:
         self._ratio: Tensor | None = None
 
-    def __call__(self, value: Tensor, event_dim: int, particle: int | None) -> Tensor:
+    def __call__(self, value: Tensor, event_dim: int, particle: Index, site: Any = None) -> Tensor:
         """Pass a value through.
 
         Arguments:
             value: the value of a latent site, of shape ``[*batch, *event]``.
             event_dim: its number of event dims.
             particle: index of the particle it belongs to; None if ``batch`` holds all of them.
+            site: the site's message, which makes no difference here.
         """
         if not value.requires_grad:
             return value

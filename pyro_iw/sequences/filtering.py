@@ -39,9 +39,10 @@ from .._support.random_state import RandomState
 from ..logmean import logmeanexp, softmax
 from ..resampling import multinomial, systematic
 from ..tracing.messages import masks_of, unmasked
+from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
 from ..tracing.runner import ORDINARY, speaks_for_itself
-from ..tracing.traces import PARTICLE_PLATE, OneMinibatch, Route, Traces
+from ..tracing.traces import PARTICLE_PLATE, Route, Traces
 from .probing import Known, Unknown, learn, refuse_enumeration
 from .protocol import INIT, Protocol, Sequences, march, moment_name, naming
 from .state import FilterState, Leaf, take
@@ -315,7 +316,7 @@ class Filter:
                 around = {frame.name for frame in message.get("cond_indep_stack", ())}
                 if message["type"] == "sample" and not around.issuperset(known.plates):
                     raise Unknown
-        particles = collect(traces, known.plates, False, kl_weight, self.warn_once, before)
+        particles = collect(traces, known.plates, False, kl_weight, self.warn_once, before=before)
         active = _active(particles)
         return Moment(INIT, draw, particles, closed, active, traces)
 

@@ -44,7 +44,7 @@ from ..gradients.estimators import get_estimator
 from ..gradients.refusals import listed, refuse_baselines, refuse_hidden_draws
 from ..gradients.surrogate import Estimate, Term, tie
 from ..logmean import softmax
-from ..tracing.traces import Pair, Route
+from ..tracing.traces import Index, Pair, Rescored, Route
 from .filtering import Filter, Filtered, Moment
 from .finite import check_kl_weight, first_not_finite
 from .protocol import Protocol, Sequences, naming, read_sequences
@@ -434,14 +434,14 @@ class _Views:
         """The route that a moment's values take."""
         pairs = self._pairs.setdefault(moment, [])
 
-        def through(value: Tensor, event_dim: int, particle: int | None) -> Tensor:
+        def through(value: Tensor, event_dim: int, particle: Index, site: Any) -> Tensor:
             if not value.requires_grad:
                 return value
             view = value.view_as(value)
             pairs.append((value, view))
             return view
 
-        return Route(through=through, rescored=True)
+        return Route(through=through, rescored=(Rescored(),))
 
     def corrections(self, filtered: Filtered) -> list[Term]:
         """What takes the weight of the path through log p from that of the model's parameters to its own."""

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from .._support.random_state import RandomState, fork_rng
 from ..tracing.batch_norm import watch_batch_norm
+from ..tracing.cells import kept_plates
 from ..tracing.enumeration import is_enumerated
 from ..tracing.handlers import GivenValues
 from ..tracing.messages import latent_sites
-from ..tracing.particles import kept_plates
+from ..tracing.minibatches import OneMinibatch
 from ..tracing.runner import ORDINARY, speaks_for_itself
 from ..tracing.sites import Site, read_sites
-from ..tracing.traces import PARTICLE_PLATE, OneMinibatch, PairTraces, Progress, Traces
+from ..tracing.traces import PARTICLE_PLATE, PairTraces, Progress, Traces
 from .protocol import INIT, Protocol, Sequences, march, moment_name, naming
 from .state import FilterState, Leaf, in_words
 

@@ -27,8 +27,9 @@ from ..resampling import multinomial
 from ..tracing.handlers import GivenValues
 from ..tracing.latents import Latent, place
 from ..tracing.messages import latent_sites
+from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
-from ..tracing.traces import PARTICLE_PLATE, OneMinibatch, Traces
+from ..tracing.traces import PARTICLE_PLATE, Traces
 from .probing import Known
 from .protocol import Protocol, Sequences, march, moment_name
 from .state import FilterState, Leaf, in_words

@@ -26,10 +26,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
+from .guide_values import ids_of, is_enumerated_in_guide
 from .latents import own_frames, own_shape
 from .messages import base_of, latent_sites
+from .minibatches import OneMinibatch
 from .sites import Site, read_sites
-from .traces import OneMinibatch, Pair, PairTraces, Traces, is_transformed, trace_particle
+from .traces import Pair, PairTraces, Traces, is_transformed, trace_particle
 
 __all__ = ["Alone"]
 
@@ -127,7 +129,10 @@ class Alone:
 
     def _read_again(self, move: float) -> list[Site] | None:
         """The sites of a run of the particle by itself."""
-        enum_dim = None if self._traces.enum_dim is None else self._traces.particle_dim
+        # Without particles' dims the first free one lies further to the right.
+        enum_dim = self._traces.local_dim or self._traces.particle_dim if self._traces.enum_dim else None
+        if ids_of(self._traces.pairs[0].guide):
+            enum_dim = self._traces.enum_dim  # where values given to the model have theirs
         try:
             with OneMinibatch(self._minibatch):
                 traced = trace_particle(self._pair, self._latents(move), enum_dim)
@@ -139,11 +144,12 @@ class Alone:
     def _latents(self, move: float) -> dict[str, Tensor]:
         """The particle's latent values, as they are without the particle dim.
 
-        Those of a Delta are left to be computed: they would have to be met to the last bit.
+        Those of a Delta are left to be computed: they would have to be met to the last bit. So are those that
+        are enumerated.
         """
         values = {}
         for name, site in latent_sites(self._traces.pairs[0].guide).items():
-            if isinstance(base_of(site["fn"]), Delta):
+            if isinstance(base_of(site["fn"]), Delta) or is_enumerated_in_guide(site):
                 continue
             value: Any = self._take(site, site["value"])
             if move and _is_real(site["fn"]):
@@ -157,8 +163,18 @@ class Alone:
         """A latent site's value, or a tensor of its shape, without the particle dim."""
         assert self._traces.particle_dim is not None
         event_dim, nesting = getattr(site["fn"], "event_dim", 0), -self._traces.particle_dim - 1
+        local_dim = self._traces.local_dim
+        if local_dim is not None:
+            value = self._one_local(value, local_dim - event_dim)
         size = self._traces.num_particles
+        if value.dim() - event_dim > nesting + 1:  # of each of the values that the guide enumerates
+            dim = -nesting - 1 - event_dim
+            return value.narrow(dim, self._particle if value.shape[dim] > 1 else 0, 1).clone()
         return own_shape(value, event_dim, own_frames(site), nesting, size)[self._particle].clone()
+
+    def _one_local(self, tensor: Tensor, dim: int) -> Tensor:
+        """The middle one of the local particles, on a dim of size 1."""
+        return tensor.narrow(dim, tensor.shape[dim] // 2, 1) if tensor.dim() >= -dim else tensor
 
     def _fill_in(self, guide: Trace) -> None:
         """Give sites that cannot be scored here (flows without an inverse) the density that they had."""
@@ -176,9 +192,12 @@ class Alone:
         """The particle's part of a log density of all, or one of its own as it is."""
         dim = self._traces.particle_dim
         assert dim is not None
-        if density.dim() < -dim:
-            return density
-        return density.select(dim, self._particle if density.shape[dim] > 1 else 0)
+        if density.dim() >= -dim:
+            density = density.select(dim, self._particle if density.shape[dim] > 1 else 0)
+        local_dim = self._traces.local_dim
+        if local_dim is not None and density.dim() >= -local_dim:
+            density = self._one_local(density, local_dim).squeeze(local_dim)
+        return density
 
     def _values(self, site: Site) -> Tensor:
         # What the guide draws follows its distribution, and goes on to other sites, whatever a mask says.
@@ -237,7 +256,8 @@ def _copy(pair: PairTraces) -> PairTraces:
             message: Any = {**site, "infer": dict(site["infer"] or {})} if "infer" in site else dict(site)
             copy.nodes[name] = message
         copies.append(copy)
-    return PairTraces(*copies)
+    model, guide = copies
+    return PairTraces(model, guide)
 
 
 def _is_real(fn: Any) -> bool:

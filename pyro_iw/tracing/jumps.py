@@ -210,6 +210,8 @@ def _kills_some(sites: list[Site], traces: Traces) -> bool:
         if dead[0].dim() < -dim:  # the same for all particles
             return False
         dead = list(dead[0].unbind(dim))
+        if traces.local_dim is not None and dead[0].dim() >= -traces.local_dim:
+            dead = [local for particle in dead for local in particle.unbind(traces.local_dim)]
     try:
         together = torch.stack(torch.broadcast_tensors(*dead))
     except RuntimeError:  # of shapes that vary with what is drawn

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .enumeration import is_enumerated
 from .messages import is_latent
-from .traces import PARTICLE_PLATE, Traces
+from .traces import Traces, is_of_particles
 
 __all__ = [
     "Enumerated",
@@ -116,7 +116,7 @@ def join(chunks: Sequence[dict[str, Latent]], num_particles: int) -> dict[str, L
 def own_frames(site: Any) -> tuple[CondIndepStackFrame, ...]:
     """The vectorised plates around a site, that over particles aside."""
     frames = site["cond_indep_stack"]
-    return tuple(frame for frame in frames if frame.vectorized and frame.name != PARTICLE_PLATE)
+    return tuple(frame for frame in frames if frame.vectorized and not is_of_particles(frame))
 
 
 def own_shape(

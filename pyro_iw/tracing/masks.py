@@ -27,7 +27,6 @@ __all__ = [
     "masked_in_guide_alone",
     "masked_value",
     "warn_of_masks",
-    "warn_of_masks_of_guide",
     "with_masks_of_model",
 ]
 
@@ -179,14 +178,25 @@ def _is_computed(site: Site) -> bool:
     return is_delta(site.message["fn"]) and not isinstance(site.message["mask"], Tensor)
 
 
-def warn_of_masks(sites: Sequence[Site], warn: Callable[[str], None]) -> None:
-    """Warn of latents that the model masks in entries where the guide keeps their density.
-
-    Reads the masks' values. A mask of False is no tensor and means a flat prior.
+def warn_of_masks(sites: Sequence[Site], warn: Callable[[str], None], look: bool | None = None) -> None:
+    """Warn of latents that are masked in one of model and guide alone.
 
     Arguments:
         sites: the sites of both.
         warn: called with a message.
+        look: whether to read the values of masks, which on an accelerator waits for the device; as Pyro's
+            validation is, unless given.
+    """
+    look = is_validation_enabled() if look is None else look
+    if look:
+        _warn_of_masks_of_model(sites, warn)
+    _warn_of_masks_of_guide(sites, warn, look)
+
+
+def _warn_of_masks_of_model(sites: Sequence[Site], warn: Callable[[str], None]) -> None:
+    """Warn of latents that the model masks in entries where the guide keeps their density.
+
+    A mask of False is no tensor and means a flat prior.
     """
     pairs = _latents(sites)
     points = _all_are_models(sites)
@@ -207,14 +217,9 @@ def warn_of_masks(sites: Sequence[Site], warn: Callable[[str], None]) -> None:
         )
 
 
-def warn_of_masks_of_guide(sites: Sequence[Site], warn: Callable[[str], None]) -> None:
-    """Warn of latents that the guide masks in entries where the model keeps their density.
-
-    Arguments:
-        sites: the sites of both.
-        warn: called with a message.
-    """
-    found = masked_in_guide_alone(sites)
+def _warn_of_masks_of_guide(sites: Sequence[Site], warn: Callable[[str], None], look: bool) -> None:
+    """Warn of latents that the guide masks in entries where the model keeps their density."""
+    found = masked_in_guide_alone(sites, look)
     if found:
         warn(
             f"Latent site(s) {', '.join(map(repr, found))} are masked in the guide where the model does not "
@@ -223,17 +228,20 @@ def warn_of_masks_of_guide(sites: Sequence[Site], warn: Callable[[str], None]) -
         )
 
 
-def masked_in_guide_alone(sites: Sequence[Site]) -> list[str]:
+def masked_in_guide_alone(sites: Sequence[Site], look: bool | None = None) -> list[str]:
     """The latents that the guide masks in entries where the model keeps their density.
 
-    Reads the masks' values, and so looks at tensors only where Pyro's validation is on.
+    Arguments:
+        sites: the sites of both.
+        look: as of :func:`warn_of_masks`.
     """
+    look = is_validation_enabled() if look is None else look
     points = _all_are_models(sites)
     return [
         model.name
         for model, guide in _latents(sites)
         if not (points and is_delta(guide.message["fn"]))
-        if (is_validation_enabled() or _kept_entries(guide.message) is False) and _masks_more(guide, model)
+        if (look or _kept_entries(guide.message) is False) and _masks_more(guide, model)
     ]
 
 

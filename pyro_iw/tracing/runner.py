@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,18 +17,10 @@ from .._support.random_state import RandomState, fork_rng
 from .._support.warn import PACKAGE, warn
 from .alone import Alone
 from .batch_norm import watch_batch_norm
+from .local_particles import particles_on_two_levels, values_outside
+from .minibatches import OneMinibatch
 from .probe import Look, Probe
-from .traces import (
-    PARTICLE_PLATE,
-    OneMinibatch,
-    Pair,
-    Progress,
-    Route,
-    Through,
-    Traces,
-    trace_model_again,
-    trace_pair,
-)
+from .traces import PARTICLE_PLATE, Pair, Progress, Route, Through, Traces, trace_model_again, trace_pair
 
 __all__ = ["ORDINARY", "Runner", "breaks_a_constraint", "speaks_for_itself"]
 
@@ -58,6 +50,7 @@ class Runner:
         look_along: called once for each pair, with the traces of its first run with gradients; returns
             warnings.
         warn: called with a message.
+        local: the number of local particles of each particle, by the name of their plate.
     """
 
     def __init__(
@@ -68,8 +61,10 @@ class Runner:
         look: Look | None = None,
         look_along: Callable[[Traces], list[str]] = lambda traces: [],
         warn: Callable[[str], None] = warn,
+        local: Mapping[str, int] | None = None,
     ) -> None:
         self.vectorize = vectorize
+        self.local = dict(local or {})
         self.max_plate_nesting = max_plate_nesting
         self.check = check
         self.look = look
@@ -82,7 +77,7 @@ class Runner:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was learnt about a pair holds weak references, which do not pickle, and is soon relearnt.
-        names = ("vectorize", "max_plate_nesting", "check", "look", "look_along", "warn")
+        names = ("vectorize", "max_plate_nesting", "check", "look", "look_along", "warn", "local")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,7 +108,7 @@ class Runner:
         """
         known = {} if minibatch is None else dict(minibatch.indices)
         probe = self._probe(pair)
-        vectorized = self.vectorize and num_particles > 1
+        vectorized = self.vectorize and max(num_particles, *self.local.values(), 1) > 1
         while True:
             if minibatch is not None:
                 minibatch.indices = dict(known)
@@ -167,20 +162,27 @@ class Runner:
     def _run_one_by_one(self, pair: Pair, num_particles: int, route: Route | None, probe: Probe) -> Traces:
         enum_dim = -1 - probe.nesting if probe.enumerates else None
         pairs = []
-        one_minibatch = OneMinibatch()
-        for particle in range(num_particles):
-            with one_minibatch:
-                pairs.append(trace_pair(pair, particle, route, enum_dim=enum_dim))
-        return Traces(pairs, num_particles, None, enum_dim)
+        with OneMinibatch():
+            for particle in range(num_particles):
+                if not self.local:
+                    pairs.append(trace_pair(pair, particle, route, enum_dim=enum_dim))
+                    continue
+                values = None
+                for local in range(max(self.local.values())):
+                    index = particle, local
+                    pairs.append(trace_pair(pair, index, route, enum_dim=enum_dim, given=values))
+                    if values is None:
+                        values = values_outside(pairs[-1].guide, self.local)
+        return Traces(pairs, num_particles, None, enum_dim, local=self.local)
 
     def _one_pass(self, pair: Pair, num_particles: int, route: Route | None, probe: Probe) -> Traces | None:
         """Traces under a plate left of the nesting known so far; None if that turned out too small."""
-        dim = -1 - probe.nesting
+        dim = -1 - probe.nesting - bool(self.local)
         enum_dim = dim - 1 if probe.enumerates else None
-        plate = pyro.plate(PARTICLE_PLATE, num_particles, dim=dim)
+        enclose = particles_on_two_levels(num_particles, self.local, dim)
         progress = Progress()
         try:
-            traced = trace_pair(pair, None, route, plate, enum_dim, progress)
+            traced = trace_pair(pair, None, route, enclose, enum_dim, progress)
         except Exception as error:
             if type(error) not in ORDINARY or speaks_for_itself(error):
                 raise
@@ -190,16 +192,20 @@ class Runner:
             if nesting > probe.nesting:
                 probe.nesting = nesting
                 return None
+            local = "".join(
+                f", and at the sites in plate {name!r} one of size {number} at dim {dim + 1}"
+                for name, number in self.local.items()
+            )
             raise ValueError(
                 f"The {progress.role} runs with one particle but not with {num_particles} in one pass: it "
                 f"failed {progress.where()} with {type(error).__name__}: {error}\n"
-                f"Particles add a batch dim of size {num_particles} at dim {dim}, left of every plate. Let "
-                "the computation broadcast over leading dims (index dims from the right, end reshapes in "
-                "(*z.shape[:-1], ...); a latent outside the plates comes with a dim of size 1 for each), or "
-                "pass vectorize_particles=False to run the particles one by one. "
+                f"Particles add a batch dim of size {num_particles} at dim {dim}{local}, left of every "
+                "plate. Let the computation broadcast over leading dims (index dims from the right, end "
+                "reshapes in (*z.shape[:-1], ...); a latent outside the plates comes with a dim of size 1 "
+                "for each), or pass vectorize_particles=False to run the particles one by one. "
                 "(If it fails for some values of the latents only, see the error itself, above.)"
             ) from error
-        return Traces([traced], num_particles, dim, enum_dim)
+        return Traces([traced], num_particles, dim, enum_dim, local=self.local)
 
     def _probe(self, pair: Pair) -> Probe:
         """What is known of the pair, from one pass with one particle if it is new."""

@@ -16,18 +16,21 @@ import torch
 from pyro.distributions import Bernoulli, Delta, Independent, Unit
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .enumeration import is_enumerated, marginalize
+from .guide_values import ids_of, is_enumerated_in_guide, value_dims
 from .masks import fits, masked_value, with_masks_of_model
 from .messages import base_of, has_no_density
 from .paths import class_name, draws_hard_values, has_biased_path, has_path
+from .precision import in_full_precision
 from .supports import is_discrete, own_support, support_moves
-from .traces import PARTICLE_PLATE, Traces, is_transformed
+from .traces import LOCAL_PLATE, Traces, is_of_particles, is_transformed
 
-__all__ = ["Site", "plate_key", "read_sites"]
+__all__ = ["Site", "outside_depends_on_inside", "plate_key", "read_sites"]
 
 
 class Site(NamedTuple):
@@ -47,12 +50,17 @@ class Site(NamedTuple):
         """The site of a trace, its log density evaluated unless given."""
         if log_prob is None:
             log_prob = _log_prob(role, name, message)
-        frames = tuple(f for f in message["cond_indep_stack"] if f.name != PARTICLE_PLATE)
+        frames = tuple(f for f in message["cond_indep_stack"] if not is_of_particles(f))
         return cls(role, name, message, log_prob, pair, frames)
 
     @property
     def is_latent(self) -> bool:
         return not self.message["is_observed"]
+
+    @property
+    def is_enumerated(self) -> bool:
+        """Whether the guide takes each of its values at once, rather than draw one."""
+        return self.role == "guide" and is_enumerated_in_guide(self.message)
 
     @property
     def is_factor(self) -> bool:
@@ -116,7 +124,11 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
     validate = is_validation_enabled()
     nesting = _plate_dims(traces)
     for index, (model_trace, guide_trace, rescored) in enumerate(traces.pairs):
+        if traces.local_dim is not None:
+            for role, trace in (("guide", guide_trace), ("model", model_trace)):
+                _check_local_dim(role, trace, traces)
         _check_names(model_trace, guide_trace)
+        ids = ids_of(guide_trace)
         if validate and len(roles) == 2:
             with warnings.catch_warnings():
                 # Said better by the error above, and of a site to be enumerated there is nothing to say.
@@ -134,8 +146,8 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
                 if role == "guide" and message["is_observed"] and not isinstance(message["fn"], Unit):
                     continue  # no particle is drawn from it
                 site = Site.read(role, name, message, index)
-                if role == "guide" and rescored is not None:
-                    site = site._replace(rescored=rescored.nodes[name])
+                if role == "guide" and name in rescored:
+                    site = site._replace(rescored=rescored[name])
                 if validate:
                     message["log_prob"] = site.log_prob
                     check_site_shape(message, nesting)
@@ -147,7 +159,7 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
                 found = _marginalized(found, model_trace, guide_trace)
                 found = [_without_enum_dims(site, nesting) for site in found]
             for site in found:
-                _check_particle_dim(site, traces)
+                _check_particle_dim(site, traces, ids)
             sites += found
     return sites
 
@@ -230,12 +242,6 @@ def _measure(discrete: bool, hard: bool) -> str:
 
 
 def _check_enumerated(role: str, name: str, message: Any) -> None:
-    if role == "guide":
-        raise NotImplementedError(
-            f"Site {name!r} of the {role} is to be enumerated in parallel, but the guide samples it. Leave "
-            f"{name!r} out of the guide to have it summed out of the model, remove its infer={{'enumerate': "
-            "'parallel'}, or train with pyro.infer.TraceEnum_ELBO."
-        )
     if not getattr(message["fn"], "has_enumerate_support", False):
         raise NotImplementedError(
             f"Site {name!r} of the {role} is to be enumerated in parallel, but its distribution "
@@ -253,9 +259,10 @@ def _log_prob(role: str, name: str, message: Any) -> Tensor:
         return message["unscaled_log_prob"]
     fn, value = message["fn"], masked_value(message)
     try:
-        if _is_bits(fn) and not (message["args"] or message["kwargs"]):
-            return _log_prob_of_bits(fn, value)
-        return fn.log_prob(value, *message["args"], **message["kwargs"])
+        with in_full_precision():
+            if _is_bits(fn) and not (message["args"] or message["kwargs"]):
+                return _log_prob_of_bits(fn, value)
+            return fn.log_prob(value, *message["args"], **message["kwargs"])
     except (KeyError, NotImplementedError) as error:
         said = str(error) or f"{type(fn).__name__} raises {type(error).__name__}"
         if not is_transformed(fn):
@@ -316,12 +323,43 @@ def _check_mask_and_scale(site: Site) -> None:
             )
 
 
-def _check_particle_dim(site: Site, traces: Traces) -> None:
+def _check_local_dim(role: str, trace: Any, traces: Traces) -> None:
+    """Refuse a site outside of the local plates that varies with their local particles."""
+    dim = traces.local_dim
+    assert dim is not None
+    for name, message in trace.nodes.items():
+        shape = tuple(getattr(message.get("fn"), "batch_shape", ())) if message["type"] == "sample" else ()
+        if len(shape) < -dim or shape[dim] == 1 or site_is_subsample(message):
+            continue
+        if not any(frame.name == LOCAL_PLATE for frame in message["cond_indep_stack"]):
+            plates = ", ".join(map(repr, traces.local))
+            how = f"has shape {shape}, where dim {dim} is that of the local particles of {plates}"
+            raise ValueError(outside_depends_on_inside(f"{name!r} ({role})", how))
+
+
+def outside_depends_on_inside(site: Site | str, how: str) -> str:
+    """What to say of a site outside of the local plates whose density varies with local particles.
+
+    Arguments:
+        site: the site, or its name and role.
+        how: what can be seen of it.
+    """
+    return (
+        f"The log density at site {site} {how}: the site lies outside of the plate and depends on a latent "
+        "inside, so there is no local weight for each index of the plate. Move it into the plate, sample "
+        "what it depends on outside (in the guide, latents outside of the plate come first), or use a bound "
+        "with one joint weight (IWAE_ELBO, MIWAE_ELBO)."
+    )
+
+
+def _check_particle_dim(site: Site, traces: Traces, ids: frozenset[int]) -> None:
     """Refuse a log density with dims left of the particles' own: its particles are elsewhere."""
     dim, log_prob = traces.particle_dim, site.log_prob
     if dim is None or log_prob.dim() < -dim:
         return
-    if log_prob.dim() > -dim or log_prob.shape[dim] not in (1, traces.num_particles):
+    left = log_prob.dim() + dim - len(value_dims(site.message, log_prob, ids))
+    left -= log_prob.shape[:dim].count(1) if ids else 0
+    if left > 0 or log_prob.shape[dim] not in (1, traces.num_particles):
         raise ValueError(
             f"The log density at site {site} has shape {tuple(log_prob.shape)}, but under "
             f"{traces.num_particles} particles its leftmost dim should be {dim}, of size "

@@ -1,15 +1,26 @@
 """Pareto smoothing: against ArviZ called by hand, and the shape of tails that are known."""
 
+import importlib.util
 import math
 import sys
 
 import pytest
 import torch
 
+from pyro_iw import psis
 from pyro_iw._support.optional import require
-from pyro_iw.psis import khat_threshold, pareto_smoothed
+from pyro_iw.psis import khat_threshold, pareto_smoothed, warn_of_khat
 
 arviz = require("arviz", "arviz", "This test")
+
+
+@pytest.fixture(params=["arviz", "arviz_stats"])
+def smoothing(request, monkeypatch):
+    """Both that there are: ArviZ's own, and that of version 1, which can be there beside version 0."""
+    if importlib.util.find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
+    if request.param == "arviz_stats":
+        monkeypatch.setattr(psis, "_arviz", psis._arviz_stats)
 
 
 def _arviz_psis(log_w):
@@ -73,9 +84,14 @@ def test_degenerate_weights():
     assert (smoothed[:100, 3] == -math.inf).all()
 
 
-@pytest.mark.parametrize("log_w", [torch.randn(10), torch.zeros(1), torch.zeros(3)])
+@pytest.mark.usefixtures("smoothing")
+@pytest.mark.parametrize("log_w", [torch.randn(10), torch.randn(24), torch.zeros(1), torch.zeros(3)])
 def test_too_few_particles(log_w):
-    assert pareto_smoothed(log_w)[1].item() == math.inf
+    smoothed, khat = pareto_smoothed(log_w)
+    assert khat.item() == math.inf
+    assert torch.equal(smoothed, log_w)
+    with pytest.warns(RuntimeWarning, match=r"1 of 1 cell\(s\) \(up to inf\)"):
+        warn_of_khat(khat, len(log_w))
 
 
 def test_bounded_weights_of_few_values_have_no_tail():
@@ -110,19 +126,53 @@ def _psis_by_hand(log_w):
 
 
 # Numbers of which a fifth is a whole one, or else 3 root S: versions 0 and 1 round it up and down.
+@pytest.mark.usefixtures("smoothing")
 @pytest.mark.parametrize("living", [30, 35, 100, 400, 900])
-def test_dead_particles_count_for_nothing(living):
-    log_w = torch.full((1000, 2), -math.inf, dtype=torch.float64)
+@pytest.mark.parametrize("dead", [-math.inf, -720.0, -1e30])  # of which the last two weigh 0 in float64
+def test_dead_particles_count_for_nothing(living, dead):
+    log_w = torch.full((1000, 2), dead, dtype=torch.float64)
     for cell, spread in enumerate((0.05, 1.5)):
         chosen = torch.randperm(1000)[:living]
         log_w[chosen, cell] = 3 + spread * torch.randn(living, dtype=torch.float64)
     smoothed, khat = pareto_smoothed(log_w)
     for cell in range(2):
-        alive = log_w[:, cell].isfinite()
+        alive = log_w[:, cell] != dead
         values, shape = _psis_by_hand(log_w[alive, cell])
         assert khat[cell].item() == pytest.approx(shape.item(), abs=1e-6)
         torch.testing.assert_close(smoothed[alive, cell], values, rtol=0, atol=1e-6)
-        assert (smoothed[~alive, cell] == -math.inf).all()
+        assert (smoothed[~alive, cell] == dead).all()
+
+
+@pytest.mark.usefixtures("smoothing")
+@pytest.mark.parametrize("spread", [100.0, 300.0, 400.0, 1e3, 1e5, 1e300])
+def test_weights_that_span_more_than_a_float_are_warned_of(spread):
+    log_w = spread * torch.randn(1000, 5, dtype=torch.float64)
+    smoothed, khat = pareto_smoothed(log_w)
+    assert smoothed.isfinite().all()
+    living = (log_w - log_w.amax(0)).exp() > 0
+    assert torch.equal(smoothed[~living], log_w[~living])
+    # The tail of normal log-weights has a local exponent of the order of their spread.
+    assert (khat > spread / 20).all()
+    if spread >= 1e3:
+        assert (khat == math.inf).all()
+        assert torch.equal(smoothed, log_w)
+    with pytest.warns(RuntimeWarning, match=r"5 of 5 cell\(s\)"):
+        warn_of_khat(khat, 1000)
+
+
+@pytest.mark.usefixtures("smoothing")
+@pytest.mark.parametrize("error", [1e-17, 1e-30, 1e-310])
+def test_weights_equal_but_for_rounding_have_no_tail(error):
+    log_w = error * torch.randn(1000, dtype=torch.float64)
+    smoothed, khat = pareto_smoothed(log_w)
+    assert khat.item() == -math.inf
+    assert torch.equal(smoothed, log_w)
+    warn_of_khat(khat, 1000)  # and warns of nothing
+
+
+def test_what_is_not_known_is_warned_of():
+    with pytest.warns(RuntimeWarning, match=r"1 of 2 cell\(s\)"):
+        warn_of_khat(torch.tensor([0.1, math.nan]), 1000)
 
 
 def test_the_evidence_survives_smoothing_where_most_are_dead():
@@ -138,6 +188,7 @@ def test_the_evidence_survives_smoothing_where_most_are_dead():
     assert (khat[khat.isfinite()] < 0.7).all()
 
 
+@pytest.mark.usefixtures("smoothing")
 @pytest.mark.parametrize("size", [24, 26, 29])
 def test_where_a_tail_begins(size):
     log_w = torch.randn(size, 50, dtype=torch.float64)
@@ -149,6 +200,7 @@ def test_where_a_tail_begins(size):
     assert torch.equal(smoothed[:, unfit], log_w[:, unfit])
 
 
+@pytest.mark.usefixtures("smoothing")
 @pytest.mark.parametrize("share", [0.005, 0.01, 0.06, 0.5])
 def test_few_values_have_no_tail(share):
     log_w = torch.where(torch.arange(1000) < 1000 * share, 1.0, 0.0).double()

@@ -141,7 +141,7 @@ def test_no_particles_are_refused(scheme, shape):
 
 @pytest.mark.parametrize("resample", [systematic, multinomial])
 def test_a_single_draw_can_be_gathered_with(resample):
-    """torch 2.4's gather takes strides (1, 1) of a single row for those of an expanded index."""
+    """The gather of torch 2.4 and 2.5 takes strides (1, 1) of a single row for those of an expanded index."""
     weights, values = torch.rand(4, 5), torch.arange(20.0).reshape(4, 5)
     indices = resample(weights, 1)
     assert indices.stride() == (5, 1)

@@ -314,6 +314,17 @@ def padded(how: str) -> Callable:
     return sequences
 
 
+@pytest.mark.parametrize("side", ["model", "guide"])
+def test_a_new_pair_is_looked_at_whatever_the_validation(side: str) -> None:
+    """Later minibatches are looked at under validation alone: on an accelerator that waits for the device."""
+    pair = padded("poutine"), padded("none")
+    loss = IWAE_ELBO(K=3)
+    with pyro.validation_enabled(False):
+        with pytest.warns(UserWarning, match=f"'h_1', 'h_2' are masked in the {side} where"):
+            loss.loss(*(pair if side == "model" else reversed(pair)))
+        loss.loss(*(pair if side == "model" else reversed(pair)))
+
+
 @pytest.mark.parametrize("vectorize", [True, False])
 @pytest.mark.parametrize("how", ["poutine", "distribution"])
 def test_padding_masked_in_the_model_alone_warns_once(how: str, vectorize: bool) -> None:

@@ -4,6 +4,7 @@ import gc
 import math
 import random
 import weakref
+from functools import partial
 
 import numpy as np
 import pyro
@@ -435,3 +436,45 @@ class TestBatchNorm:
 
         net = self.Net(nn.Identity())
         IWAE_ELBO(K=4).loss_and_grads(net.model, guide, torch.randn(8, 3))
+
+
+class TestMinibatchesOfBothSides:
+    """A plate that the model is given by subsample= takes the guide's indices in a replay, not its own."""
+
+    SIZE, GIVEN = 6, torch.tensor([4, 0])
+
+    def model(self, indices):
+        with pyro.plate("data", self.SIZE, subsample=indices):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.arange(6.0)[indices])
+
+    def guide_of(self, indices):
+        def guide(_):
+            with pyro.plate("data", self.SIZE, subsample=indices) as drawn:
+                pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(6))[drawn], 1.0))
+
+        return guide
+
+    @pytest.mark.parametrize("loss", [IWAE_ELBO(K=3), IWAE_ELBO(K=3, vectorize_particles=False)], ids=repr)
+    def test_another_minibatch_is_refused(self, loss):
+        with pytest.raises(
+            ValueError, match=r"Plate 'data' has another minibatch in the guide .*\[1, 2\] aga"
+        ):
+            loss.loss(self.model, self.guide_of(torch.tensor([1, 2])), self.GIVEN)
+
+    def test_so_is_that_of_an_autoguide(self):
+        guide = AutoNormal(self.model)
+        pyro.set_rng_seed(0)
+        with pytest.raises(ValueError, match="create_plates"):
+            IWAE_ELBO(K=3).loss(self.model, guide, self.GIVEN)
+        # The way out that the message gives.
+        plates = partial(pyro.plate, "data", self.SIZE, dim=-1)
+        guide = AutoNormal(self.model, create_plates=lambda indices: plates(subsample=indices))
+        IWAE_ELBO(K=3).loss_and_grads(self.model, guide, self.GIVEN)
+        rows = (
+            guide.locs.z_unconstrained.grad if hasattr(guide.locs, "z_unconstrained") else guide.locs.z.grad
+        )
+        assert rows.nonzero().flatten().tolist() == sorted(self.GIVEN.tolist())
+
+    def test_the_same_minibatch_passes(self):
+        IWAE_ELBO(K=3).loss(self.model, self.guide_of(self.GIVEN.clone()), self.GIVEN)
