@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pyro_iw import ImportanceWeightedELBO, active_units
 from pyro_iw.bounds import IWAE
-from shared import checkpoint, datasets, pictures
+from shared import annealed, checkpoint, datasets, pictures
 from shared.datasets import ImageData, heldout_images
 from shared.deep.networks import DeepVAE, KLWarmup, layer_widths, schedule
 from shared.deep.training import Trainer
@@ -58,7 +58,7 @@ MODEL_SETTINGS = ("layers", "data", "train_size", "test_size", "binarisation", "
 MODEL_SETTINGS += ("device_type",)  # a generator's state is of one kind of device
 TRAINING_SETTINGS = (*LOSS_OPTIONS, "switch_to", "kl_warmup", "epochs_scale", "learning_rate", "batch_size")
 TRAINING_SETTINGS += ("precision",)
-SMOKE = {"train_size": 100, "test_size": 40, "nll_particles": 50, "epochs_scale": 0.002}
+SMOKE = {"train_size": 100, "test_size": 40, "nll_particles": 50, "epochs_scale": 0.002, **annealed.SMOKE}
 
 
 def load_data(args: argparse.Namespace) -> tuple[ImageData, Tensor, Tensor, bool]:
@@ -218,6 +218,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="of everything random")
     add("--nll-particles", type=positive_int, default=5000, help="draws an image for the NLL")
+    annealed.add_annealed_options(parser)
     add("--train-size", type=positive_int, help="use that many training images")
     add("--test-size", type=positive_int, help="use that many held-out images")
     add("--out", type=Path, help="folder for the results (default: results/deep-<data>-<layers>-<loss>)")
@@ -283,6 +284,11 @@ def run(args: argparse.Namespace) -> dict:
     metrics["results"], per_image = evaluate(network, heldout, args.nll_particles, args.seed)
     metrics["results"]["steps"] = trainer.step
     metrics["results"]["training_seconds"] = sum(record["seconds"] for record in trainer.history)
+    if args.ais:
+        network.eval()
+        metrics["results"]["annealed"], _ = annealed.annealed_report(
+            network, heldout, per_image["log_p"], args
+        )
     metrics["results"]["evaluation_seconds"] = time.perf_counter() - start
     metrics["history"] = trainer.history
     save_pictures(network, heldout, data, trainer.history, args)
@@ -312,6 +318,9 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"before the switch: {summary(metrics['before_switch'])}")
     results = metrics["results"]
     print(f"{args.switch_to or args.loss} on {args.data}: {summary(results)}")
+    if "annealed" in results:
+        for name, value in annealed.annealed_lines(results["annealed"], args.nll_particles):
+            print(f"{name:<25}{value}")
     per_step = 1000 * results["training_seconds"] / results["steps"]
     print(f"{results['steps']} steps of {per_step:.2f} ms in {args.out}")
     return metrics

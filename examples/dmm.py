@@ -8,10 +8,13 @@ et al., 1609.09869) does not know of chords::
 
 and its guide draws z_t from z_{t-1} and the state of a GRU that has run from the sequence's end back to t.
 What is beyond the end is masked, in model and guide. A sequence has one weight, of all its steps, so longer
-ones need more particles. Try::
+ones need more particles. With ``--compare``, sequences are longer, and the same networks are trained three
+times, with K particles each: by the ELBO, by IWAE, and by FIVO, for which model and guide take the steps of a
+particle filter. A filter of many particles judges them all. Try::
 
     python examples/dmm.py                                     # two minutes
     python examples/dmm.py --loss elbo
+    python examples/dmm.py --compare                           # ten minutes
 
 All bounds are reported in nats per time step.
 """
@@ -29,15 +32,16 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from pyro_iw import ImportanceSampler
+from pyro_iw import FIVO_ELBO, IWAE_ELBO, MIWAE_ELBO, ImportanceSampler, ParticleFilter
 from pyro_iw.bounds import IWAE
 from shared.networks import mlp
 from shared.options import loss_of, positive_int
+from shared.running import progress_bar
 from shared.skeleton import finish, fit, parse, training_parser
 
 KEYS, CHORDS, SHORTEST, LONGEST = 24, 6, 4, 16
 STAY, SOUND, WRONG = 0.2, 0.9, 0.03
-SMOKE = {"epochs": 1, "train_size": 30, "test_size": 6, "num_particles": 16}
+SMOKE = {"epochs": 1, "train_size": 30, "test_size": 6, "num_particles": 16, "longest": 8}
 
 
 class Music:
@@ -50,14 +54,14 @@ class Music:
         steps = (1 - STAY) / 2 * (torch.eye(CHORDS).roll(1, 1) + torch.eye(CHORDS).roll(2, 1))
         self.transition = STAY * torch.eye(CHORDS) + steps
 
-    def play(self, size: int) -> tuple[Tensor, Tensor]:
-        """Rolls ``[size, LONGEST, KEYS]``, zero from their lengths ``[size]`` on."""
-        lengths = torch.randint(SHORTEST, LONGEST + 1, (size,))
+    def play(self, size: int, longest: int = LONGEST) -> tuple[Tensor, Tensor]:
+        """Rolls ``[size, longest, KEYS]``, zero from their lengths ``[size]`` on."""
+        lengths = torch.randint(SHORTEST, longest + 1, (size,))
         chord, rolls = torch.randint(CHORDS, (size,)), []
-        for _ in range(LONGEST):
+        for _ in range(longest):
             rolls.append(torch.bernoulli(self.emission[chord]))
             chord = torch.multinomial(self.transition[chord], 1).squeeze(1)
-        inside = torch.arange(LONGEST) < lengths[:, None]
+        inside = torch.arange(longest) < lengths[:, None]
         return torch.stack(rolls, 1) * inside.unsqueeze(-1), lengths
 
     def log_prob(self, x: Tensor, lengths: Tensor) -> Tensor:
@@ -126,6 +130,41 @@ class DMM(nn.Module):
         return torch.stack(rolls)
 
 
+class Model:
+    """The model in steps, for a particle filter."""
+
+    def __init__(self, net: DMM) -> None:
+        self.net = net
+
+    def init(self, state: dict, x: Tensor, lengths: Tensor) -> None:
+        pyro.module("dmm", self.net)
+        state["z"], state["t"], state["lengths"] = self.net.start, 0, lengths
+
+    def step(self, state: dict, notes: Tensor) -> None:
+        with pyro.plate("data", len(notes)), poutine.mask(mask=state["t"] < state["lengths"]):
+            state["z"] = pyro.sample("z", self.net.next(state["z"]))
+            heard = dist.Bernoulli(logits=self.net.emission(state["z"]), validate_args=False)
+            pyro.sample("x", heard.to_event(1), obs=notes)
+        state["t"] += 1
+
+
+class Guide:
+    """The guide in steps. What it has read of the data is no particle's, and stays in ``self``."""
+
+    def __init__(self, net: DMM) -> None:
+        self.net = net
+
+    def init(self, state: dict, x: Tensor, lengths: Tensor) -> None:
+        pyro.module("dmm", self.net)
+        self.ahead = reverse(self.net.reader(reverse(x, lengths))[0], lengths)
+
+    def step(self, state: dict, notes: Tensor) -> None:
+        hidden = torch.tanh(self.net.combiner(state["z"]) + self.ahead[:, state["t"]])
+        loc, scale = self.net.proposal(hidden).chunk(2, -1)
+        with pyro.plate("data", len(notes)), poutine.mask(mask=state["t"] < state["lengths"]):
+            pyro.sample("z", dist.Normal(loc, F.softplus(scale)).to_event(1))
+
+
 def run(args: argparse.Namespace) -> dict:
     """Train and judge: what ``dmm.json`` holds."""
     music = Music()
@@ -185,6 +224,105 @@ def draw(results: dict) -> Figure:
     return figure
 
 
+# ----------------------------------------------------------------------------------------------------
+# ELBO, IWAE and FIVO
+# ----------------------------------------------------------------------------------------------------
+
+
+def in_steps(x: Tensor, lengths: Tensor) -> tuple[tuple[Tensor], dict[str, Tensor]]:
+    """What the filters take: sequences with time first, and what ``init`` reads."""
+    return (x.transpose(0, 1),), {"x": x, "lengths": lengths}
+
+
+def train(net: DMM, name: str, data: tuple[Tensor, Tensor], args: argparse.Namespace) -> list[float]:
+    """The bound in nats per time step, averaged over each epoch."""
+    losses = {"ELBO": MIWAE_ELBO(M=args.K, K=1), "IWAE": IWAE_ELBO(args.K), "FIVO": FIVO_ELBO(args.K)}
+    pair = (Model(net), Guide(net)) if name == "FIVO" else (net.model, net.guide)
+    size = len(data[0])
+    steps = args.epochs * math.ceil(size / args.batch_size)
+    optimiser = torch.optim.Adam(net.parameters(), args.learning_rate)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.1 ** (1 / steps))
+    history = []
+    with progress_bar(steps, name) as bar:
+        for _ in range(args.epochs):
+            total = 0.0
+            for rows in torch.randperm(size).split(args.batch_size):
+                batch = data[0][rows], data[1][rows]
+                sequences, given = in_steps(*batch) if name == "FIVO" else (batch, {})
+                optimiser.zero_grad()
+                loss = losses[name].differentiable_loss(*pair, *sequences, **given)
+                (loss / batch[1].sum()).backward()
+                nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+                optimiser.step()
+                schedule.step()
+                total -= loss.item()
+                bar.update()
+            history.append(total / data[1].sum().item())
+    return history
+
+
+def compare(args: argparse.Namespace) -> dict:
+    """Train by each loss and judge all alike: what ``dmm_losses.json`` holds."""
+    music = Music()
+    data, (x, lengths) = music.play(args.train_size, args.longest), music.play(args.test_size, args.longest)
+    steps = lengths.sum().item()
+    sequences, given = in_steps(x, lengths)
+    start = DMM(args.latent, args.hidden).state_dict()
+    results: dict = {"truth": music.log_prob(x, lengths).sum().item() / steps, "losses": {}}
+    for name in ("ELBO", "IWAE", "FIVO"):
+        net = DMM(args.latent, args.hidden)
+        net.load_state_dict(start)
+        history = train(net, name, data, args)
+        pair = Model(net), Guide(net)
+        judge = ParticleFilter(*pair, args.num_particles, num_filters=4)
+        filtered = judge(*sequences, **given)
+        few = {
+            bound: ParticleFilter(*pair, max(args.K, 2), num_filters=1, ess_threshold=threshold)
+            for bound, threshold in (("IWAE", 0.0), ("FIVO", 0.5))
+        }
+        gaps = {
+            bound: (filtered.log_marginal - judge.log_marginal(*sequences, **given)).tolist()
+            for bound, judge in few.items()
+        }
+        results["losses"][name] = {
+            "history": history,
+            "log_marginal": filtered.log_marginal.sum().item() / steps,
+            "error": filtered.monte_carlo_error.square().sum().sqrt().item() / steps,
+            "ess": filtered.ess.nanmean(1).tolist(),
+            "gaps": gaps,
+        }
+    return {**results, "lengths": lengths.tolist()}
+
+
+def table_of_losses(results: dict) -> str:
+    """Nats per time step."""
+    lines = [f"{'trained by':<12}{'its bound':>12}{'log p̂':>12}{'IWAE gap':>12}{'FIVO gap':>12}"]
+    steps = sum(results["lengths"])
+    for name, row in results["losses"].items():
+        gaps = "".join(f"{sum(row['gaps'][bound]) / steps:>12.4f}" for bound in ("IWAE", "FIVO"))
+        lines.append(f"{name:<12}{row['history'][-1]:>12.3f}{row['log_marginal']:>12.3f}{gaps}")
+    lines.append(f"{'the truth':<24}{results['truth']:>12.3f}")
+    return "\n".join([*lines, "nats per time step"])
+
+
+def draw_losses(results: dict) -> Figure:
+    """The bounds in training, the ESS over time, and the gap of two bounds of one pair over the length."""
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    bound, ess, gap = figure.subplots(1, 3)
+    for name, row in results["losses"].items():
+        bound.plot(row["history"], label=name)
+        ess.plot(row["ess"], label=f"trained by {name}")
+    bound.set(xlabel="epoch", ylabel="bound [nats per time step]")
+    bound.axhline(results["truth"], color="black", linestyle="--", label="the truth")
+    ess.set(xlabel="time step", ylabel="ESS of the filter that judges", ylim=(0, None))
+    for name, gaps in results["losses"]["FIVO"]["gaps"].items():
+        gap.scatter(results["lengths"], gaps, s=8, label=name, color={"IWAE": "C1", "FIVO": "C2"}[name])
+    gap.set(xlabel="length of the sequence", ylabel="log p̂ − bound [nats]", title="trained by FIVO")
+    for axes in (bound, ess, gap):
+        axes.legend(fontsize=8)
+    return figure
+
+
 def main(argv: list[str] | None = None) -> dict:
     defaults = {"M": 1, "K": 8, "estimator": "dreg", "epochs": 120, "batch_size": 50, "learning_rate": 5e-3}
     parser = training_parser(__doc__, "results/dmm", **defaults)
@@ -194,7 +332,12 @@ def main(argv: list[str] | None = None) -> dict:
     add("--train-size", type=positive_int, default=400, help="sequences to train on")
     add("--test-size", type=positive_int, default=100, help="held-out sequences")
     add("--num-particles", type=positive_int, default=1024, help="a held-out sequence")
-    return finish(parse(parser, argv, SMOKE), "dmm", run, draw, table)
+    add("--compare", action="store_true", help="ELBO, IWAE and FIVO with K particles, on longer sequences")
+    add("--longest", type=positive_int, default=50, help="time steps of the longest sequence to compare on")
+    args = parse(parser, argv, SMOKE)
+    if args.compare:
+        return finish(args, "dmm_losses", compare, draw_losses, table_of_losses)
+    return finish(args, "dmm", run, draw, table)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Try::
     python examples/vae.py --out results/vae
     python examples/evaluate.py results/vae
     python examples/evaluate.py results/vae --num-particles 10000 --test-size 100
+    python examples/evaluate.py results/vae --num-particles 5000 --ais
 
 All bounds are in nats per datapoint.
 """
@@ -30,14 +31,14 @@ from torch import Tensor
 from pyro_iw import ImportanceSampler, active_units, bound_curve, plots, rate_distortion
 from pyro_iw.bounds import IWAE
 from pyro_iw.psis import khat_threshold, pareto_smoothed
-from shared import checkpoint, datasets, options
+from shared import annealed, checkpoint, datasets, options
 from shared.datasets import ImageData, heldout_images
 from shared.evaluation import guide_means, plus_minus, seeded
 from shared.networks import VAE
 
 # K of the IWAE bound that the log evidence is compared with, as in Rainforth et al. (2018).
 IWAE_PARTICLES = 64
-SMOKE = {"num_particles": 50, "test_size": 40, "khat_images": 20, "arviz_images": 4}
+SMOKE = {"num_particles": 50, "test_size": 40, "khat_images": 20, "arviz_images": 4, **annealed.SMOKE}
 
 
 def load_vae(run: Path) -> tuple[VAE, dict[str, Any]]:
@@ -89,19 +90,23 @@ def evaluate(sampler: ImportanceSampler, images: Tensor, args: argparse.Namespac
     """
     batches = images.split(args.batch_size)
     bound = IWAE(min(IWAE_PARTICLES, args.num_particles))
-    print(f"[1/3] log evidence of {len(images)} images, {args.num_particles} particles each", flush=True)
+    steps = 4 if args.ais else 3
+    print(
+        f"[1/{steps}] log evidence of {len(images)} images, {args.num_particles} particles each", flush=True
+    )
     evidence = sampler.log_marginal_dataset(batches, bound=bound)
-    print("[2/3] rate, distortion and active units", flush=True)
+    print(f"[2/{steps}] rate, distortion and active units", flush=True)
     parts = [rate_distortion(sampler, batch) for batch in batches]
     activity = active_units(sampler.guide, batches)["z"]
     few = images[: args.khat_images]
-    print(f"[3/3] tail of the weights and bound over K, {len(few)} of the images", flush=True)
+    print(f"[3/{steps}] tail of the weights and bound over K, {len(few)} of the images", flush=True)
     # k̂ takes all the weights of an image at once, but not its latents.
     log_weights = torch.cat([particles.log_weights for particles in sampler.particles(few)])
     khat = pareto_smoothed(log_weights)[1]
     threshold = khat_threshold(args.num_particles)
     curve = bound_curve(sampler, few)
     results = {
+        "num_particles": args.num_particles,
         "nll": -evidence.mean,
         "nll_monte_carlo_error": evidence.monte_carlo_error,
         "nll_sampling_error": evidence.sampling_error,
@@ -125,9 +130,13 @@ def evaluate(sampler: ImportanceSampler, images: Tensor, args: argparse.Namespac
             "monte_carlo_error": curve.monte_carlo_error.tolist(),
         },
     }
+    bounds = None
+    if args.ais:
+        print(f"[4/{steps}] annealed importance sampling, {args.ais_images} of the images", flush=True)
+        results["annealed"], bounds = annealed.annealed_report(sampler, images, evidence.values, args)
     level = evidence.values[: len(few)].mean()
     drawn = {"curve": curve, "level": level, "ess": evidence.ess, "khat": khat, "log_weights": log_weights}
-    return results, drawn
+    return results, drawn | {"bounds": bounds}
 
 
 def save_pictures(
@@ -143,6 +152,8 @@ def save_pictures(
     save("ess", plots.plot_ess, drawn["ess"], size)
     save("khat", plots.plot_khat, drawn["khat"], size)
     save("weights", plots.plot_weights, drawn["log_weights"])
+    if drawn["bounds"] is not None:
+        save("sandwich", plots.plot_sandwich, drawn["bounds"])
     save("latents", plots.plot_latents, guide_means(network, images), labels, height=5.2)
     if network.latent == 2:
 
@@ -170,6 +181,8 @@ def summary(results: dict) -> str:
         ("ESS", f"{r['ess_median']:.1f} (median), {r['ess_5_percent']:.1f} (5% quantile)"),
         (f"k̂ above {r['khat_threshold']:.2f}", f"{r['khat_share_above']:.1%} of {r['khat_images']} images"),
     ]
+    if "annealed" in r:
+        rows += annealed.annealed_lines(r["annealed"], r["num_particles"])
     return "\n".join(f"{name:<25}{value}" for name, value in rows)
 
 
@@ -192,6 +205,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test-size", type=options.positive_int, help="use that many of the run's held-out images")
     add("--khat-images", type=options.positive_int, default=200, help="of these, for k̂ and the bound over K")
     add("--arviz-images", type=options.positive_int, default=20, help="of these, for the posterior's draws")
+    annealed.add_annealed_options(parser)
     add("--data-dir", type=Path, help="where the image files are (default: where the run had them)")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     args = options.at_smoke_size(parser.parse_args(argv), SMOKE)

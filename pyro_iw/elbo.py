@@ -30,14 +30,16 @@ from .compiling.step import Compiler
 from .gradients.backward_subset import estimate_from_subset
 from .gradients.chunks import Chunks, estimate_in_chunks
 from .gradients.estimators import get_estimator
+from .gradients.over_values import suited_to
 from .gradients.surrogate import Estimate
 from .tracing.counterparts import check_guide
 from .tracing.jumps import find_jumps
 from .tracing.masks import warn_of_masks
+from .tracing.minibatches import OneMinibatch
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import read_sites
-from .tracing.traces import OneMinibatch, Pair, Route, Traces, trace_pair
+from .tracing.traces import Pair, Route, Traces, trace_pair
 
 if TYPE_CHECKING:
     from .compiling.program import CompiledStep
@@ -58,6 +60,7 @@ class Keywords(TypedDict, total=False):
     strict_enumeration_warning: bool
     retain_graph: bool | None
     compile: bool
+    stratified: bool
 
 
 class ImportanceWeightedELBO(ELBO):
@@ -71,8 +74,8 @@ class ImportanceWeightedELBO(ELBO):
         bound: the bound on the log evidence, over S = M K particles.
         estimator: how the guide's gradient is estimated, see :mod:`~pyro_iw.gradients.estimators`:
             ``"reparam"`` (total derivative along reparameterised particles), ``"stl"``, ``"dreg"``, and for
-            guides with sites that cannot be reparameterised ``"score"``, ``"vimco"``, ``"rws"``. ``"auto"``
-            is ``"reparam"``, where every guide site allows it.
+            guides with sites that cannot be reparameterised ``"score"``, ``"vimco"``, ``"ovis"``, ``"rws"``.
+            ``"auto"`` is ``"reparam"``, where every guide site allows it.
         plates: name or names of the plates whose cells get an importance weight each; ``()`` for one
             joint weight; None for the plates common to all sample sites.
         kl_weight: :math:`\beta` in :math:`\ell = \log p(x \mid z) + \beta\,(\log p(z) - \log q(z \mid x))`; a
@@ -99,6 +102,11 @@ class ImportanceWeightedELBO(ELBO):
             new shapes runs eagerly and the second takes some seconds to compile; from then on Pyro's handlers
             no longer run. What cannot be compiled runs eagerly, after a warning. :meth:`recompile` starts
             afresh where the model reads something in Python whose changes go unseen.
+        stratified: whether discrete sites y that the guide enumerates (``infer={"enumerate": "parallel"}``)
+            are summed over inside the logarithm, as the strata of one weight
+            :math:`\sum_y p_\theta(x, y, z_y) / q_\phi(z_y \mid y, x)`. The bound is tighter than
+            :math:`\sum_y q_\phi(y \mid x) V(\ell_y)`, the default, but does not train
+            :math:`q_\phi(y \mid x)`, which drops out of it.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -125,6 +133,7 @@ class ImportanceWeightedELBO(ELBO):
         strict_enumeration_warning: bool = True,
         retain_graph: bool | None = None,
         compile: bool = False,
+        stratified: bool = False,
     ) -> None:
         if not isinstance(bound, Bound):
             raise ValueError(f"bound must be a pyro_iw.Bound, got {bound!r}")
@@ -179,6 +188,7 @@ class ImportanceWeightedELBO(ELBO):
         )
         self._warned: set[str] = set()
         self.compile = compile
+        self.stratified = stratified
         self._compiler = Compiler()
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -261,7 +271,7 @@ class ImportanceWeightedELBO(ELBO):
             for bound in self._bounds
             for name, value in vars(bound).items()
         )
-        options = (attributes, self.plates, self.backward_particles)
+        options = (attributes, self.plates, self.backward_particles, self.stratified)
         return self._compiler.run(pair, kl_weight, self._estimate, options)
 
     def recompile(self) -> None:
@@ -289,6 +299,8 @@ class ImportanceWeightedELBO(ELBO):
     def _estimate(self, pair: Pair, kl_weight: float) -> tuple[Particles | Chunks, Estimate]:
         gradients = torch.is_grad_enabled()
         route = self._estimator.route(self.bound) if gradients else None
+        if route is not None:
+            route = route._replace(per_value=not (self.stratified or self._is_linear))
         if _is_less(self.chunk_size, self.num_particles):
             draw = partial(self._draw, kl_weight)
             return estimate_in_chunks(draw, pair, self._estimator, self.bound, route, self.chunk_size)
@@ -298,9 +310,10 @@ class ImportanceWeightedELBO(ELBO):
                 self._runner, collect, pair, self._estimator, self.bound, route, self.backward_particles
             )
         particles, _ = self._draw(kl_weight, pair, self.num_particles, route)
+        estimator = suited_to(self._estimator, particles)
         if gradients:
-            self._estimator.check(particles, self.bound)
-        return particles, self._estimator.estimate(particles, self.bound, route)
+            estimator.check(particles, self.bound)
+        return particles, estimator.estimate(particles, self.bound, route)
 
     def _draw(
         self,
@@ -325,7 +338,7 @@ class ImportanceWeightedELBO(ELBO):
         return all(bound.is_linear and bound.guide_bound.is_linear for bound in self._bounds)
 
     def _read(self, kl_weight: float, traces: Traces) -> Particles:
-        return collect(traces, self.plates, self._is_linear, kl_weight, self._warn_once)
+        return collect(traces, self.plates, self._is_linear, kl_weight, self._warn_once, self.stratified)
 
     def _collect(self, kl_weight: float, traces: Traces) -> Particles:
         particles = self._read(kl_weight, traces)
@@ -407,6 +420,7 @@ class ImportanceWeightedELBO(ELBO):
             "backward_particles",
             "retain_graph",
             "compile",
+            "stratified",
         )
         values = {name: getattr(self, name) for name in names}
         return "".join(

@@ -46,8 +46,8 @@ class LocallyEnhancedELBO(ImportanceWeightedELBO):
             from the names of several plates side by side to a bound for each.
         over: the name of the plate.
         outer: the bound of the global particles; that of a single one unless given.
-        estimator: ``"reparam"`` (``"auto"``), ``"stl"``, ``"dreg"``; ``"score"`` and ``"vimco"`` where there
-            are latents without a path. See :mod:`~pyro_iw.gradients.two_levels`.
+        estimator: ``"reparam"`` (``"auto"``), ``"stl"``, ``"dreg"``; ``"score"``, ``"vimco"`` and
+            ``"ovis"`` where there are latents without a path. See :mod:`~pyro_iw.gradients.two_levels`.
         kl_weight: see :class:`ImportanceWeightedELBO`.
         vectorize_particles: run all particles of both levels in one pass; otherwise one by one.
         chunk_size: run no more than that many global particles at once, each with all of its local ones.

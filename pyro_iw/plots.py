@@ -20,15 +20,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._support.drawing import (
+    HIGH,
+    LOW,
+    as_array,
+    as_numpy,
+    bars,
+    bin_edges,
+    finish,
+    make_axes,
+    note,
+    num_bins,
+    percent,
+    refuse_nothing,
+)
 from ._support.optional import require
 from .posterior.evaluation import BoundCurve
 from .posterior.samples import ImportanceSamples
+from .posterior.sandwich import Sandwich
 from .psis import khat_threshold
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_bound_curve", "plot_ess", "plot_khat", "plot_latents", "plot_manifold", "plot_weights"]
+__all__ = [
+    "plot_bound_curve",
+    "plot_ess",
+    "plot_khat",
+    "plot_latents",
+    "plot_manifold",
+    "plot_sandwich",
+    "plot_weights",
+]
 
 # More classes than this cannot be told apart by colour.
 _MAX_CLASSES = 20
@@ -36,7 +59,6 @@ _MAX_CLASSES = 20
 _MAX_LINES = 20
 # So many points draw a smooth curve, however many particles there are.
 _CURVE_POINTS = 500
-_LOW, _HIGH = "tab:blue", "tab:red"
 
 
 def plot_bound_curve(
@@ -68,7 +90,10 @@ def plot_bound_curve(
         ('log', 'bound [nats]')
     """
     sizes = np.asarray(curve.num_particles)
-    mean, error = _array("curve.mean", curve.mean), _array("curve.monte_carlo_error", curve.monte_carlo_error)
+    mean, error = (
+        as_array("curve.mean", curve.mean),
+        as_array("curve.monte_carlo_error", curve.monte_carlo_error),
+    )
     if not sizes.shape == mean.shape == error.shape or sizes.ndim != 1:
         raise ValueError(
             "curve should have as many means and errors as values of K, but has "
@@ -76,21 +101,21 @@ def plot_bound_curve(
         )
     keep = np.isfinite(mean)
     error = np.where(np.isfinite(error), error, math.nan)  # which has no bar
-    _refuse_nothing("curve.mean", keep)
-    axes = _axes(ax, "plot_bound_curve")
+    refuse_nothing("curve.mean", keep)
+    axes = make_axes(ax, "plot_bound_curve")
     line = axes.errorbar(
         sizes[keep], mean[keep], error[keep], marker="o", markersize=4, capsize=3, label=label
     ).lines[0]
     if log_marginal is not None:
-        level = _array("log_marginal", log_marginal).mean()
+        level = as_array("log_marginal", log_marginal).mean()
         axes.axhline(
             level, color=line.get_color(), linestyle="--", label=f"log p̂(x) = {level:.2f}".replace("-", "−")
         )
-    _note(axes, keep, "not finite")
+    note(axes, keep, "not finite")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    return _finish(axes, "The bound by number of particles", "particles K", "bound [nats]")
+    return finish(axes, "The bound by number of particles", "particles K", "bound [nats]")
 
 
 def plot_ess(ess: Tensor, num_particles: int, ax: Axes | None = None) -> Axes:
@@ -114,7 +139,7 @@ def plot_ess(ess: Tensor, num_particles: int, ax: Axes | None = None) -> Axes:
         >>> int(sum(bar.get_height() for bar in axes.patches))  # one count a datapoint
         3
     """
-    values = _array("ess", ess).ravel()
+    values = as_array("ess", ess).ravel()
     # The sums behind an ESS round.
     if bool((values > num_particles * 1.001).any()):
         raise ValueError(
@@ -122,28 +147,28 @@ def plot_ess(ess: Tensor, num_particles: int, ax: Axes | None = None) -> Axes:
             "Pass the number of particles that it was computed from."
         )
     alive = np.isfinite(values) & (values > 0)
-    _refuse_nothing("ess", alive)
+    refuse_nothing("ess", alive)
     shown = values[alive]
     is_log = shown.max() >= 10 * shown.min()
-    axes = _axes(ax, "plot_ess")
-    _bars(axes, shown, _edges(shown, is_log))
+    axes = make_axes(ax, "plot_ess")
+    bars(axes, shown, bin_edges(shown, is_log))
     median = float(np.median(shown))
     axes.axvline(
         median,
         color="black",
         linestyle="--",
-        label=f"median {median:.3g} ({_percent(median / num_particles)} of {num_particles})",
+        label=f"median {median:.3g} ({percent(median / num_particles)} of {num_particles})",
     )
-    _note(axes, values != 0, "without a living particle")
-    _note(axes, np.isfinite(values), "not finite")
+    note(axes, values != 0, "without a living particle")
+    note(axes, np.isfinite(values), "not finite")
     if is_log:
         axes.set_xscale("log")
         axes.set_xlim(min(1.0, shown.min()), num_particles)
         axes.xaxis.set_major_formatter("{x:g}")
     upper = axes.secondary_xaxis("top", functions=(lambda x: x / num_particles, lambda x: x * num_particles))
-    upper.xaxis.set_major_formatter(lambda share, _: _percent(share))
+    upper.xaxis.set_major_formatter(lambda share, _: percent(share))
     upper.set_xlabel("relative efficiency ESS / S")
-    return _finish(axes, "Effective number of particles", "ESS", "datapoints")
+    return finish(axes, "Effective number of particles", "ESS", "datapoints")
 
 
 def plot_khat(khat: Tensor, num_particles: int, ax: Axes | None = None) -> Axes:
@@ -166,34 +191,34 @@ def plot_khat(khat: Tensor, num_particles: int, ax: Axes | None = None) -> Axes:
         >>> axes.get_legend().get_texts()[0].get_text()
         'threshold 0.70: 0 of 3 above (0%)'
     """
-    values = _array("khat", khat).ravel()
+    values = as_array("khat", khat).ravel()
     known = ~np.isnan(values)
-    _refuse_nothing("khat", known)
+    refuse_nothing("khat", known)
     threshold = khat_threshold(num_particles)
     above = int((values > threshold).sum())
     shown = values[np.isfinite(values)]
-    axes = _axes(ax, "plot_khat")
+    axes = make_axes(ax, "plot_khat")
 
     # The threshold is an edge, so that no bar has a share on either side of it.
     low, high = min(shown.min(initial=math.inf), threshold), max(shown.max(initial=-math.inf), threshold)
-    width = max(high - low, 0.1) / _num_bins(len(shown))
+    width = max(high - low, 0.1) / num_bins(len(shown))
     first, last = math.floor((low - threshold) / width), math.floor((high - threshold) / width) + 1
     edges = threshold + width * np.arange(first, last + 1)
     edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
-    for bar, index in zip(_bars(axes, shown, edges), range(first, last), strict=True):
+    for bar, index in zip(bars(axes, shown, edges), range(first, last), strict=True):
         if index >= 0:
-            bar.set_facecolor(_HIGH)
-    for sign, place, colour in ((-1, edges[0] - 2 * width, _LOW), (1, edges[-1] + 2 * width, _HIGH)):
+            bar.set_facecolor(HIGH)
+    for sign, place, colour in ((-1, edges[0] - 2 * width, LOW), (1, edges[-1] + 2 * width, HIGH)):
         count = int((values == sign * math.inf).sum())
         if count:
             infinite = axes.bar(place, count, 2 * width, color=colour, edgecolor="white", hatch="//")
             axes.bar_label(infinite, ["∞" if sign > 0 else "−∞"])
 
-    share = _percent(above / known.sum())
+    share = percent(above / known.sum())
     label = f"threshold {threshold:.2f}: {above} of {known.sum()} above ({share})"
     axes.axvline(threshold, color="black", linestyle="--", label=label)
-    _note(axes, known, "NaN")
-    return _finish(axes, "Tail of the importance weights", "Pareto k̂", "datapoints")
+    note(axes, known, "NaN")
+    return finish(axes, "Tail of the importance weights", "Pareto k̂", "datapoints")
 
 
 def plot_weights(log_weights: Tensor | ImportanceSamples, ax: Axes | None = None) -> Axes:
@@ -228,31 +253,31 @@ def plot_weights(log_weights: Tensor | ImportanceSamples, ax: Axes | None = None
         )
     values = values.reshape(len(values), -1)
     usable = (values.amax(0).isfinite() & ~values.isnan().any(0)).numpy()
-    _refuse_nothing("log_weights", usable)
+    refuse_nothing("log_weights", usable)
     curves = values[:, usable].softmax(0).sort(0, descending=True).values.cumsum(0).numpy()
     size = len(curves)
     ranks = np.unique(np.geomspace(1, size, _CURVE_POINTS).round().astype(int))
     x, curves = ranks / size, curves[ranks - 1]
 
-    axes = _axes(ax, "plot_weights")
+    axes = make_axes(ax, "plot_weights")
     count = curves.shape[1]
     if count <= _MAX_LINES:
         for index, line in enumerate(curves.T):
             label = f"{count} datapoint(s)" if index == 0 else None
-            axes.plot(x, line, color=_LOW, linewidth=0.8, alpha=0.8, label=label)
+            axes.plot(x, line, color=LOW, linewidth=0.8, alpha=0.8, label=label)
     else:
         low, median, high = np.quantile(curves, [0.05, 0.5, 0.95], axis=1)
-        axes.plot(x, median, color=_LOW, label=f"median of {count} datapoints")
-        axes.fill_between(x, low, high, color=_LOW, alpha=0.25, linewidth=0, label="5% to 95% of them")
+        axes.plot(x, median, color=LOW, label=f"median of {count} datapoints")
+        axes.fill_between(x, low, high, color=LOW, alpha=0.25, linewidth=0, label="5% to 95% of them")
     axes.plot(x, x, color="black", linestyle=":", label="equal weights")
-    _note(axes, usable, "without usable weights")
+    note(axes, usable, "without usable weights")
     axes.set_xscale("log")
     axes.set_xlim(1 / size, 1)
     axes.set_ylim(0, 1.02)
-    axes.xaxis.set_major_formatter(lambda share, _: _percent(share))
-    axes.yaxis.set_major_formatter(lambda share, _: _percent(share))
+    axes.xaxis.set_major_formatter(lambda share, _: percent(share))
+    axes.yaxis.set_major_formatter(lambda share, _: percent(share))
     axes.grid(alpha=0.3)
-    return _finish(
+    return finish(
         axes, "Concentration of the weights", f"heaviest particles (of {size})", "share of the total weight"
     )
 
@@ -282,11 +307,11 @@ def plot_latents(
         >>> axes.get_xlabel()[:6], axes.get_ylabel()[:6]
         ('unit 0', 'unit 2')
     """
-    points = _array("values", values)
+    points = as_array("values", values)
     if points.ndim != 2 or points.shape[1] < 2:
         raise ValueError(f"values should be of shape [N, D] with D >= 2, but has shape {points.shape}.")
     width = points.shape[1]
-    classes = np.zeros(len(points), int) if labels is None else _plain(labels)
+    classes = np.zeros(len(points), int) if labels is None else as_numpy(labels)
     if classes.shape != points.shape[:1]:
         raise ValueError(
             f"labels should be of shape [N] for N={len(points)} points, but has shape {classes.shape}."
@@ -294,7 +319,7 @@ def plot_latents(
     keep = np.isfinite(points).all(1)
     if classes.dtype.kind == "f":
         keep &= np.isfinite(classes)
-    _refuse_nothing("values", keep)
+    refuse_nothing("values", keep)
     points, classes = points[keep], classes[keep]
     names = np.unique(classes)
     is_number = classes.dtype.kind == "f" or len(names) > _MAX_CLASSES
@@ -312,7 +337,7 @@ def plot_latents(
         first, second = dims
     x, y = points[:, first], points[:, second]
 
-    axes = _axes(ax, "plot_latents")
+    axes = make_axes(ax, "plot_latents")
     if is_number:
         scatter = axes.scatter(x, y, s=8, c=classes, cmap="viridis", linewidths=0)
         axes.figure.colorbar(scatter, ax=axes)
@@ -323,11 +348,11 @@ def plot_latents(
             label = None if labels is None else name
             own = classes == name
             axes.scatter(x[own], y[own], s=8, color=colour, linewidths=0, label=label)
-    _note(axes, keep, "not finite")
+    note(axes, keep, "not finite")
     title = "Two units of the latent" if dims else "The two units of largest variance"
     axis_labels = (f"unit {dim} (variance {variances[dim]:.2g})" for dim in (first, second))
     # Outside, because points are everywhere inside.
-    return _finish(axes, title, *axis_labels, loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=2)
+    return finish(axes, title, *axis_labels, loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=2)
 
 
 def plot_manifold(
@@ -389,84 +414,47 @@ def plot_manifold(
         )
     picture = images.reshape(n, n, height, width).transpose(1, 2).reshape(n * height, n * width)
 
-    axes = _axes(ax, "plot_manifold")
+    axes = make_axes(ax, "plot_manifold")
     axes.imshow(picture.double().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     marked = np.unique([0, n // 3, n - 1 - n // 3, n - 1])
     names = [f"{grid[index]:.1f}" for index in marked]
     axes.set_xticks((marked + 0.5) * width - 0.5, names)
     axes.set_yticks((n - 1 - marked + 0.5) * height - 0.5, names)
-    return _finish(axes, "Images by latent value", "unit 0", "unit 1")
+    return finish(axes, "Images by latent value", "unit 0", "unit 1")
 
 
-# ------------------------------------------------------------------------------------------------
-# Parts
-# ------------------------------------------------------------------------------------------------
+def plot_sandwich(bounds: Sandwich, ax: Axes | None = None) -> Axes:
+    """The gap between upper and lower bound of the log evidence, by datapoint in ascending order.
 
+    Bars are one standard error either way, from the finite number of chains; the line is the mean gap, with a
+    band of one standard error by the datapoints. No estimate by as many chains is further off, but by chance.
 
-def _axes(ax: Axes | None, purpose: str) -> Any:
-    """The given Axes, or those of a new pyplot figure, which notebooks show by themselves."""
-    if ax is not None:
-        return ax
-    return require("matplotlib.pyplot", "plots", purpose).subplots(layout="constrained")[1]
+    Arguments:
+        bounds: what :func:`pyro_iw.sandwich` returns.
+        ax: where to draw.
 
+    Raises:
+        ImportError: if Matplotlib is missing.
+        ValueError: if no gap is finite.
 
-def _plain(values: Any) -> np.ndarray:
-    """Anything like an array, away from its device and graph."""
-    if not isinstance(values, Tensor):
-        return np.asarray(values)
-    # NumPy does not know bfloat16.
-    values = values.detach().cpu()
-    return (values.double() if values.is_floating_point() else values).numpy()
-
-
-def _array(name: str, values: Any) -> np.ndarray:
-    """Numbers as float64."""
-    array = _plain(values)
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"{name} should be real numbers, but is of dtype {array.dtype}.")
-    return array.astype(np.float64)
-
-
-def _refuse_nothing(name: str, keep: np.ndarray) -> None:
-    if not keep.any():
-        raise ValueError(f"{name} has nothing to draw: none of its {keep.size} value(s) is usable.")
-
-
-def _note(axes: Any, fits: np.ndarray, what: str) -> None:
-    """Say in the legend how many are left out."""
-    left_out = int((~fits).sum())
-    if left_out:
-        axes.plot([], [], " ", color="none", label=f"{left_out} of {fits.size} {what}")
-
-
-def _num_bins(count: int) -> int:
-    return min(40, 5 + round(count**0.5))
-
-
-def _edges(values: np.ndarray, is_log: bool) -> np.ndarray:
-    """Edges of a histogram's bins, which all values are within."""
-    low, high = values.min(), values.max()
-    if is_log:
-        return np.geomspace(low, high, _num_bins(len(values)) + 1)
-    if high - low < 1e-6 * high:
-        low, high = low - 0.5, high + 0.5
-    return np.linspace(low, high, _num_bins(len(values)) + 1)
-
-
-def _bars(axes: Any, values: np.ndarray, edges: np.ndarray) -> Any:
-    """A histogram with room for a legend above its bars."""
-    axes.margins(y=0.3)
-    return axes.hist(values, edges, color=_LOW, edgecolor="white", linewidth=0.5)[2]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
-
-
-def _finish(axes: Any, title: str, xlabel: str, ylabel: str, **legend: Any) -> Axes:
-    axes.set_title(title)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(**legend)
-    return axes
+    Example:
+        >>> axes = plot_sandwich(pyro_iw.sandwich(model, guide, data, num_temperatures=50))
+        >>> axes.get_ylabel()
+        'upper less lower bound [nats]'
+    """
+    gaps, errors = as_array("gap", bounds.gap).ravel(), as_array("gap_errors", bounds.gap_errors).ravel()
+    keep = np.isfinite(gaps)
+    refuse_nothing("bounds.gap", keep)
+    order = np.argsort(gaps[keep])
+    gap = gaps[keep][order]
+    error = np.where(np.isfinite(errors[keep]), errors[keep], math.nan)[order]
+    axes = make_axes(ax, "plot_sandwich")
+    places = np.arange(1, len(gap) + 1)
+    axes.errorbar(places, gap, error, fmt="o", markersize=3, elinewidth=0.8, color=LOW)
+    mean = gap.mean()
+    spread = gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else 0.0
+    axes.axhline(mean, color=HIGH, linestyle="--", label=f"mean {mean:.3g} ± {spread:.2g}".replace("-", "−"))
+    axes.axhspan(mean - spread, mean + spread, color=HIGH, alpha=0.15, linewidth=0)
+    note(axes, keep, "not finite")
+    axes.grid(alpha=0.3)
+    return finish(axes, "How far off log p can be", "simulated datapoints", "upper less lower bound [nats]")

@@ -15,7 +15,7 @@ from pyro_iw import IWAE_ELBO, LocallyEnhancedELBO
 from pyro_iw.bounds import CIWAE, IWAE, MIWAE, PIWAE, VR
 from pyro_iw.gradients.two_levels import total_log_weights
 
-from .helpers import conjugate
+from .helpers import hierarchy
 from .helpers.two_levels import ByHand, Pair, data, lme, parameters
 
 INNER = {
@@ -103,8 +103,9 @@ def by_hand(pair, values, estimator, outer, inner, outer_is_linear):
     hand = ByHand(pair, values)
     if estimator == "dreg":
         return hand.dreg(outer, inner, outer_is_linear)
-    if estimator in ("score", "vimco"):
-        return hand.score(outer, inner, lme if estimator == "score" else torch.mean)
+    suggestions = {"score": lme, "vimco": torch.mean, "ovis": lambda others: torch.tensor(-math.inf)}
+    if estimator in suggestions:
+        return hand.score(outer, inner, suggestions[estimator])
     return {"reparam": hand.reparam, "stl": hand.stl}[estimator](outer, inner)
 
 
@@ -155,7 +156,7 @@ def test_compiled(estimator, inner, outer):
     ("inner", "outer"), [("IWAE", "mean"), ("IWAE", "IWAE"), ("CIWAE", "IWAE"), ("ELBO", "mean")]
 )
 @pytest.mark.parametrize("estimator", ["score", "vimco"])
-def test_coins_inside_of_the_plate(estimator, inner, outer, way):
+def test_coins_inside_the_plate(estimator, inner, outer, way):
     check(estimator, inner, outer, way, Pair(discrete=True))
 
 
@@ -171,12 +172,17 @@ def of_particles(local, number, *args, seed=0, name="data"):
     loss = LocallyEnhancedELBO(local, name, MIWAE(number, 1))
     pyro.set_rng_seed(seed)
     with torch.no_grad():
-        levels = loss.particles(conjugate.model, conjugate.guide, *args)
+        levels = loss.particles(hierarchy.model, hierarchy.guide, *args)
     return total_log_weights(loss.bound, levels.log_weights, levels.scale)
 
 
 def mean_and_error(values):
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+
+
+@pytest.mark.parametrize("outer", ["mean", "IWAE"])
+def test_coins_under_ovis(outer):
+    check("ovis", "IWAE", outer, "one pass", Pair(discrete=True))
 
 
 class TestConjugateHierarchy:
@@ -185,7 +191,7 @@ class TestConjugateHierarchy:
     def test_the_bound_is_that_of_nested_quadrature(self, kind, K):
         bound, combine = LOCAL[kind]
         mean, error = mean_and_error(of_particles(bound(K), 4000))
-        wanted = conjugate.expected_bound(conjugate.parameters(), combine, K).item()
+        wanted = hierarchy.expected_bound(hierarchy.parameters(), combine, K).item()
         assert error < 0.02
         assert mean == pytest.approx(wanted, abs=4 * error)
 
@@ -193,21 +199,21 @@ class TestConjugateHierarchy:
         means = [of_particles(IWAE(K), 4000).mean().item() for K in (1, 4, 64)]
         assert means == sorted(means)
         assert means[2] - means[0] > 0.1
-        assert means[2] < conjugate.log_evidence()
+        assert means[2] < hierarchy.log_evidence()
 
     def test_an_outer_iwae_is_tighter_than_the_outer_mean(self):
         log_w = of_particles(IWAE(16), 8000)
         groups = torch.logsumexp(log_w.reshape(-1, 8), 1) - math.log(8)
         mean, error = mean_and_error(groups)
         assert mean > log_w.mean() + 8 * error
-        assert mean < conjugate.log_evidence()
+        assert mean < hierarchy.log_evidence()
         loss = LocallyEnhancedELBO(IWAE(16), "data", MIWAE(1000, 8))
         pyro.set_rng_seed(0)
-        assert loss.loss(conjugate.model, conjugate.guide) == pytest.approx(-mean, rel=1e-9)
+        assert loss.loss(hierarchy.model, hierarchy.guide) == pytest.approx(-mean, rel=1e-9)
 
     def test_minibatches_agree_with_all_of_the_data(self):
-        wanted = conjugate.expected_bound(conjugate.parameters(), lambda elbo, iwae: iwae, 8).item()
-        values = torch.stack([of_particles(IWAE(8), 50, conjugate.X, 2, seed=i).mean() for i in range(400)])
+        wanted = hierarchy.expected_bound(hierarchy.parameters(), lambda elbo, iwae: iwae, 8).item()
+        values = torch.stack([of_particles(IWAE(8), 50, hierarchy.X, 2, seed=i).mean() for i in range(400)])
         mean, error = mean_and_error(values)
         assert error < 0.2
         assert mean == pytest.approx(wanted, abs=4 * error)
@@ -221,12 +227,12 @@ class TestConjugateHierarchy:
                 Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=1),
             ):
                 pyro.clear_param_store()
-                conjugate.parameters()
+                hierarchy.parameters()
                 pyro.set_rng_seed(3)
-                value = loss.loss_and_grads(conjugate.model, conjugate.guide, conjugate.X, batch)
-                found.append([torch.tensor(value), *(p.grad for p in conjugate.parameters().values())])
+                value = loss.loss_and_grads(hierarchy.model, hierarchy.guide, hierarchy.X, batch)
+                found.append([torch.tensor(value), *(p.grad for p in hierarchy.parameters().values())])
             torch.testing.assert_close(found[0][0], found[1][0])
-            for name, ours, theirs in zip(conjugate.START, found[0][1:], found[1][1:], strict=True):
+            for name, ours, theirs in zip(hierarchy.START, found[0][1:], found[1][1:], strict=True):
                 if estimator == "auto" or name == "slope":
                     torch.testing.assert_close(ours, theirs)
 
@@ -237,11 +243,11 @@ class TestUnbiased:
     def draws(self, loss, number):
         rows = []
         for i in range(number):
-            for p in conjugate.parameters().values():
+            for p in hierarchy.parameters().values():
                 p.grad = None
             pyro.set_rng_seed(i)
-            loss.loss_and_grads(conjugate.model, conjugate.guide)
-            rows.append(torch.stack([p.grad.clone() for p in conjugate.parameters().values()]))
+            loss.loss_and_grads(hierarchy.model, hierarchy.guide)
+            rows.append(torch.stack([p.grad.clone() for p in hierarchy.parameters().values()]))
         return torch.stack(rows)
 
     @pytest.mark.slow
@@ -249,8 +255,8 @@ class TestUnbiased:
     @pytest.mark.parametrize("estimator", ["reparam", "dreg"])
     def test_with_an_outer_mean(self, estimator, kind):
         bound, combine = LOCAL[kind]
-        p = {name: value.detach().clone().requires_grad_() for name, value in conjugate.parameters().items()}
-        exact = torch.autograd.grad(-conjugate.expected_bound(p, combine, 3), list(p.values()))
+        p = {name: value.detach().clone().requires_grad_() for name, value in hierarchy.parameters().items()}
+        exact = torch.autograd.grad(-hierarchy.expected_bound(p, combine, 3), list(p.values()))
         loss = LocallyEnhancedELBO(bound(3), "data", MIWAE(500, 1), estimator=estimator)
         grads = self.draws(loss, 60)  # 30 000 draws
         error = grads.std(0) / math.sqrt(len(grads))
@@ -401,10 +407,10 @@ class TestStructure:
             assert found[:2] == pytest.approx(found[2:])
 
     def test_a_scale_of_everything_scales_everything(self):
-        pair = [poutine.scale(fn, 0.1) for fn in (conjugate.model, conjugate.guide)]
+        pair = [poutine.scale(fn, 0.1) for fn in (hierarchy.model, hierarchy.guide)]
         for outer in (MIWAE(3, 1), IWAE(3)):
             values = []
-            for model, guide in (pair, (conjugate.model, conjugate.guide)):
+            for model, guide in (pair, (hierarchy.model, hierarchy.guide)):
                 pyro.set_rng_seed(0)
                 values.append(LocallyEnhancedELBO(IWAE(4), "data", outer).loss(model, guide))
             assert values[0] == pytest.approx(0.1 * values[1])
@@ -413,9 +419,9 @@ class TestStructure:
         """By the pieces of both levels."""
         loss = LocallyEnhancedELBO(IWAE(3), "data", IWAE(2), kl_weight=0.4)
         pyro.set_rng_seed(0)
-        value = loss.differentiable_loss(conjugate.model, conjugate.guide).item()
+        value = loss.differentiable_loss(hierarchy.model, hierarchy.guide).item()
         pyro.set_rng_seed(0)
-        levels = loss.particles(conjugate.model, conjugate.guide)
+        levels = loss.particles(hierarchy.model, hierarchy.guide)
         part = {(s.role, s.name): s.log_prob.detach() for s in levels.sites}
         local = part["model", "x"] + 0.4 * (part["model", "z"] - part["guide", "z"])
         top = 0.4 * (part["model", "g"] - part["guide", "g"]).reshape(2)
@@ -427,7 +433,7 @@ class TestStructure:
             "LocallyEnhancedELBO(local={'a': IWAE(K=2), 'b': IWAE(K=3)}, outer=MIWAE(M=1, K=1), chunk_size=2)"
         )
         copy = pickle.loads(pickle.dumps(LocallyEnhancedELBO(IWAE(2), "data", estimator="dreg")))
-        assert copy.loss(conjugate.model, conjugate.guide) != 0
+        assert copy.loss(hierarchy.model, hierarchy.guide) != 0
 
 
 def outside(role):
@@ -468,15 +474,15 @@ class TestBadInput:
     def test_an_outer_iwae_on_a_minibatch(self):
         with pytest.raises(ValueError, match=r"'data' is subsampled \(2 of 4\).*outer=MIWAE\(M, 1\)"):
             LocallyEnhancedELBO(IWAE(4), "data", IWAE(2)).loss(
-                conjugate.model, conjugate.guide, conjugate.X, 2
+                hierarchy.model, hierarchy.guide, hierarchy.X, 2
             )
         LocallyEnhancedELBO(IWAE(4), "data", MIWAE(2, 1)).loss(
-            conjugate.model, conjugate.guide, conjugate.X, 2
+            hierarchy.model, hierarchy.guide, hierarchy.X, 2
         )
 
     def test_a_plate_that_is_not_there(self):
         with pytest.raises(ValueError, match=r"plate 'rows', but .*\['data'\]"):
-            LocallyEnhancedELBO(IWAE(4), "rows").loss(conjugate.model, conjugate.guide)
+            LocallyEnhancedELBO(IWAE(4), "rows").loss(hierarchy.model, hierarchy.guide)
 
     def test_a_plate_that_is_a_loop(self):
         def pair(sampled):
@@ -491,10 +497,10 @@ class TestBadInput:
             LocallyEnhancedELBO(IWAE(4), "data").loss(pair(False), pair(True))
 
     def test_a_joint_guide(self):
-        guide = AutoDiagonalNormal(conjugate.model)
+        guide = AutoDiagonalNormal(hierarchy.model)
         with pytest.raises(ValueError, match=r"draws nothing inside plate 'data'.*AutoNormal"):
-            LocallyEnhancedELBO(IWAE(4), "data").loss(conjugate.model, guide)
-        LocallyEnhancedELBO(IWAE(4), "data").loss(conjugate.model, AutoNormal(conjugate.model))
+            LocallyEnhancedELBO(IWAE(4), "data").loss(hierarchy.model, guide)
+        LocallyEnhancedELBO(IWAE(4), "data").loss(hierarchy.model, AutoNormal(hierarchy.model))
 
     @pytest.mark.parametrize("side", ["model", "guide"])
     def test_a_latent_that_lies_inside_on_one_side(self, side):

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "gradients": {"_support", "maths", "tracing"},
     "posterior": {"_support", "maths", "tracing"},
     "adversarial": {"_support", "maths", "tracing", "optim"},
+    "sequences": {"_support", "maths", "tracing", "gradients", "compiling"},
     "compiling": {"_support", "maths", "tracing", "gradients"},
     "elbo": {"_support", "maths", "tracing", "gradients", "compiling"},
     "losses": {"_support", "maths", "elbo"},

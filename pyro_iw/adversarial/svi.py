@@ -29,7 +29,8 @@ from .._support.random_state import RandomState
 from .._support.warn import warn
 from ..optim import full_state, replace_state, waiting_state
 from ..tracing.batch_norm import watch_batch_norm
-from ..tracing.traces import OneMinibatch, Pair
+from ..tracing.minibatches import OneMinibatch
+from ..tracing.traces import Pair
 from .discriminators import Discriminators
 from .pair import Run, observed_terms, parameters, run_pair
 

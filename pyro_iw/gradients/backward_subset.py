@@ -29,11 +29,12 @@ from ..bounds import Bound
 from ..resampling import systematic
 from ..tracing.batch_norm import watch_batch_norm
 from ..tracing.messages import guide_messenger
+from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles
 from ..tracing.runner import Runner
-from ..tracing.traces import Index, OneMinibatch, Pair, Route, Traces
-from .estimators import Estimator
-from .refusals import refuse_another_density
+from ..tracing.traces import Index, Pair, Route, Traces
+from .estimator import Estimator
+from .refusals import listed, refuse_another_density
 from .surrogate import Boundary, Estimate, boundary_ratio, tie
 
 __all__ = ["estimate_from_subset"]
@@ -74,6 +75,12 @@ def estimate_from_subset(
         forward = route._replace(through=None, model_gradients=False)
         traces = runner.run(pair, bound.num_particles, forward, minibatch)
         particles = collect(traces)
+        if particles.enumerated:
+            raise NotImplementedError(
+                "backward_particles chooses particles, and of site(s) "
+                f"{listed(particles.enumerated)} the guide enumerates all values. Use "
+                "chunk_size to save memory instead, or sample them (without infer={'enumerate': 'parallel'})."
+            )
         estimator.check(particles, bound)
         log_w = particles.log_weights.detach()
         estimate = estimator.evaluate(bound, log_w, particles.scale)

@@ -28,12 +28,15 @@ from .._support.nested import leaves, map_leaves
 from .._support.random_state import RandomState
 from ..bounds import Bound
 from ..tracing.batch_norm import watch_batch_norm
+from ..tracing.guide_values import GuideValues, without_densities
 from ..tracing.handlers import handlers_in_force, under_handlers
+from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles
 from ..tracing.sites import Site
-from ..tracing.traces import OneMinibatch, Pair, Route
-from .estimators import Estimator
+from ..tracing.traces import Pair, Route
+from .estimator import Estimator
 from .graph import Graph, without_hooks
+from .over_values import suited_to
 from .refusals import refuse_another_density
 from .surrogate import Estimate, Weights, refuse_second_derivative
 
@@ -71,9 +74,10 @@ class Chunks:
 
     Attributes:
         log_weights: log p(x, z) - log q(z | x), of shape ``[S, *cells]``, in nats, detached; or those of two
-            levels.
+            levels, or what else :attr:`Particles.statistics` are.
         scale: see :class:`Particles`.
         log_q_weight: see :class:`Particles`.
+        values: those of the first chunk, see :class:`Particles`.
 
     Raises:
         ValueError: if two chunks differ in their cells.
@@ -82,6 +86,7 @@ class Chunks:
     log_weights: Any
     scale: Any
     log_q_weight: Any
+    values: GuideValues | None
 
     def __init__(
         self,
@@ -125,6 +130,7 @@ class Chunks:
         cells = particles.cells
         if not self._chunks:
             self._cells, self.scale, self.log_q_weight = cells, particles.scale, particles.log_q_weight
+            self.values = without_densities(particles.values)
         elif cells != self._cells:
             raise ValueError(
                 f"Particles {start} to {stop - 1} have cells {cells}, those before them {self._cells}. With "
@@ -132,7 +138,7 @@ class Chunks:
             )
         self._look(particles)
         self._chunks.append(chunk)
-        return map_leaves(Tensor.detach, particles.log_weights)
+        return map_leaves(Tensor.detach, particles.statistics)
 
     def draw_again(self, visit: Callable[[slice, Particles], bool | None]) -> None:
         """Draw every chunk once more, the same as before. The random state is left as it is.
@@ -189,21 +195,23 @@ def estimate_in_chunks(
     """
     if not torch.is_grad_enabled():
         chunks = Chunks(draw, pair, route, bound.num_particles, chunk_size)
-        return chunks, estimator.evaluate(bound, chunks.log_weights, chunks.scale)
+        return chunks, suited_to(estimator, chunks).evaluate(bound, chunks.log_weights, chunks.scale)
     pair, sources, cut = _cut_arguments(pair)
     # The first pass runs with gradients too: what the estimator has to check and which tensors the gradient
     # leads to can be told from a chunk's graph, which is then dropped.
     graph = Graph(cut)
 
     def look(particles: Particles) -> None:
-        estimator.check(particles, bound)
-        graph.explore(estimator.densities(particles))
+        suited = suited_to(estimator, particles)
+        suited.check(particles, bound)
+        graph.explore(suited.densities(particles))
 
     def draw_watched(*args: Any) -> tuple[Particles, RandomState | None]:
         graph.start()
         return draw(*args)
 
     chunks = Chunks(draw_watched, pair, route, bound.num_particles, chunk_size, look)
+    estimator = suited_to(estimator, chunks)
     estimate = estimator.evaluate(bound, chunks.log_weights, chunks.scale)
     if not graph.leaves:
         return chunks, estimate
@@ -220,7 +228,7 @@ def estimate_in_chunks(
 
         def visit(part: slice, particles: Particles) -> None:
             if is_validation_enabled():
-                log_weights = zip(leaves(particles.log_weights), leaves(chunks.log_weights), strict=True)
+                log_weights = zip(leaves(particles.statistics), leaves(chunks.log_weights), strict=True)
                 for again, before in log_weights:
                     refuse_another_density(again, before[part], _DRAWN_AGAIN)
             graph.explore(estimator.densities(particles), known=True)

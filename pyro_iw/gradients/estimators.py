@@ -18,6 +18,7 @@ stl      :math:`b_i` times the derivative along the path alone; biased for K > 1
 dreg     :math:`b_i` less :math:`\partial^2 V_\phi / \partial \ell_i^2`, times that along the path alone
 score    reparam's, plus :math:`V_\phi - V_{-i}` times the score of the sites without a path
 vimco    the same with another control variate :math:`V_{-i}`
+ovis     the same with the bound without particle i, its weight 0: the signal grows with K
 rws      the normalised weight times the score at stopped values: the wake phase, no path at all
 =======  ==============================================================================================
 
@@ -46,12 +47,12 @@ References:
       https://arxiv.org/abs/1802.04537
     | Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al., 2018),
       https://arxiv.org/abs/1810.04152
+    | Optimal Variance Control of the Score Function Gradient Estimator for Importance Weighted Bounds
+      (Liévin et al., 2020), https://arxiv.org/abs/2008.01998
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -63,169 +64,31 @@ from ..logmean import leave_one_out_logmeanexp, leave_one_out_mean, softmax
 from ..tracing.masks import masked_in_guide_alone
 from ..tracing.particles import Particles
 from ..tracing.traces import Rescored, Route
+from .estimator import Density, Estimator
 from .refusals import (
     listed,
     refuse_another_density,
-    refuse_baselines,
+    refuse_enumerated,
+    refuse_expected,
     refuse_hidden_draws,
+    refuse_inside_sums,
     refuse_late_parameters,
     refuse_missing_paths,
     refuse_moving_supports,
 )
-from .surrogate import Boundary, Estimate, Term, Weights, boundary_ratio, tie
+from .surrogate import Boundary
 
 __all__ = [
     "ESTIMATORS",
+    "OVIS",
     "RWS",
     "STL",
     "VIMCO",
     "DReG",
-    "Estimator",
     "Reparam",
     "Score",
     "get_estimator",
 ]
-
-#: One of the guide's densities, of shape ``[S, *cells]``, as read off the particles.
-Density = Callable[[Particles], Tensor]
-
-
-class Estimator(ABC):
-    """Base class: how the particle weights of a bound become gradients."""
-
-    #: The name that ``estimator=`` takes.
-    name: ClassVar[str]
-
-    #: What the guide's gradient is made of, apart from the path through the model.
-    guide_densities: ClassVar[tuple[Density, ...]]
-
-    def route(self, bound: Bound) -> Route:
-        """How latent values are to travel from guide to model, where they may pass a :class:`Boundary`."""
-        return Route(through=None if bound.guide_bound is bound else Boundary())
-
-    def check(self, particles: Particles, bound: Bound) -> None:
-        """Refuse particles whose gradient this estimator would get wrong.
-
-        Raises:
-            ValueError: naming the sites and what to do.
-        """
-        refuse_baselines(particles.guide_sites)
-
-    @abstractmethod
-    def guide_weights(
-        self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What makes the guide's gradient.
-
-        Arguments:
-            bound: the guide's bound.
-            log_w: log-weights, of shape ``[M, K, *cells]``.
-            b: the bound's weights of them, of the same shape.
-            log_q_weight: the weight of log q within them, see :class:`Particles`.
-
-        Returns:
-            The weights of the path through the model, and those of each of :attr:`guide_densities`; all of
-            the shape of ``log_w``.
-        """
-
-    def estimate(self, particles: Particles, bound: Bound, route: Route | None = None) -> Estimate:
-        """The loss of these particles under the bound.
-
-        Arguments:
-            particles: the particles.
-            bound: the bound.
-            route: the one they came by, as :meth:`route` gave it; needed for gradients alone.
-
-        Raises:
-            ValueError: if the bound's value has the wrong shape.
-        """
-        log_w = particles.log_weights.detach()
-        estimate = self.evaluate(bound, log_w, particles.scale)
-        if not torch.is_grad_enabled():
-            return estimate
-        weights = self.weights(bound, log_w, particles.log_q_weight, particles.scale)
-        return estimate._replace(loss=self.attach(estimate.loss, particles, weights, route))
-
-    def evaluate(self, bound: Bound, log_w: Tensor, scale: float | Tensor) -> Estimate:
-        """The bound and the loss without gradients.
-
-        Arguments:
-            bound: the bound.
-            log_w: log-weights, of shape ``[S, *cells]``, detached.
-            scale: the factor outside the logarithm.
-
-        Raises:
-            ValueError: if the bound's value has the wrong shape.
-        """
-        cells = log_w.shape[1:]
-        value = bound.value(_grouped(log_w, bound))
-        if value.shape != cells:
-            raise ValueError(
-                f"{bound!r}.value() must reduce log-weights [M, K, *cells] of shape "
-                f"{[bound.M, bound.K, *cells]} to [*cells] = {list(cells)}, but gave {list(value.shape)}."
-            )
-        return Estimate(-(scale * value).sum(), value)
-
-    def weights(
-        self, bound: Bound, log_w: Tensor, log_q_weight: float | Tensor, scale: float | Tensor
-    ) -> Weights:
-        """The weights of all particles.
-
-        The guide's bound sees them in groups of its own.
-
-        Arguments:
-            bound: the bound.
-            log_w: log-weights, of shape ``[S, *cells]``, detached.
-            log_q_weight: the weight of log q within them, see :class:`Particles`.
-            scale: the factor outside the logarithm, which is not in these weights.
-
-        Raises:
-            ValueError: if the guide's bound takes another number of particles than the bound.
-        """
-        grouped, guide_bound = _grouped(log_w, bound), bound.guide_bound
-        a = b = bound.weights(grouped)
-        if guide_bound is not bound:
-            if guide_bound.num_particles != bound.num_particles:
-                raise ValueError(
-                    f"guide_bound of {bound!r} is {guide_bound!r}, of {guide_bound.num_particles} particles, "
-                    f"but there are {bound.num_particles}: both see the same ones. Give the guide's bound M "
-                    f"and K with M * K = {bound.num_particles}."
-                )
-            grouped = _grouped(log_w, guide_bound)
-            b = guide_bound.weights(grouped)
-        path, guide = self.guide_weights(guide_bound, grouped, b, log_q_weight)
-        model, path, *rest = (weights.reshape(log_w.shape) for weights in (a, path, *guide))
-        return Weights(model, path, tuple(rest))
-
-    def attach(
-        self, loss: Tensor, particles: Particles, weights: Weights, route: Route | None = None
-    ) -> Tensor:
-        """Give the loss the gradient that comes from these particles.
-
-        Arguments:
-            loss: any scalar.
-            particles: the particles.
-            weights: their weights.
-            route: the one they came by.
-        """
-        model = weights.model
-        if route is not None and isinstance(route.through, Boundary):
-            model, ratio = boundary_ratio(model, weights.path)
-            route.through.set_ratio(particles.to_batch(ratio))
-        return tie(loss, particles.scale, [(particles.log_p, model), *self.guide_terms(particles, weights)])
-
-    def densities(self, particles: Particles) -> list[Tensor]:
-        """All that is weighed in the gradient: the model's density and :attr:`guide_densities`."""
-        return [particles.log_p, *(density(particles) for density in self.guide_densities)]
-
-    def guide_terms(self, particles: Particles, weights: Weights) -> list[Term]:
-        """The guide's densities of these particles, with their weights."""
-        densities = [density(particles) for density in self.guide_densities]
-        return list(zip(densities, weights.guide, strict=True))
-
-
-def _grouped(log_w: Tensor, bound: Bound) -> Tensor:
-    return log_w.reshape(bound.M, bound.K, *log_w.shape[1:])
 
 
 def _minus_log_q(particles: Particles) -> Tensor:
@@ -277,6 +140,7 @@ class STL(Reparam):
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
+        refuse_inside_sums(particles.absorbed, self.name)
         refuse_late_parameters(particles.guide_sites, self.name)
         refuse_moving_supports(particles.guide_sites, self.name)
         assert particles.log_q_stopped is not None
@@ -362,6 +226,7 @@ class Score(Estimator):
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
         refuse_hidden_draws(particles.nonreparameterized_sites, self.name)
+        refuse_expected(particles.nonreparameterized_sites, self.name)
         refuse_moving_supports(particles.nonreparameterized_sites, self.name)
 
     def replacement(self, bound: Bound, log_w: Tensor) -> Tensor | None:
@@ -410,6 +275,36 @@ class VIMCO(Score):
         return leave_one_out_mean(log_w)
 
 
+class OVIS(Score):
+    r"""Score function with the asymptotically best control variate (Liévin et al., 2020, with gamma = 0).
+
+    That of :class:`Score`, but :math:`V_{-i}` has the weight of particle i replaced by 0 instead of the
+    others' mean. For IWAE, with normalised weights :math:`s_i`, what multiplies the score is then, in all,
+
+    .. math:: V - V_{-i} - \frac{\partial V}{\partial \ell_i} = -\log(1 - s_i) - s_i \approx s_i^2 / 2,
+
+    so that the noise falls as :math:`K^{-3/2}`, faster than the gradient, and the signal-to-noise ratio grows
+    as :math:`\sqrt K` where that of :class:`Score` and :class:`VIMCO` falls. Unbiased for every K > 1.
+    """
+
+    name = "ovis"
+
+    def check(self, particles: Particles, bound: Bound) -> None:
+        super().check(particles, bound)
+        inner = bound.guide_bound
+        log_w = torch.zeros(inner.M, inner.K, dtype=torch.float64)
+        log_w[0, 0] = -torch.inf
+        if inner.K == 1 or not bool(inner.value(log_w).isfinite()):
+            raise ValueError(
+                "estimator='ovis' makes a particle's control variate of the bound in which it weighs 0, and "
+                f"{inner!r} is not finite there. Take IWAE, MIWAE or PIWAE with K > 1, or VR with alpha < 1; "
+                "or estimator='vimco' or 'score'."
+            )
+
+    def replacement(self, bound: Bound, log_w: Tensor) -> Tensor | None:
+        return torch.full_like(log_w, -torch.inf)
+
+
 class RWS(Estimator):
     """Wake-wake (Bornschein & Bengio, 2014): the guide climbs log q under the importance weights.
 
@@ -427,6 +322,7 @@ class RWS(Estimator):
 
     def check(self, particles: Particles, bound: Bound) -> None:
         super().check(particles, bound)
+        refuse_enumerated(particles.enumerated, self.name)
         refuse_late_parameters(particles.guide_sites, self.name)
         refuse_moving_supports(particles.guide_sites, self.name)
         if bound.guide_bound.K == 1:
@@ -446,7 +342,7 @@ class RWS(Estimator):
 #: allows it, and an error that names the site where one does not.
 ESTIMATORS: dict[str, type[Estimator]] = {
     "auto": Reparam,
-    **{kind.name: kind for kind in (Reparam, STL, DReG, Score, VIMCO, RWS)},
+    **{kind.name: kind for kind in (Reparam, STL, DReG, Score, VIMCO, OVIS, RWS)},
 }
 
 

@@ -18,7 +18,10 @@ __all__ = [
     "listed",
     "refuse_another_density",
     "refuse_baselines",
+    "refuse_enumerated",
+    "refuse_expected",
     "refuse_hidden_draws",
+    "refuse_inside_sums",
     "refuse_late_parameters",
     "refuse_missing_paths",
     "refuse_moving_supports",
@@ -88,6 +91,43 @@ def refuse_hidden_draws(sites: Iterable[Site], name: str) -> None:
             "cannot be seen. Where the value follows from the guide's own sample sites and parameters, pass "
             "has_rsample=True: no draw depends on it, so its derivative is all there is to it, whatever the "
             "sites are. Where it is the density of draws made outside of pyro.sample, make them inside."
+        )
+
+
+def refuse_enumerated(sites: Iterable[Site], name: str) -> None:
+    """Refuse sites that the guide enumerates, where it climbs no bound that they could be summed out of."""
+    sites = list(sites)
+    if sites:
+        raise NotImplementedError(
+            f"Site(s) {listed(sites)} are enumerated in the guide, and estimator={name!r} climbs log q of "
+            "what was drawn. Remove their infer={'enumerate': 'parallel'} to have them sampled, or use "
+            "estimator='reparam' ('score' or 'vimco' where other sites have no path)."
+        )
+
+
+def refuse_expected(sites: Iterable[Site], name: str) -> None:
+    """Refuse sites without a path that are drawn for each of several values, whose costs are summed over."""
+    found = [site for site in sites if site.message.get("is_expected")]
+    if found:
+        raise NotImplementedError(
+            f"Guide site(s) {listed(found)} have no path, and are drawn for each value of a site that the "
+            "guide enumerates outside of the plates that have importance weights, so there is no cost for "
+            f"each value, which estimator={name!r} needs. Pass stratified=True, enumerate {listed(found)} as "
+            "well, or sample the enumerated site: remove its infer={'enumerate': 'parallel'}."
+        )
+
+
+def refuse_inside_sums(sites: Iterable[Site], name: str) -> None:
+    """Refuse draws that are made for each value of an enumerated site, and summed over inside the logarithm.
+
+    What each of them weighs along its path is another number for each value.
+    """
+    sites = list(sites)
+    if sites:
+        raise NotImplementedError(
+            f"Guide site(s) {listed(sites)} are drawn for each value of an enumerated site, and summed over "
+            f"inside the logarithm by stratified=True, which estimator={name!r} has no weights for. Use "
+            "estimator='reparam', or leave out stratified=True."
         )
 
 

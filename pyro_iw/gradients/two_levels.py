@@ -10,9 +10,9 @@ With the local log-weights :math:`\ell_{snl}`, their bounds :math:`U_{sn}`, the 
 for what lies outside of the local plates and inside of them. The model's parameters and ``reparam`` and
 ``stl`` of the guide's take these as they are (with the outer bound's ``guide_bound`` for the guide).
 
-**score**, **vimco**: a draw without a path has the signal :math:`V - V_{-i}`, with the log-weight of one
-local particle replaced by what the others of its cell suggest, or that of one global particle by what the
-other global ones do.
+**score**, **vimco**, **ovis**: a draw without a path has the signal :math:`V - V_{-i}`, with the log-weight
+of one local particle replaced by what the others of its cell suggest, or that of one global particle by what
+the other global ones do.
 
 **dreg**: given :math:`g_s`, the score of a local particle comes from :math:`\log q(z_{snl} \mid g_s)` alone,
 of which :math:`g_s` is a parameter like any other. Its weight :math:`a_{snl}` depends on :math:`z_{snl}`
@@ -49,7 +49,8 @@ from ..tracing.levels import LocalScale, LogWeights, Scales, TwoLevels
 from ..tracing.local_particles import local_plate_of
 from ..tracing.particles import Particles
 from ..tracing.traces import Index, Rescored, Route
-from .estimators import VIMCO, DReG, Estimator, Reparam, Score, get_estimator
+from .estimator import Estimator, grouped_by
+from .estimators import OVIS, VIMCO, DReG, Reparam, Score, get_estimator
 from .surrogate import Boundary, Estimate, Term, Weights, boundary_ratio, tie
 
 __all__ = ["LocallyEnhanced", "TwoLevelEstimator", "TwoLevelWeights", "total_log_weights"]
@@ -145,7 +146,7 @@ class TwoLevelEstimator:
     """
 
     def __init__(self, name: str, bound: LocallyEnhanced) -> None:
-        kinds = {"auto", "reparam", "stl", "dreg", "score", "vimco"}
+        kinds = {"auto", "reparam", "stl", "dreg", "score", "vimco", "ovis"}
         self.kind = get_estimator(name)
         if name not in kinds:
             raise ValueError(
@@ -161,8 +162,8 @@ class TwoLevelEstimator:
         self.local = [self._without_group(inner) for inner in bound.local.values()]
 
     def _without_group(self, bound: Bound) -> Estimator:
-        """The estimator, or for vimco in groups of a single particle, score."""
-        return Score() if isinstance(self.kind, VIMCO) and bound.K == 1 else self.kind
+        """The estimator, or for one that looks at the others of a group of a single particle, score."""
+        return Score() if isinstance(self.kind, VIMCO | OVIS) and bound.K == 1 else self.kind
 
     def route(self, bound: LocallyEnhanced) -> Route:
         """How latent values are to travel from guide to model."""
@@ -286,13 +287,13 @@ class _Local(NamedTuple):
         own = self.scale.spread(self.above.path) * (u - self.inner.path_weights(grouped))
         if self.outer.is_linear:
             return own
-        rows = _grouped_top(self.total, self.outer)
+        rows = grouped_by(self.total, self.outer)
         h = (self.outer.weights(rows) - self.outer.path_weights(rows)).reshape(self.total.shape)
         return own + self.scale.scale * self.scale.spread(h) * u**2
 
     def _signal(self, kind: Score, grouped: Tensor) -> Tensor:
         """The outer bound less what it is without a local particle, of the shape of ``log_w``."""
-        rows = _grouped_top(self.total, self.outer)
+        rows = grouped_by(self.total, self.outer)
         if self.inner.num_particles == 1:
             # Nothing is left in the cell to compare with, but there are the other global particles.
             _, (_, signal) = Score().guide_weights(self.outer, rows, rows, 1.0)
@@ -308,7 +309,7 @@ class _Local(NamedTuple):
         # To the outer bound, local particles and their cells are so many more cells.
         total = self._broadcast(total).expand(self.log_w.shape)
         changed = total - self.scale.scale * difference
-        signal = self.outer.difference(_grouped_top(total, self.outer), _grouped_top(changed, self.outer))
+        signal = self.outer.difference(grouped_by(total, self.outer), grouped_by(changed, self.outer))
         signal = signal.reshape(total.shape)
         return signal.masked_fill(~signal.isfinite(), 0.0)
 
@@ -349,8 +350,3 @@ def _grouped(log_w: Tensor, bound: Bound) -> Tensor:
 def _ungrouped(weights: Tensor) -> Tensor:
     """``[M, K, S, *cells]`` as ``[S, L, *cells]``."""
     return weights.flatten(0, 1).movedim(0, 1)
-
-
-def _grouped_top(log_w: Tensor, bound: Bound) -> Tensor:
-    """``[S, *cells]`` as ``[M, K, *cells]``."""
-    return log_w.reshape(bound.M, bound.K, *log_w.shape[1:])

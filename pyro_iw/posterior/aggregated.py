@@ -25,7 +25,7 @@ from torch import Tensor
 from .._support.arguments import check_loader, read_batch
 from .._support.progress import progress_bar
 from ..tracing.messages import is_auxiliary, is_latent, sample_sites, unmasked
-from ..tracing.traces import OneMinibatch
+from ..tracing.minibatches import OneMinibatch
 from .two_samples import TwoSamples
 
 __all__ = ["aggregated_posterior"]

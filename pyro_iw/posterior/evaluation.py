@@ -24,6 +24,7 @@ from ..bounds import IWAE
 from ..running import RunningBound, RunningLogMean
 from ..tracing.messages import is_auxiliary, latent_sites
 from ..tracing.sites import Site
+from .local_weights import total_log_weights
 from .sampler import ImportanceSampler
 
 __all__ = ["BoundCurve", "RateDistortion", "UnitActivity", "active_units", "bound_curve", "rate_distortion"]
@@ -52,7 +53,7 @@ def bound_curve(
     """The IWAE bound over K, all of its points from the same particles, in groups of K.
 
     It rises with K towards the log evidence; where it still rises at the largest K, that is no estimate of
-    the log evidence yet.
+    the log evidence yet. With ``local=`` K counts global particles, each with all of its local ones.
 
     Arguments:
         sampler: the sampler, whose number of particles is the largest K.
@@ -78,9 +79,10 @@ def bound_curve(
         raise ValueError(f"The sampler draws {largest} particles, too few for K={max(running)}.")
     everything = RunningLogMean()
     for particles in sampler.particles(*args, **kwargs):
-        everything.add(particles.log_weights)
+        log_weights = total_log_weights(particles)
+        everything.add(log_weights)
         for point in running.values():
-            point.add(particles.log_weights)
+            point.add(log_weights)
     errors = []
     for point in running.values():
         # A few groups do not know their spread; the delta method, for as many particles as they use, stands
@@ -129,11 +131,19 @@ def rate_distortion(sampler: ImportanceSampler, *args: Any, **kwargs: Any) -> Ra
         args: positional arguments of model and guide.
         kwargs: keyword arguments of both.
 
+    Raises:
+        ValueError: if the sampler has local particles.
+
     Example:
         >>> parts = rate_distortion(ImportanceSampler(model, guide, num_particles=1000), data)
         >>> parts.rates["z"].shape, parts.distortion.shape
         (torch.Size([3]), torch.Size([3]))
     """
+    if sampler.local:
+        raise ValueError(
+            f"rate_distortion takes the ELBO apart, which has no local particles, but the sampler has "
+            f"local={sampler.local}. Pass one without local=."
+        )
     distortion = torch.zeros(())
     rates: dict[str, Tensor] = {}
     for particles in sampler.particles(*args, **kwargs):

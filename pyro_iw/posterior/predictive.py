@@ -22,10 +22,11 @@ from torch import Tensor
 from ..tracing.latents import Enumerated, Latent, own_frames, own_shape
 from ..tracing.masks import masked_value
 from ..tracing.messages import is_deterministic
-from ..tracing.traces import PARTICLE_PLATE, OneMinibatch, Pair
+from ..tracing.minibatches import OneMinibatch
+from ..tracing.traces import PARTICLE_PLATE, Pair
 from .marginal import LogLikelihood, summed_out
 
-__all__ = ["Observed", "Rerun"]
+__all__ = ["Observed", "Rerun", "SampleData"]
 
 
 class Observed(NamedTuple):
@@ -187,7 +188,7 @@ class Rerun(NamedTuple):
         """Observed sites given draws of the latents, a chunk at a time, each ``[n, *batch, *event]``."""
         drawn: dict[str, list[Tensor]] = {name: [] for name in sites}
         # The data are let go before the latents are held, which would be let go as well.
-        for trace, size in self._traces(draws, _SampleData()(self.pair.model)):
+        for trace, size in self._traces(draws, SampleData()(self.pair.model)):
             for name, site in sites.items():
                 value: Any = trace.nodes[name]["value"]
                 drawn[name].append(own_shape(value, site.event_dim, site.frames, self.nesting, size))
@@ -214,7 +215,7 @@ class Rerun(NamedTuple):
 
     def _sampling_model(self) -> Any:
         """The model with its observed sites sampled."""
-        model = _SampleData()(self.pair.model)
+        model = SampleData()(self.pair.model)
 
         def on_the_same_minibatch(*args: Any, **kwargs: Any) -> Any:
             with torch.no_grad(), self.minibatch:
@@ -287,7 +288,7 @@ class Rerun(NamedTuple):
         return -1 - self.nesting - self.vectorize
 
 
-class _SampleData(UnconditionMessenger):
+class SampleData(UnconditionMessenger):
     """Samples what was observed, and leaves factors and deterministic sites as they are."""
 
     def _pyro_sample(self, msg: Any) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..tracing.jumps import wrong_outside
 from ..tracing.latents import enumerated_sites
+from ..tracing.levels import TwoLevels
 from ..tracing.masks import warn_of_masks
 from ..tracing.messages import is_delta
 from ..tracing.particles import Particles
@@ -20,7 +21,7 @@ __all__ = ["check_proposal"]
 
 
 def check_proposal(
-    particles: Particles, traces: Traces, check_support: bool, warn: Callable[[str], None]
+    particles: Particles | TwoLevels, traces: Traces, check_support: bool, warn: Callable[[str], None]
 ) -> None:
     """Refuse a pair whose weights would say nothing of the evidence.
 
@@ -36,8 +37,12 @@ def check_proposal(
     """
     sites = particles.sites
     latent = {site.name: site for site in sites if site.role == "model" and site.is_latent}
-    guide = {site.name: site for site in sites if site.role == "guide" and site.is_latent}
-    if not guide:
+    for site in sites:
+        absorbed = site.message.get("absorbed_latents", {}) if site.role == "model" else {}
+        latent |= {name: site._replace(name=name, message=message) for name, message in absorbed.items()}
+    sampled = (*sites, *particles.absorbed)
+    guide = {site.name: site for site in sampled if site.role == "guide" and site.is_latent}
+    if not guide and not particles.enumerated:
         raise ValueError(
             "Model and guide have no latent site in common, so there is nothing to sample: the evidence is "
             "the log density of the observed sites"
@@ -46,6 +51,8 @@ def check_proposal(
         )
     warn_of_masks(sites, warn, look=True)
     for name, site in latent.items():
+        if name not in guide:  # summed out
+            continue
         if is_delta(guide[name].message["fn"]):
             continue
         if check_support:

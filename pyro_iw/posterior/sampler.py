@@ -17,10 +17,10 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,17 +33,37 @@ from ..bounds import Bound
 from ..running import RunningBound, RunningGap, RunningLogMean, jackknife
 from ..tracing.counterparts import check_guide
 from ..tracing.latents import Latent, enumerated_sites, join, read_latents
+from ..tracing.levels import TwoLevels, check_local_plates
+from ..tracing.local_latents import read_local_latents
+from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
 from ..tracing.runner import Runner
 from ..tracing.sites import read_sites
-from ..tracing.traces import OneMinibatch, Pair, Traces, plate_nesting
+from ..tracing.traces import Pair, Traces, plate_nesting
+from .dead import check_finite, dead_site, warn_of_dead
+from .hierarchical_samples import HierarchicalSamples
+from .local_weights import collect_local, join_local, local_numbers, total_log_weights
 from .predictive import Rerun
 from .proposal import check_proposal
 from .samples import ImportanceSamples
 
-__all__ = ["ImportanceSampler", "LogMarginal"]
+__all__ = ["Evidence", "ImportanceSampler", "LogMarginal"]
 
 _NO_BOUND = "minus_kl compares with a bound: pass bound= to log_marginal_dataset."
+
+
+class Evidence(NamedTuple):
+    """The log evidence of every cell, and how well it is known.
+
+    Attributes:
+        log_marginal: :math:`\\log \\hat p(x)` in nats, of shape ``[*cells]``.
+        monte_carlo_error: its standard error from the finite number of particles (delta method), likewise.
+        ess: effective number of particles, likewise.
+    """
+
+    log_marginal: Tensor
+    monte_carlo_error: Tensor
+    ess: Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,7 +150,12 @@ class ImportanceSampler:
         model: the model (a callable with Pyro primitives).
         guide: the guide.
         num_particles: number S of particles a cell; an integer >= 1.
-        chunk_size: number of particles in memory at once, None for all; the last chunk may be smaller.
+        local: for a hierarchical model the name of the plate of its local latents, which then have weights of
+            their own, given each particle of the global ones; see :class:`HierarchicalSamples`. Or a mapping
+            from the names of several plates side by side to the number of local particles in each.
+        num_local: number L of local particles of each particle, where ``local`` is a name; an integer >= 1.
+        chunk_size: number of particles in memory at once, each with all of its local ones; None for all; the
+            last chunk may be smaller.
         plates: name or names of the plates whose cells have a weight each; ``()`` for one joint weight; None
             for the plates common to all sample sites.
         jackknife: whether :meth:`log_marginal` corrects the leading term of the bias, 1/S, by
@@ -165,6 +190,8 @@ class ImportanceSampler:
         guide: Callable,
         num_particles: int = 1000,
         *,
+        local: str | Mapping[str, int] | None = None,
+        num_local: int | None = None,
         chunk_size: int | None = 100,
         plates: str | Iterable[str] | None = None,
         jackknife: bool = False,
@@ -179,6 +206,12 @@ class ImportanceSampler:
         chunk_size = self.num_particles if chunk_size is None else positive_integer("chunk_size", chunk_size)
         self.chunk_size = min(chunk_size, self.num_particles)
         self.plates = as_plate_names(plates)
+        self.local = local_numbers(local, num_local)
+        if self.local and plates is not None:
+            raise ValueError(
+                "plates= names the plates that have a weight each on one level; with local= these are the "
+                "plates around all sites, outside of the local ones. Pass one of them."
+            )
         self.jackknife = jackknife
         if jackknife and self.num_particles == 1:
             raise ValueError("jackknife=True leaves out one particle in turn, which needs num_particles > 1.")
@@ -187,9 +220,10 @@ class ImportanceSampler:
         self._runner = Runner(
             vectorize_particles,
             max_plate_nesting,
-            check=read_sites,
+            check=partial(_check, local=tuple(self.local)),
             look=partial(check_guide, strict=True),
             warn=self._warn_once,
+            local=self.local,
         )
         self._warned: set[str] = set()
 
@@ -204,7 +238,10 @@ class ImportanceSampler:
 
         Raises:
             ValueError: if the model has no latent site, the support of a guide site is smaller than that of
-                the model's, or a log-weight is NaN or +inf; naming the site.
+                the model's, or a log-weight is NaN or +inf; naming the site. With ``local`` also if a local
+                plate is not in the model, is subsampled or a Python loop, or has no latent that the guide
+                draws in it; if a latent lies inside of it in one of model and guide alone; or if a site
+                outside depends on a latent inside.
 
         Example:
             >>> exact = dist.Normal(0.0, 2**0.5).log_prob(data)
@@ -214,6 +251,23 @@ class ImportanceSampler:
         """
         with self._bar(1) as bar:
             return self._stream(Pair(self.model, self.guide, args, kwargs), bar, RunningLogMean())
+
+    def evidence(self, *args: Any, **kwargs: Any) -> Evidence:
+        """:meth:`log_marginal` with its Monte Carlo error and the effective number of particles.
+
+        Memory, arguments and errors are those of :meth:`log_marginal`. With ``jackknife`` the error is that
+        of the value before its correction.
+
+        Example:
+            >>> value, error, ess = ImportanceSampler(model, guide, 5000).evidence(data)
+            >>> exact = dist.Normal(0.0, 2**0.5).log_prob(data)
+            >>> bool(((value - exact).abs() < 5 * error).all())
+            True
+        """
+        running = RunningLogMean()
+        with self._bar(1) as bar:
+            value = self._stream(Pair(self.model, self.guide, args, kwargs), bar, running)
+        return Evidence(value, running.standard_error.to(value.dtype), running.ess.to(value.dtype))
 
     def log_marginal_dataset(
         self,
@@ -257,11 +311,17 @@ class ImportanceSampler:
                 bounds = None if bound is None else RunningGap(bound)
                 value = self._stream(Pair(self.model, self.guide, args, kwargs), bar, running, bounds)
                 if value.dim() != 1:
+                    remedy = (
+                        "Call evidence on all of the data; samples.leave_one_out() has a predictive density "
+                        "for each index of a local plate."
+                        if self.local
+                        else "Put all latents into one plate over the data, name it by plates=, or, for a "
+                        "joint model, call log_marginal on all of the data."
+                    )
                     raise ValueError(
                         "A data set is evaluated datapoint by datapoint, which needs one importance weight "
                         "for each index of one plate, but a batch gives weights of shape "
-                        f"{tuple(value.shape)}. Put all latents into one plate over the data, name it by "
-                        "plates=, or, for a joint model, call log_marginal on all of the data."
+                        f"{tuple(value.shape)}. {remedy}"
                     )
                 columns = [value, running.standard_error, running.ess]
                 if bounds is not None:
@@ -279,15 +339,15 @@ class ImportanceSampler:
         """
         pair = Pair(self.model, self.guide, args, kwargs)
         minibatch = OneMinibatch()
-        log_p, log_q = [], []
+        chunks: list[Any] = []
         latents: list[dict[str, Latent]] = []
         dead = None
         with self._bar(1) as bar:
             for particles, traces in self._chunks(pair, bar, minibatch):
-                log_p.append(particles.log_p)
-                log_q.append(particles.log_q)
-                latents.append(read_latents(traces))
-                dead = dead or _dead_site(particles)
+                _refuse_values(particles)
+                chunks.append(particles)
+                latents.append(read_local_latents(traces) if self.local else read_latents(traces))
+                dead = dead or dead_site(particles)
         rerun = Rerun(
             pair,
             self._runner.prepare(pair),
@@ -297,18 +357,19 @@ class ImportanceSampler:
             minibatch,
             enumerated_sites(traces),
         )
-        samples = ImportanceSamples(
-            join(latents, self.num_particles),
-            torch.cat(log_p),
-            torch.cat(log_q),
-            particles.plates,
-            rerun,
-        )
-        _warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
+        tops: list[Particles] = [chunk.top for chunk in chunks] if self.local else chunks
+        joined = join(latents, self.num_particles)
+        log_p, log_q = (torch.cat([getattr(top, name) for top in tops]) for name in ("log_p", "log_q"))
+        samples = ImportanceSamples(joined, log_p, log_q, particles.plates, rerun)
+        if self.local:
+            local = join_local(chunks)
+            samples = HierarchicalSamples(joined, log_p, log_q, particles.plates, rerun, local)
+        warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
         return samples
 
-    def particles(self, *args: Any, **kwargs: Any) -> Iterator[Particles]:
-        """The particles chunk by chunk, for an estimate of your own in the memory of one chunk.
+    def particles(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """The particles chunk by chunk, for an estimate of your own in the memory of one chunk:
+        :class:`Particles`, with local ones :class:`TwoLevels`.
 
         Arguments and errors are those of :meth:`log_marginal`.
         """
@@ -323,21 +384,21 @@ class ImportanceSampler:
         kept = []
         dead = None
         for particles, traces in self._chunks(pair, bar):
-            log_w = particles.log_weights
+            log_w = total_log_weights(particles)
             running.add(log_w)
             if bounds is not None:
                 bounds.add(log_w)
             if self.jackknife:
                 kept.append(log_w)
-            dead = dead or _dead_site(particles)
+            dead = dead or dead_site(particles)
             del particles, traces  # or two chunks would be in memory while the next one runs
-        _warn_of_dead(running.value, self.num_particles, dead)
+        warn_of_dead(running.value, self.num_particles, dead)
         value = jackknife(torch.cat(kept)) if self.jackknife else running.value
         return value.to(log_w.dtype)
 
     def _chunks(
         self, pair: Pair, bar: tqdm, minibatch: OneMinibatch | None = None
-    ) -> Iterator[tuple[Particles, Traces]]:
+    ) -> Iterator[tuple[Particles | TwoLevels, Traces]]:
         minibatch = minibatch or OneMinibatch()
         with torch.no_grad():
             self._runner.prepare(pair)
@@ -347,10 +408,16 @@ class ImportanceSampler:
             # Never across a yield: whoever consumes this may leave it, or run under other settings.
             with torch.no_grad(), minibatch:
                 traces = self._runner.run(pair, size)
-                particles = collect(traces, self.plates, is_linear=False, warn_once=self._warn_once)
+                particles: Particles | TwoLevels
+                if self.local:
+                    particles = collect_local(traces, self._warn_once)
+                else:
+                    particles = collect(
+                        traces, self.plates, is_linear=False, warn_once=self._warn_once, is_stratified=True
+                    )
                 if left == self.num_particles:
                     check_proposal(particles, traces, self.check_support, self._warn_once)
-            _check_finite(particles)
+            check_finite(particles)
             bar.update(size)
             left -= size
             yield particles, traces
@@ -366,41 +433,26 @@ class ImportanceSampler:
             warn(message)
 
     def __repr__(self) -> str:
-        return f"ImportanceSampler(num_particles={self.num_particles}, chunk_size={self.chunk_size})"
+        local = f", local={self.local}" if self.local else ""
+        return f"ImportanceSampler(num_particles={self.num_particles}{local}, chunk_size={self.chunk_size})"
 
 
-def _check_finite(particles: Particles) -> None:
-    """Refuse NaN and +inf, naming the site."""
-    log_w = particles.log_weights
-    bad = log_w.isnan() | log_w.isposinf()
-    if bool(bad.any()):
-        site = (
-            particles.first_site(torch.isnan)
-            or particles.first_site(torch.isposinf)
-            or particles.first_site(torch.isneginf, role="guide")
-        )
-        raise ValueError(
-            f"{int(bad.sum())} of {log_w.numel()} log-weights are NaN or +inf (first at site {site}), and "
-            "so would be the estimate. Look for a NaN in the data or the parameters, or a scale of 0."
-        )
+def _check(traces: Traces, local: tuple[str, ...]) -> None:
+    """Refuse a pair before particles obscure what is wrong with it."""
+    sites = read_sites(traces)
+    if local:
+        check_local_plates(sites, local)
 
 
-def _dead_site(particles: Particles) -> str | None:
-    """The first site at which a particle has zero density."""
-    if not bool(particles.log_weights.isneginf().any()):
-        return None
-    return str(particles.first_site(torch.isneginf) or particles.first_site(torch.isposinf, role="guide"))
-
-
-def _warn_of_dead(value: Tensor, num_particles: int, site: str | None) -> None:
-    """Warn of cells that no particle has reached."""
-    dead = value.isneginf()
-    if bool(dead.any()):
-        warn(
-            f"In {int(dead.sum())} of {dead.numel()} cell(s) none of the {num_particles} particles has "
-            f"positive density (first at site {site}), so the estimate there is -inf. The guide proposes "
-            "values outside the model's support, or the data do not fit the model.",
-            RuntimeWarning,
+def _refuse_values(particles: Particles | TwoLevels) -> None:
+    """Refuse particles that stand for all values of a site, and so are no draws of the latents."""
+    names = ", ".join(dict.fromkeys(repr(site.name) for site in particles.enumerated))
+    if names:
+        raise NotImplementedError(
+            f"Site(s) {names} are enumerated in the guide, so a particle holds all of their values, and "
+            "there are no draws to keep. log_marginal sums over the values; for draws sample them in the "
+            "guide (without infer={'enumerate': 'parallel'}), or leave them out of the guide and enumerate "
+            "them in the model."
         )
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from pyro.infer import Predictive
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -31,9 +30,11 @@ from ..psis import pareto_smoothed, warn_of_khat
 from ..resampling import multinomial, systematic
 from ..running import RunningBound, RunningLogMean
 from ..tracing.latents import Latent, cat, place
+from .marginal import LogLikelihood
+from .merging import check_mergeable
 from .predictive import Observed, Rerun
 
-__all__ = ["ImportanceSamples"]
+__all__ = ["ImportanceSamples", "weighted_sum"]
 
 _METHODS = {"systematic": systematic, "multinomial": multinomial}
 
@@ -179,6 +180,11 @@ class ImportanceSamples:
         smoothed.log_weights, smoothed.is_smoothed = self._psis[0], True
         return smoothed
 
+    def warn_of_tails(self) -> None:
+        """Warn where k̂ says that the guide misses mass; of smoothed samples :meth:`smoothed` has."""
+        if not self.is_smoothed:
+            warn_of_khat(self.khat, self.num_particles)
+
     # ------------------------------------------------------------------------------------------------
     # The posterior
     # ------------------------------------------------------------------------------------------------
@@ -206,22 +212,12 @@ class ImportanceSamples:
         """
         self._check_alive("an expectation")
         if isinstance(what, str):
-            if what not in self.latents:
-                raise ValueError(
-                    f"There is no latent site {what!r}; there are {sorted(self.latents)}. For a "
-                    "deterministic site pass the function that computes it."
-                )
+            self._check_site(what)
             values, event_dim = self.latents[what].values, self.latents[what].event_dim
         else:
             values = what(self.values)
-        weights = self.weights
-        rank = values.dim() - 1 - event_dim
-        try:
-            placed = place(weights, self.frames, rank, event_dim)
-            fits = torch.broadcast_shapes(placed.shape, values.shape) == values.shape
-        except (RuntimeError, IndexError):
-            fits = False
-        if not fits:
+        mean = weighted_sum(values, self.weights, self.frames, event_dim)
+        if mean is None:
             raise ValueError(
                 f"The function's result has shape {tuple(values.shape)}, but should be [S, *batch, *event] "
                 f"with event_dim={event_dim}, for S={self.num_particles} and the kept plates "
@@ -229,8 +225,8 @@ class ImportanceSamples:
                 "dims are no plates."
             )
         if callable(what):
-            self._check_event_dim(values, event_dim)
-        return (placed * values).sum(0)
+            self._check_event_dim(values, event_dim, self.values)
+        return mean
 
     def resample(self, num_samples: int, method: str = "systematic") -> Tensor:
         """Indices of particles drawn by weight, in each cell by itself and in random order.
@@ -275,6 +271,12 @@ class ImportanceSamples:
         """
         return self.complete(self.resample(num_samples, method))
 
+    def on_all_levels(self, indices: Tensor) -> Any:
+        """The indices of :meth:`resample`, for :meth:`take`; with local particles, see
+        :class:`HierarchicalSamples`.
+        """
+        return indices
+
     def take(self, indices: Tensor) -> dict[str, Tensor]:
         """Latent values at the indices ``[n, *cells]`` of :meth:`resample`, each ``[n, *batch, *event]``."""
         taken = {}
@@ -304,6 +306,30 @@ class ImportanceSamples:
         sampled = {name: latent._replace(values=draws[name]) for name, latent in self.latents.items()}
         drawn = self.rerun.draw_enumerated(sampled)
         return {**draws, **{name: latent.values for name, latent in drawn.items()}}
+
+    def densities(self, indices: Tensor) -> dict[str, Tensor]:
+        """Of draws at the indices of :meth:`resample`, each of shape ``[n, *cells]``: the log joint density
+        ``lp``, that of the guide ``log_q``, and ``log_weight``.
+        """
+        found = {"lp": self.log_p, "log_q": self.log_q, "log_weight": self.log_weights}
+        return {name: values.gather(0, indices) for name, values in found.items()}
+
+    def weight_stats(self) -> dict[str, tuple[Tensor, tuple[CondIndepStackFrame, ...]]]:
+        """What is known of the weights, each of shape ``[*cells]`` with the plates of its cells."""
+        found = {"ess": self.ess, "khat": self.khat, "log_marginal": self.log_marginal}
+        return {name: (values, self.frames) for name, values in found.items()}
+
+    def pointwise(
+        self, indices: Tensor, latents: Mapping[str, Latent], shown: Mapping[str, Observed]
+    ) -> dict[str, LogLikelihood]:
+        """The log-likelihoods to leave data out by, on draws at some indices.
+
+        Arguments:
+            indices: those of the draws.
+            latents: the draws, of all latents.
+            shown: what :meth:`observed` gives on them.
+        """
+        return self.rerun.log_likelihood(latents, shown)
 
     def log_likelihood(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The log-likelihood of the data on draws, by site, in nats; each of shape ``[n, *batch]``, 0 where
@@ -384,7 +410,7 @@ class ImportanceSamples:
             ValueError: if the other run is of another model or guide, other arguments, or has other sites,
                 plates or shapes, or its weights are smoothed.
         """
-        _check_mergeable(self, other)
+        check_mergeable(self, other)
         latents = {name: cat([latent, other.latents[name]]) for name, latent in self.latents.items()}
         return ImportanceSamples(
             latents,
@@ -408,10 +434,17 @@ class ImportanceSamples:
         enumerated = self.rerun.enumerated.items()
         return latents | {name: Latent(draws[name], *site) for name, site in enumerated}
 
-    def _check_event_dim(self, values: Tensor, event_dim: int) -> None:
+    def _check_site(self, name: str) -> None:
+        if name not in self.latents:
+            raise ValueError(
+                f"There is no latent site {name!r}; there are {sorted(self.latents)}. For a deterministic "
+                "site pass the function that computes it."
+            )
+
+    def _check_event_dim(self, values: Tensor, event_dim: int, given: Mapping[str, Tensor]) -> None:
         """Warn of a function's result that looks like a site's values with their event dims forgotten."""
         for name, latent in self.latents.items():
-            if self.frames and values.shape == latent.values.shape and event_dim < latent.event_dim:
+            if self.frames and values.shape == given[name].shape and event_dim < latent.event_dim:
                 warn(
                     f"The function's result has the shape {tuple(values.shape)} of site {name!r}, which has "
                     f"{latent.event_dim} event dim(s), but event_dim={event_dim} was given. Should it be "
@@ -435,45 +468,16 @@ class ImportanceSamples:
         return f"ImportanceSamples(S={self.num_particles}, cells={cells}, sites={sites})"
 
 
-def _check_mergeable(one: ImportanceSamples, other: ImportanceSamples) -> None:
-    """Refuse two runs whose particles are not of one posterior."""
+def weighted_sum(
+    values: Tensor, weights: Tensor, frames: Sequence[CondIndepStackFrame], event_dim: int
+) -> Tensor | None:
+    """The sum over particles of values ``[n, *batch, *event]``, each times its weight ``[n, *cells]``.
 
-    def refuse(what: str) -> None:
-        raise ValueError(f"These two runs cannot be merged: {what}. Merge runs of one sampler on one data.")
-
-    if not isinstance(other, ImportanceSamples):
-        refuse(f"the other is a {type(other).__name__}")
-    if one.is_smoothed or other.is_smoothed:
-        refuse("weights are smoothed within a run; merge first, then call smoothed()")
-    mine, theirs = one.rerun.pair, other.rerun.pair
-    if mine.model != theirs.model or mine.guide != theirs.guide:
-        refuse("they are of different models or guides")
-    if one._cells() != other._cells():
-        refuse(f"the kept plates are {one._cells()} in one and {other._cells()} in the other")
-    shapes, others = ({n: tuple(v.shape[1:]) for n, v in run.values.items()} for run in (one, other))
-    if shapes != others:
-        refuse(f"the latent sites are {shapes} in one and {others} in the other")
-    if not _same(mine.args, theirs.args) or not _same(mine.kwargs, theirs.kwargs):
-        refuse("the arguments differ, and with them the data")
-    if not _same(one.rerun.minibatch.indices, other.rerun.minibatch.indices):
-        refuse("a subsampled plate drew different minibatches; pass subsample= to the plate")
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two arguments are equal, tensors by value."""
-    if one is other:
-        return True
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        both = isinstance(one, Tensor) and isinstance(other, Tensor)
-        return (
-            both
-            and one.shape == other.shape
-            and bool(((one == other) | ((one != one) & (other != other))).all())
-        )
-    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
-        return np.array_equal(one, other)
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, Sequence) and not isinstance(one, str) and isinstance(other, Sequence):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
+    None where the cells' plates ``frames`` are not among the values' batch dims.
+    """
+    try:
+        placed = place(weights, frames, values.dim() - 1 - event_dim, event_dim)
+        fits = torch.broadcast_shapes(placed.shape, values.shape) == values.shape
+    except (RuntimeError, IndexError):
+        fits = False
+    return (placed * values).sum(0) if fits else None

@@ -13,9 +13,11 @@ posterior              latent, enumerated and deterministic sites, ``[chain=1, d
 sample_stats           of each draw, ``[chain, draw, *cells]``: ``lp``, the log joint density of latents
                        and data, ``log_q``, the guide's, and ``log_weight``
 weight_stats           of the weights in each cell, ``[chain, *cells]``: ``ess``, ``khat``,
-                       ``log_marginal``
+                       ``log_marginal``; with local particles also ``{plate}_ess`` and ``{plate}_khat``
 log_likelihood         observed sites, ``[chain, draw, *batch]``, in nats; 0 where masked; enumerated
-                       sites summed out, see :meth:`~pyro_iw.ImportanceSamples.log_likelihood`
+                       sites summed out, see :meth:`~pyro_iw.ImportanceSamples.log_likelihood`; in the
+                       cells of a local plate the local latents are integrated out, and what is observed in a
+                       cell is one number
 posterior_predictive   observed sites sampled anew, ``[chain, draw, *batch, *event]``
 prior                  latent and deterministic sites drawn from the model
 prior_predictive       observed sites drawn from the model
@@ -43,7 +45,6 @@ from torch import Tensor
 from .._support.arguments import positive_integer
 from .._support.optional import is_arviz_0, require
 from .._support.version import __version__
-from ..psis import warn_of_khat
 
 if TYPE_CHECKING:
     from ..tracing.latents import Latent
@@ -103,16 +104,16 @@ def to_arviz(
     positive_integer("num_samples", num_samples)
     wrap = _container()
     names = _Names(samples, dims or {})
-    if not samples.is_smoothed:  # which has warned
-        warn_of_khat(samples.khat, samples.num_particles)
+    samples.warn_of_tails()
     indices = _copies_together(samples.resample(num_samples), samples.num_particles)
+    indices = samples.on_all_levels(indices)
     draws = samples.complete(indices)
     latents = samples.as_latents(draws)
     shown = samples.rerun.observed(latents)
     data = {name: site for name, site in shown.items() if site.log_prob is not None}
     if constant_data is None:
         constant_data = _constants(samples, [site.values for site in data.values()])
-    likelihood = samples.rerun.log_likelihood(latents, shown) if log_likelihood else {}
+    likelihood = samples.pointwise(indices, latents, shown) if log_likelihood else {}
     names.check({*latents, *shown, *constant_data, *likelihood})
 
     def on_draws(values: Mapping[str, Tensor], sites: Mapping[str, Latent | Observed]) -> Variables:
@@ -158,8 +159,8 @@ def to_arviz(
         groups |= {"prior": on_draws(new, unobserved), "prior_predictive": on_draws(new, data)}
     labels = names.labels(groups, coords or {})
     data_sets = {name: _dataset(group, labels, samples) for name, group in groups.items() if group}
-    if samples.rerun.enumerated and "log_likelihood" in data_sets:
-        names_out = {name for part in likelihood.values() for name in part.summed_out}
+    names_out = {name for part in likelihood.values() for name in part.summed_out}
+    if (names_out or samples.rerun.enumerated) and "log_likelihood" in data_sets:
         data_sets["log_likelihood"].attrs["summed_out"] = ", ".join(sorted(names_out))
     return wrap(data_sets)
 
@@ -275,20 +276,24 @@ def _over_plates(
     return array if expanded.shape == array.shape else expanded.copy()  # one that can be written to
 
 
-def _stats(samples: ImportanceSamples, indices: Tensor, names: _Names) -> dict[str, Variables]:
+def _stats(samples: ImportanceSamples, indices: Any, names: _Names) -> dict[str, Variables]:
     """The groups on draws, and on the weights they were drawn by."""
-    # Cells have no dims but those of the kept plates, side by side.
-    count = len(samples.frames)
-    frames = [frame._replace(dim=i - count) for i, frame in enumerate(samples.frames)]
-    per_draw = {"lp": samples.log_p, "log_q": samples.log_q, "log_weight": samples.log_weights}
-    per_cell = {"ess": samples.ess, "khat": samples.khat, "log_marginal": samples.log_marginal}
+
+    def over_cells(
+        name: str, values: Tensor, cells: Sequence[CondIndepStackFrame], leading: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        # Cells have no dims but those of their plates, side by side.
+        frames = [frame._replace(dim=i - len(cells)) for i, frame in enumerate(cells)]
+        return names.variable(name, values, frames, 0, leading)
+
     return {
         "sample_stats": {
-            name: names.variable(name, values.gather(0, indices), frames, 0, _DRAWS)
-            for name, values in per_draw.items()
+            name: over_cells(name, values, samples.frames, _DRAWS)
+            for name, values in samples.densities(indices).items()
         },
         "weight_stats": {
-            name: names.variable(name, values, frames, 0, _DRAWS[:1]) for name, values in per_cell.items()
+            name: over_cells(name, values, frames, _DRAWS[:1])
+            for name, (values, frames) in samples.weight_stats().items()
         },
     }
 

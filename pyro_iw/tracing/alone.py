@@ -26,10 +26,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
+from .guide_values import ids_of, is_enumerated_in_guide
 from .latents import own_frames, own_shape
 from .messages import base_of, latent_sites
+from .minibatches import OneMinibatch
 from .sites import Site, read_sites
-from .traces import OneMinibatch, Pair, PairTraces, Traces, is_transformed, trace_particle
+from .traces import Pair, PairTraces, Traces, is_transformed, trace_particle
 
 __all__ = ["Alone"]
 
@@ -129,6 +131,8 @@ class Alone:
         """The sites of a run of the particle by itself."""
         # Without particles' dims the first free one lies further to the right.
         enum_dim = self._traces.local_dim or self._traces.particle_dim if self._traces.enum_dim else None
+        if ids_of(self._traces.pairs[0].guide):
+            enum_dim = self._traces.enum_dim  # where values given to the model have theirs
         try:
             with OneMinibatch(self._minibatch):
                 traced = trace_particle(self._pair, self._latents(move), enum_dim)
@@ -140,11 +144,12 @@ class Alone:
     def _latents(self, move: float) -> dict[str, Tensor]:
         """The particle's latent values, as they are without the particle dim.
 
-        Those of a Delta are left to be computed: they would have to be met to the last bit.
+        Those of a Delta are left to be computed: they would have to be met to the last bit. So are those that
+        are enumerated.
         """
         values = {}
         for name, site in latent_sites(self._traces.pairs[0].guide).items():
-            if isinstance(base_of(site["fn"]), Delta):
+            if isinstance(base_of(site["fn"]), Delta) or is_enumerated_in_guide(site):
                 continue
             value: Any = self._take(site, site["value"])
             if move and _is_real(site["fn"]):
@@ -162,6 +167,9 @@ class Alone:
         if local_dim is not None:
             value = self._one_local(value, local_dim - event_dim)
         size = self._traces.num_particles
+        if value.dim() - event_dim > nesting + 1:  # of each of the values that the guide enumerates
+            dim = -nesting - 1 - event_dim
+            return value.narrow(dim, self._particle if value.shape[dim] > 1 else 0, 1).clone()
         return own_shape(value, event_dim, own_frames(site), nesting, size)[self._particle].clone()
 
     def _one_local(self, tensor: Tensor, dim: int) -> Tensor:

@@ -60,7 +60,7 @@ def kept_plates(
     is_linear: bool,
     warn_once: Callable[[str], None],
 ) -> tuple[CondIndepStackFrame, ...]:
-    """The kept plates, in the order of their dims."""
+    """The kept plates, in the order of their dims; arguments and errors are as of ``collect``."""
     kept = common_plates(sites)
     if plates is not None:
         kept = _named_plates(sites, plates)
@@ -80,6 +80,8 @@ def kept_plates(
                 )
     for frame in kept:
         check_sizes(sites, frame)
+    if not is_linear:
+        check_subsampling(sites, tuple(kept))
     return tuple(sorted(kept, key=lambda frame: frame.dim or 0))
 
 

@@ -30,8 +30,9 @@ from torch.distributions import biject_to
 
 from .._support.random_state import RandomState
 from .messages import is_delta, is_latent
+from .minibatches import OneMinibatch
 from .supports import is_discrete
-from .traces import OneMinibatch, Pair, PairTraces, trace_guide_given
+from .traces import Pair, PairTraces, trace_guide_given
 
 __all__ = ["Verdict", "change_of_variables", "deltas", "points"]
 

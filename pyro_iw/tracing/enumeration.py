@@ -27,7 +27,9 @@ from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-__all__ = ["Marginals", "is_enumerated", "marginalize"]
+from .guide_values import ids_of, is_enumerated_in_guide
+
+__all__ = ["Marginals", "common_scale", "components", "is_enumerated", "marginalize"]
 
 
 class Marginals(NamedTuple):
@@ -72,19 +74,60 @@ def marginalize(trace: Trace, guide_trace: Trace, log_probs: dict[str, Tensor]) 
         message["log_prob"] = message["unscaled_log_prob"] = scale_and_mask(log_prob, mask=mask)
     trace.pack_tensors()
     plates = set(trace.plate_to_symbol.values())
+    kept = _symbols_of_guide(trace, guide_trace)
     values: dict[str, Tensor] = {name: trace.nodes[name]["packed"]["log_prob"] for name in log_probs}
-    sum_dims = {dim for name in enumerated for dim in values[name]._pyro_dims} - plates  # type: ignore[attr-defined]
+    sum_dims = {dim for name in enumerated for dim in values[name]._pyro_dims}  # type: ignore[attr-defined]
+    sum_dims -= plates | kept.keys()
     absorbed = [name for name in log_probs if not sum_dims.isdisjoint(values[name]._pyro_dims)]  # type: ignore[attr-defined]
     absorbed += [name for name in enumerated if name not in absorbed]  # those with a single value
 
     dims = {name: set(values[name]._pyro_dims) & sum_dims for name in absorbed}  # type: ignore[attr-defined]
     terms = []
-    for component in _components(absorbed, dims):
-        terms += _contract(component, trace, guide_trace, values, sum_dims)
+    for component in components(absorbed, dims):
+        _check_plates(component, trace, guide_trace, values, kept)
+        terms += _contract(component, trace, guide_trace, values, sum_dims, kept)
     return Marginals(set(absorbed), terms)
 
 
-def _components(names: list[str], dims: dict[str, set[str]]) -> list[list[str]]:
+def _symbols_of_guide(trace: Trace, guide_trace: Trace) -> dict[str, int]:
+    """Symbols of the dims of what the guide enumerates, which are not summed over here, and their ids."""
+    ids = ids_of(guide_trace)
+    found: dict[str, int] = {}
+    for message in trace.nodes.values() if ids else ():
+        infer: Any = message.get("infer") or {}
+        symbols = infer.get("_dim_to_symbol", {})
+        found.update({symbols[dim]: id_ for dim, id_ in infer.get("_dim_to_id", {}).items() if id_ in ids})
+    return found
+
+
+def _check_plates(
+    names: list[str], trace: Trace, guide_trace: Trace, values: dict[str, Tensor], kept: dict[str, int]
+) -> None:
+    """Refuse a sum over the model's values around a plate in which the guide enumerates."""
+    met = {symbol for name in names for symbol in values[name]._pyro_dims} & kept.keys()  # type: ignore[attr-defined]
+    if not met:
+        return
+    enumerated = [name for name in names if is_enumerated(name, trace.nodes[name], guide_trace)]
+    for site in map(str, guide_trace.nodes):
+        message: Any = guide_trace.nodes[site]
+        if not is_enumerated_in_guide(message):
+            continue
+        infer = message["infer"]
+        if infer["_dim_to_id"][infer["_enumerate_dim"]] not in {kept[symbol] for symbol in met}:
+            continue
+        inner = {frame.name for frame in message["cond_indep_stack"] if frame.vectorized}
+        for name in enumerated:
+            outer = {frame.name for frame in trace.nodes[name]["cond_indep_stack"] if frame.vectorized}
+            if not inner <= outer:
+                raise NotImplementedError(
+                    f"Site {name!r} is to be summed out of the model, but the guide enumerates {site!r}, on "
+                    "which the same sites depend, in plate(s) "
+                    f"{', '.join(map(repr, sorted(inner - outer)))} inside of it. Enumerate {name!r} "
+                    f"in the guide as well, or leave {site!r} out of the guide, too."
+                )
+
+
+def components(names: list[str], dims: dict[str, set[str]]) -> list[list[str]]:
     """The names in groups that share enumeration dims, directly or through one another."""
     groups: list[tuple[set[str], list[str]]] = []
     for name in names:
@@ -100,7 +143,12 @@ def _components(names: list[str], dims: dict[str, set[str]]) -> list[list[str]]:
 
 
 def _contract(
-    names: list[str], trace: Trace, guide_trace: Trace, values: dict[str, Tensor], sum_dims: set[str]
+    names: list[str],
+    trace: Trace,
+    guide_trace: Trace,
+    values: dict[str, Tensor],
+    sum_dims: set[str],
+    kept: dict[str, int],
 ) -> list[tuple[str, dict[str, Any], Tensor]]:
     """One component summed out."""
     tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
@@ -110,7 +158,7 @@ def _contract(
         frames.update({trace.plate_to_symbol[frame.name]: frame for frame in stack})
         ordinal = frozenset(trace.plate_to_symbol[frame.name] for frame in stack)
         tree.setdefault(ordinal, []).append(values[name])
-    scale = _common_scale(trace, names, one_context=len(tree) == 1)
+    scale = common_scale([(name, trace.nodes[name]["scale"]) for name in names], one_context=len(tree) == 1)
     enumerated = [name for name in names if is_enumerated(name, trace.nodes[name], guide_trace)]
     try:
         contracted = contract_tensor_tree(tree, sum_dims)
@@ -134,15 +182,20 @@ def _contract(
             "absorbed_latents": {name: trace.nodes[name] for name in names if name in guide_trace.nodes},
         }
         label = " + ".join(names)
-        terms += [(label, message, packed.unpack(tensor, trace.symbol_to_dim)) for tensor in tensors]
+        for tensor in tensors:
+            left = {
+                trace.symbol_to_dim[symbol]: kept[symbol] for symbol in tensor._pyro_dims if symbol in kept
+            }
+            infer = {"_dim_to_id": left}
+            unpacked = packed.unpack(tensor, trace.symbol_to_dim)
+            terms.append((label, {**message, "infer": infer}, unpacked))
     return terms
 
 
-def _common_scale(trace: Trace, names: list[str], one_context: bool) -> float | Tensor:
-    """The scale that all of these sites share, which can be taken out of the sum."""
-    scales = [trace.nodes[name]["scale"] for name in names]
-    first = scales[0]
-    for name, scale in zip(names, scales, strict=True):
+def common_scale(scales: list[tuple[str, Any]], one_context: bool) -> float | Tensor:
+    """The scale that all of these sites, given by name, share, which can be taken out of the sum."""
+    first_name, first = scales[0]
+    for name, scale in scales:
         if isinstance(scale, Tensor) or isinstance(first, Tensor):
             here, there = torch.as_tensor(scale), torch.as_tensor(first)
             same = here.shape == there.shape and torch.allclose(here.double(), there.double(), rtol=1e-6)
@@ -152,7 +205,7 @@ def _common_scale(trace: Trace, names: list[str], one_context: bool) -> float | 
             same = math.isclose(scale, first, rel_tol=1e-9)
         if not same:
             raise NotImplementedError(
-                f"Sites {names[0]!r} and {name!r} hang together by enumeration but differ in scale (by a "
+                f"Sites {first_name!r} and {name!r} hang together by enumeration but differ in scale (by a "
                 "poutine.scale or a subsampled plate around one of them alone), so the sum over the "
                 "enumerated values has no scale to take out. Scale both alike, or enumerate inside the plate."
             )

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -108,11 +108,20 @@ class TwoLevels:
     top: Particles
     local: dict[str, Particles]
     scale: Scales
+    # The guide enumerates nothing.
+    values: ClassVar[None] = None
+    enumerated: ClassVar[tuple[Site, ...]] = ()
+    absorbed: ClassVar[tuple[Site, ...]] = ()
 
     @property
     def log_weights(self) -> LogWeights:
         """Log densities of the model less those of the guide, on each level."""
         return LogWeights(self.top.log_weights, tuple([level.log_weights for level in self.local.values()]))
+
+    @property
+    def statistics(self) -> LogWeights:
+        """What bound and weights follow from: the log-weights."""
+        return self.log_weights
 
     @property
     def levels(self) -> list[Particles]:
@@ -246,6 +255,7 @@ def collect_levels(
         NotImplementedError: as :func:`read_sites`.
     """
     sites = read_sites(traces)
+    _refuse_enumerated(sites)
     by_plate = check_local_plates(sites, list(numbers))
     warn_of_masks(sites, warn_once)
     if kl_weight != 1:
@@ -283,6 +293,17 @@ def collect_levels(
         summed = tuple([i for i, frame in enumerate(cells[name]) if plate_key(frame) not in keys])
         scales.append(LocalScale(local[name].scale, summed))
     return TwoLevels(top, local, Scales(top.scale, tuple(scales)))
+
+
+def _refuse_enumerated(sites: Iterable[Site]) -> None:
+    """Refuse sites that the guide enumerates, of which there is no particle."""
+    names = ", ".join(dict.fromkeys(repr(site.name) for site in sites if site.is_enumerated))
+    if names:
+        raise NotImplementedError(
+            f"Site(s) {names} of the guide are enumerated in parallel, which local particles do not go "
+            "together with. Leave them out of the guide and mark them in the model, to have them summed out "
+            "there, or sample them: remove their infer={'enumerate': 'parallel'}."
+        )
 
 
 def _in_order(frames: Iterable[CondIndepStackFrame]) -> tuple[CondIndepStackFrame, ...]:

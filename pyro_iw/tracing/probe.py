@@ -16,6 +16,7 @@ from .._support.random_state import fork_rng
 from .batch_norm import watch_batch_norm
 from .counterparts import Pattern, pattern_of
 from .enumeration import is_enumerated
+from .guide_values import is_marked
 from .traces import Pair, PairTraces, Traces, trace_pair
 
 __all__ = ["Look", "Probe"]
@@ -29,7 +30,7 @@ class Probe:
 
     Attributes:
         nesting: number of batch dims that the pair's own plates take.
-        enumerates: whether the model has sites that are to be enumerated in parallel.
+        enumerates: whether model or guide have sites that are to be enumerated in parallel.
         watched: whether batch normalisation has been looked at in a pass with gradients.
         patterns: what has been looked at of the guide's sites without a counterpart in the model.
         compared: the kinds of runs of which a particle has been run by itself, see
@@ -91,5 +92,8 @@ class Probe:
             is_enumerated(name, message, pair.guide)
             for pair in traces.pairs
             for name, message in pair.model.nodes.items()
+        )
+        self.enumerates = self.enumerates or any(
+            is_marked(message) for pair in traces.pairs for message in pair.guide.nodes.values()
         )
         return before != (self.nesting, self.enumerates)

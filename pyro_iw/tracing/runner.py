@@ -18,25 +18,16 @@ from .._support.warn import PACKAGE, warn
 from .alone import Alone
 from .batch_norm import watch_batch_norm
 from .local_particles import particles_on_two_levels, values_outside
+from .minibatches import OneMinibatch
 from .probe import Look, Probe
-from .traces import (
-    PARTICLE_PLATE,
-    OneMinibatch,
-    Pair,
-    Progress,
-    Route,
-    Through,
-    Traces,
-    trace_model_again,
-    trace_pair,
-)
+from .traces import PARTICLE_PLATE, Pair, Progress, Route, Through, Traces, trace_model_again, trace_pair
 
-__all__ = ["Runner"]
+__all__ = ["ORDINARY", "Runner", "breaks_a_constraint", "speaks_for_itself"]
 
 
 # What a computation raises that does not broadcast. Others (out of memory, a singular matrix, an error of the
 # user's own) keep their type.
-_ORDINARY = (ValueError, RuntimeError, IndexError, TypeError, AssertionError)
+ORDINARY = (ValueError, RuntimeError, IndexError, TypeError, AssertionError)
 
 #: What PyTorch says of parameters and values that a distribution does not allow.
 _CONSTRAINTS = ("to satisfy the constraint", "to be within the support")
@@ -193,7 +184,7 @@ class Runner:
         try:
             traced = trace_pair(pair, None, route, enclose, enum_dim, progress)
         except Exception as error:
-            if type(error) not in _ORDINARY or _speaks_for_itself(error):
+            if type(error) not in ORDINARY or speaks_for_itself(error):
                 raise
             nesting = _nesting_alone(pair)
             if nesting is None:
@@ -302,7 +293,7 @@ def _is_new(pair: Pair, probe: Probe) -> bool:
     return probe.compared.isdisjoint(kinds)
 
 
-def _speaks_for_itself(error: Exception) -> bool:
+def speaks_for_itself(error: Exception) -> bool:
     """Whether an error says what is wrong, which then is not the particle dim.
 
     That is so for what this package refuses, by a ``raise`` of its own, and for values that a distribution
@@ -313,6 +304,11 @@ def _speaks_for_itself(error: Exception) -> bool:
         last = last.tb_next
     if last is not None and last.tb_frame.f_code.co_filename.startswith(PACKAGE):
         return True
+    return breaks_a_constraint(error)
+
+
+def breaks_a_constraint(error: Exception) -> bool:
+    """Whether a distribution does not allow its parameters or a value."""
     return isinstance(error, ValueError) and any(words in str(error) for words in _CONSTRAINTS)
 
 

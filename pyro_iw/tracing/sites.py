@@ -22,9 +22,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .enumeration import is_enumerated, marginalize
+from .guide_values import ids_of, is_enumerated_in_guide, value_dims
 from .masks import fits, masked_value, with_masks_of_model
 from .messages import base_of, has_no_density
 from .paths import class_name, draws_hard_values, has_biased_path, has_path
+from .precision import in_full_precision
 from .supports import is_discrete, own_support, support_moves
 from .traces import LOCAL_PLATE, Traces, is_of_particles, is_transformed
 
@@ -54,6 +56,11 @@ class Site(NamedTuple):
     @property
     def is_latent(self) -> bool:
         return not self.message["is_observed"]
+
+    @property
+    def is_enumerated(self) -> bool:
+        """Whether the guide takes each of its values at once, rather than draw one."""
+        return self.role == "guide" and is_enumerated_in_guide(self.message)
 
     @property
     def is_factor(self) -> bool:
@@ -121,6 +128,7 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
             for role, trace in (("guide", guide_trace), ("model", model_trace)):
                 _check_local_dim(role, trace, traces)
         _check_names(model_trace, guide_trace)
+        ids = ids_of(guide_trace)
         if validate and len(roles) == 2:
             with warnings.catch_warnings():
                 # Said better by the error above, and of a site to be enumerated there is nothing to say.
@@ -151,7 +159,7 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
                 found = _marginalized(found, model_trace, guide_trace)
                 found = [_without_enum_dims(site, nesting) for site in found]
             for site in found:
-                _check_particle_dim(site, traces)
+                _check_particle_dim(site, traces, ids)
             sites += found
     return sites
 
@@ -234,12 +242,6 @@ def _measure(discrete: bool, hard: bool) -> str:
 
 
 def _check_enumerated(role: str, name: str, message: Any) -> None:
-    if role == "guide":
-        raise NotImplementedError(
-            f"Site {name!r} of the {role} is to be enumerated in parallel, but the guide samples it. Leave "
-            f"{name!r} out of the guide to have it summed out of the model, remove its infer={{'enumerate': "
-            "'parallel'}, or train with pyro.infer.TraceEnum_ELBO."
-        )
     if not getattr(message["fn"], "has_enumerate_support", False):
         raise NotImplementedError(
             f"Site {name!r} of the {role} is to be enumerated in parallel, but its distribution "
@@ -257,9 +259,10 @@ def _log_prob(role: str, name: str, message: Any) -> Tensor:
         return message["unscaled_log_prob"]
     fn, value = message["fn"], masked_value(message)
     try:
-        if _is_bits(fn) and not (message["args"] or message["kwargs"]):
-            return _log_prob_of_bits(fn, value)
-        return fn.log_prob(value, *message["args"], **message["kwargs"])
+        with in_full_precision():
+            if _is_bits(fn) and not (message["args"] or message["kwargs"]):
+                return _log_prob_of_bits(fn, value)
+            return fn.log_prob(value, *message["args"], **message["kwargs"])
     except (KeyError, NotImplementedError) as error:
         said = str(error) or f"{type(fn).__name__} raises {type(error).__name__}"
         if not is_transformed(fn):
@@ -349,12 +352,14 @@ def outside_depends_on_inside(site: Site | str, how: str) -> str:
     )
 
 
-def _check_particle_dim(site: Site, traces: Traces) -> None:
+def _check_particle_dim(site: Site, traces: Traces, ids: frozenset[int]) -> None:
     """Refuse a log density with dims left of the particles' own: its particles are elsewhere."""
     dim, log_prob = traces.particle_dim, site.log_prob
     if dim is None or log_prob.dim() < -dim:
         return
-    if log_prob.dim() > -dim or log_prob.shape[dim] not in (1, traces.num_particles):
+    left = log_prob.dim() + dim - len(value_dims(site.message, log_prob, ids))
+    left -= log_prob.shape[:dim].count(1) if ids else 0
+    if left > 0 or log_prob.shape[dim] not in (1, traces.num_particles):
         raise ValueError(
             f"The log density at site {site} has shape {tuple(log_prob.shape)}, but under "
             f"{traces.num_particles} particles its leftmost dim should be {dim}, of size "

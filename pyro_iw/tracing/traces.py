@@ -21,14 +21,16 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution
 
 from .._support.random_state import RandomState
+from .guide_values import is_enumerated_in_guide, refuse_messenger, spread_over_values
 from .handlers import GivenValues
 from .messages import guide_messenger, is_latent, sample_sites
+from .minibatches import SameMinibatch
 from .paths import carried, has_path
+from .precision import in_full_precision, wide_densities
 
 __all__ = [
     "LOCAL_PLATE",
     "PARTICLE_PLATE",
-    "OneMinibatch",
     "Pair",
     "PairTraces",
     "Progress",
@@ -39,10 +41,12 @@ __all__ = [
     "is_of_particles",
     "is_transformed",
     "plate_nesting",
+    "trace_given",
     "trace_guide_given",
     "trace_model_again",
     "trace_pair",
     "trace_particle",
+    "trace_prior_given",
 ]
 
 #: Name of the plate over particles; Pyro's own ELBOs use the same.
@@ -89,12 +93,15 @@ class Route(NamedTuple):
         stopped: whether no gradient flows through them at all, from one guide site to the next either.
         rescored: second runs of the guide, in which its density is also evaluated at stopped values.
         model_gradients: whether the model runs with gradients.
+        per_value: whether what passes through is first spread over the values that the guide enumerates, so
+            that each of them has a gradient of its own.
     """
 
     through: Through | None = None
     stopped: bool = False
     rescored: tuple[Rescored, ...] = ()
     model_gradients: bool = True
+    per_value: bool = False
 
 
 class PairTraces(NamedTuple):
@@ -119,8 +126,8 @@ class Traces(NamedTuple):
             those of one particle side by side.
         num_particles: the number S of particles.
         particle_dim: the (negative) batch dim of the particles; None where each pair holds one.
-        enum_dim: the first (negative) dim for enumerated sites of the model, left of all others; None where
-            nothing is enumerated.
+        enum_dim: the first (negative) dim for enumerated sites, the guide's before the model's, left of all
+            others; None where nothing is enumerated.
         began: the random state that the run began from, where it was asked for.
         local: by the name of its plate, the number of local particles of each particle.
     """
@@ -189,79 +196,6 @@ class Progress:
         return f"after sample site {names[-1]!r}" if names else "before its first sample site"
 
 
-class OneMinibatch(Messenger):
-    """Gives every run inside it the subsample that the first one drew.
-
-    A model's plate that declares no subsample gets the guide's, as under ``poutine.replay``, also when the
-    model runs alone.
-
-    Arguments:
-        indices: subsamples known beforehand, by the name of their plate.
-
-    Attributes:
-        indices: subsamples known by now.
-    """
-
-    def __init__(self, indices: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self.indices: dict[str, Any] = dict(indices or {})
-        self._full_sizes: dict[str, int] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if not site_is_subsample(msg) or msg["value"] is not None or name not in self.indices:
-            return
-        # A plate that takes all of its indices may have others than before: it is on other data then.
-        if _is_minibatch(msg) or self._full_sizes.get(name) == msg["fn"].size:
-            msg["value"] = self.indices[name]
-            msg["done"] = True
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and (_is_minibatch(msg) or len(msg["value"]) < msg["fn"].size):
-            self.indices.setdefault(msg["name"], msg["value"])
-            self._full_sizes.setdefault(msg["name"], msg["fn"].size)
-
-
-def _is_minibatch(msg: Any) -> bool:
-    """Whether a plate draws from its indices, rather than take them all."""
-    size, subsample_size = msg["fn"].size, msg["fn"].subsample_size
-    return subsample_size is not None and subsample_size < size
-
-
-class _SameMinibatch(Messenger):
-    """Refuses a plate whose minibatch the model is given while the guide has another.
-
-    Replayed, the model's plate has the guide's indices whatever it was given: parameters of some datapoints
-    would meet the data of others.
-
-    Arguments:
-        guided: the guide's trace.
-    """
-
-    def __init__(self, guided: Trace) -> None:
-        super().__init__()
-        self.guided = guided
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name, given = msg["name"], msg["value"]
-        if not site_is_subsample(msg) or given is None or name not in self.guided.nodes:
-            return
-        drawn = self.guided.nodes[name]["value"]
-        given, drawn = torch.as_tensor(given), torch.as_tensor(drawn)
-        if given.shape != drawn.shape or not torch.equal(given.cpu(), drawn.cpu()):
-            raise ValueError(
-                f"Plate {name!r} has another minibatch in the guide than the model is given by subsample=: "
-                f"{_beginning(drawn)} against {_beginning(given)}. Give the guide the same indices (an "
-                f"AutoGuide by create_plates=lambda *args: pyro.plate({name!r}, ..., subsample=indices)), or "
-                "let the plate draw them (subsample_size=) and take the data of its indices."
-            )
-
-
-def _beginning(indices: Tensor) -> str:
-    first = ", ".join(map(str, indices[:3].tolist()))
-    return f"[{first}, ...]" if len(indices) > 3 else f"[{first}]"
-
-
 class _CutPaths(Messenger):
     """Cuts the gradient at latent values without a path, before anything downstream or any trace sees it.
 
@@ -298,22 +232,38 @@ def trace_pair(
         particle: index of the particle that this run is.
         route: how latent values travel; straight, if None.
         enclose: wraps guide and model, as the plate over particles does.
-        enum_dim: first dim for the model's sites that are enumerated in parallel; if None they are sampled.
+        enum_dim: first dim for the sites that are enumerated in parallel; if None they are sampled.
         progress: kept up to date while they run.
         given: values of latent sites that the guide does not draw, with their graphs.
         is_new: whether to look at what is looked at in a pair's first run.
 
     Raises:
         ValueError: if ``is_new``, and a plate has a minibatch in the guide and is given another in the model.
+        NotImplementedError: if a guide messenger has a site to enumerate.
     """
-    route, progress = route or Route(), progress or Progress()
+    with wide_densities():
+        return _trace_pair(pair, particle, route or Route(), enclose, enum_dim, progress, given, is_new)
+
+
+def _trace_pair(
+    pair: Pair,
+    particle: Index,
+    route: Route,
+    enclose: Callable[[Callable], Callable],
+    enum_dim: int | None,
+    progress: Progress | None,
+    given: Mapping[str, Tensor] | None,
+    is_new: bool,
+) -> PairTraces:
+    progress = progress or Progress()
     # Around the trace and not inside it: the trace is to record stopped values.
     with ExitStack() as stack:
         if torch.is_grad_enabled():
             stack.enter_context(_CutPaths(everywhere=route.stopped))
         if given:
             stack.enter_context(GivenValues(given))
-        guided, guide_trace, model_trace = _trace_guide(pair, enclose(pair.guide), progress)
+        guide = _enumerating(pair, enclose(pair.guide), enum_dim)
+        guided, guide_trace, model_trace = _trace_guide(pair, guide, progress)
     _score_transformed(guide_trace)
     rescored: dict[str, Any] = {}
     for run in route.rescored:
@@ -321,9 +271,10 @@ def trace_pair(
         _, again, _ = _trace_guide(pair, poutine.replay(enclose(pair.guide), trace=stopped), progress)
         rescored |= {name: site for name, site in sample_sites(again).items() if run.read(site)}
     if route.through is not None:
-        guided = _with_values(guided, route.through, particle)
+        through = spread_over_values(route.through, guide_trace) if route.per_value else route.through
+        guided = _with_values(guided, through, particle)
     if route.through is not None or model_trace is None or enum_dim is not None:
-        watched = pair._replace(model=_SameMinibatch(guided)(pair.model)) if is_new else pair
+        watched = pair._replace(model=SameMinibatch(guided)(pair.model)) if is_new else pair
         with nullcontext() if route.model_gradients else torch.no_grad():
             model_trace = _trace_model(watched, guided, enclose, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace, rescored)
@@ -337,12 +288,53 @@ def trace_particle(pair: Pair, latents: Mapping[str, Tensor], enum_dim: int | No
         latents: values of the guide's latent sites, of those where they are given.
         enum_dim: as in :func:`trace_pair`.
     """
+    return trace_given(pair, GivenValues(latents), enum_dim=enum_dim)
+
+
+def trace_given(
+    pair: Pair,
+    given: Messenger,
+    enclose: Callable[[Callable], Callable] = lambda fn: fn,
+    enum_dim: int | None = None,
+) -> PairTraces:
+    """Run guide and model once, with latents of the guide that a handler gives their values.
+
+    Arguments:
+        pair: the pair and its arguments.
+        given: the handler, around the guide alone; whatever gradients its values carry, they keep.
+        enclose: wraps guide and model, as the plate over particles does.
+        enum_dim: as in :func:`trace_pair`.
+    """
     progress = Progress()
-    with GivenValues(latents):
-        guided, guide_trace, model_trace = _trace_guide(pair, pair.guide, progress)
-    if model_trace is None or enum_dim is not None:
-        model_trace = _trace_model(pair, guided, lambda fn: fn, enum_dim, progress)
+    with wide_densities():
+        with given:
+            guide = _enumerating(pair, enclose(pair.guide), enum_dim)
+            guided, guide_trace, model_trace = _trace_guide(pair, guide, progress)
+        if model_trace is None or enum_dim is not None:
+            model_trace = _trace_model(pair, guided, enclose, enum_dim, progress)
     return PairTraces(prune_subsample_sites(model_trace), guide_trace)
+
+
+def trace_prior_given(
+    pair: Pair,
+    given: Messenger,
+    enclose: Callable[[Callable], Callable] = lambda fn: fn,
+    enum_dim: int | None = None,
+) -> PairTraces:
+    """:func:`trace_given` where the guide is the model's own prior, by a single run of the model.
+
+    What is enumerated is not among the guide's sites.
+    """
+    model = enclose(pair.model)
+    if enum_dim is not None:
+        model = poutine.enum(model, first_available_dim=enum_dim)
+    with given:
+        model_trace = prune_subsample_sites(Progress().record("model", model, pair))
+    guide_trace = Trace()
+    for name, site in model_trace.nodes.items():
+        if is_latent(site) and (site["infer"] or {}).get("enumerate") != "parallel":
+            guide_trace.add_node(name, **site)
+    return PairTraces(model_trace, guide_trace)
 
 
 def trace_model_again(
@@ -362,13 +354,14 @@ def trace_model_again(
         enum_dim: as in :func:`trace_pair`.
     """
     guided = _with_values(traces.guide, through)
-    model_trace = _trace_model(pair, guided, enclose, enum_dim, Progress())
+    with wide_densities():
+        model_trace = _trace_model(pair, guided, enclose, enum_dim, Progress())
     return traces._replace(model=prune_subsample_sites(model_trace))
 
 
 def trace_guide_given(pair: Pair, values: Mapping[str, Tensor]) -> Trace:
     """Run the guide alone, with given values of some of its latent sites; without subsample sites."""
-    with GivenValues(values):
+    with wide_densities(), GivenValues(values):
         return _trace_guide(pair, pair.guide, Progress())[1]
 
 
@@ -382,8 +375,17 @@ def _trace_model(
     """The model replayed against the guide's trace."""
     model = enclose(pair.model)
     if enum_dim is not None:
-        model = poutine.enum(model, first_available_dim=enum_dim)
+        # The model's dims lie left of those that the guide has taken.
+        taken = any(map(is_enumerated_in_guide, guided.nodes.values()))
+        model = poutine.enum(model, first_available_dim=None if taken else enum_dim)
     return progress.record("model", poutine.replay(model, trace=guided), pair)
+
+
+def _enumerating(pair: Pair, guide: Callable, enum_dim: int | None) -> Callable:
+    """The guide under Pyro's parallel enumeration, unless it runs the model itself."""
+    if enum_dim is None or guide_messenger(pair.guide) is not None:
+        return guide
+    return poutine.enum(guide, first_available_dim=enum_dim)
 
 
 def _trace_guide(pair: Pair, guide: Callable, progress: Progress) -> tuple[Trace, Trace, Trace | None]:
@@ -398,6 +400,7 @@ def _trace_guide(pair: Pair, guide: Callable, progress: Progress) -> tuple[Trace
     finally:
         progress.trace = messenger.trace
     model_trace, guide_trace = messenger.get_traces()
+    refuse_messenger(guide_trace)
     # What it ran is the model itself only if neither of them is wrapped.
     own = messenger is pair.guide and messenger.model is pair.model
     return messenger.trace, guide_trace, model_trace if own else None
@@ -408,7 +411,10 @@ def _score_transformed(trace: Trace) -> None:
     site: Any
     for site in trace.nodes.values():
         if site["type"] == "sample" and is_transformed(site["fn"]):
-            with suppress(ValueError, RuntimeError, KeyError):  # raised again, with a name, when it is read
+            with (
+                suppress(ValueError, RuntimeError, KeyError),
+                in_full_precision(),
+            ):  # raised again, with a name, when it is read
                 log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
                 site["unscaled_log_prob"] = log_prob
 
@@ -428,7 +434,7 @@ def _with_values(trace: Trace, change: Through, particle: Index = None) -> Trace
     """The trace with its latent values changed."""
     trace = trace.copy()
     for name, site in list(trace.nodes.items()):
-        if is_latent(site):
+        if is_latent(site) and not is_enumerated_in_guide(site):
             event_dim = getattr(site["fn"], "event_dim", 0)
             value: Any = site["value"]
             changed: Any = {**site, "value": carried(value, change, event_dim, particle, site)}

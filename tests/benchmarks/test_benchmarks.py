@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import contestants
+import filter_step
 import measuring
 import memory
 import models
@@ -172,3 +173,11 @@ def test_quartiles_and_tables() -> None:
         "|-----|--:|",
         "| one | 2 |",
     ]
+
+
+def test_filter_step(tmp_path: Path) -> None:
+    results = filter_step.main(["--smoke", "--schemes", "systematic", "multinomial", "--out", str(tmp_path)])
+    assert len(results) == 5
+    assert results["without resampling"]["ratio"].median == 1.0
+    saved = json.loads((tmp_path / "filter_step.json").read_text())
+    assert set(saved["results"]) == set(results)

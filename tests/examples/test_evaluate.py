@@ -110,6 +110,23 @@ def test_same_seed_same_report(run: Path, report: dict[str, Any], tmp_path: Path
     assert {**again["results"], "wall_seconds": 0} == {**report["results"], "wall_seconds": 0}
 
 
+def test_annealed(run: Path, report: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    """The first images once more, by another way to the same number; the rest of the report is as before."""
+    again = evaluate.main(["--smoke", str(run), "--out", str(tmp_path), "--ais", "--ais-temperatures", "20"])
+    assert files(tmp_path) == FILES | {"sandwich.png"}
+    results = again["results"]
+    annealed = results.pop("annealed")
+    assert {**results, "wall_seconds": 0} == {**report["results"], "wall_seconds": 0}
+    assert (annealed["images"], annealed["chains"], annealed["temperatures"]) == (5, 4, 20)
+    assert annealed["nll_of_guide"] - annealed["nll"] == pytest.approx(annealed["shortfall"], abs=1e-3)
+    # 50 draws of the guide are not far off on a model this small, nor are the chains.
+    assert abs(annealed["shortfall"]) < 4
+    assert abs(annealed["sandwich_gap"]) < 6
+    printed = capsys.readouterr().out
+    assert "[4/4] annealed" in printed
+    assert "NLL of these, L_50" in printed
+
+
 def test_two_dimensional_latent_has_a_manifold(run: Path, tmp_path: Path, capsys: Any) -> None:
     saved = torch.load(run / "vae.pt", weights_only=True)
     saved["state_dict"] = VAE(64, latent=2, hidden=5).state_dict()

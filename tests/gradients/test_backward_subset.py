@@ -136,7 +136,7 @@ class TestUnbiased:
         off, _ = deviations(Copies(**PLACES[place]), make, 2)
         assert max(off.values()) < 5, off
 
-    @pytest.mark.parametrize("estimator", ["score", "vimco", "rws"])
+    @pytest.mark.parametrize("estimator", ["score", "vimco", "ovis", "rws"])
     @pytest.mark.parametrize("place", ["discrete", "enumerated"])
     def test_scores(self, estimator, place):
         make = lambda **kw: MIWAE_ELBO(M=2, K=3, estimator=estimator, **kw)  # noqa: E731

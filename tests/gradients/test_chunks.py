@@ -69,9 +69,9 @@ class TestAgainstOnePass:
         compare(pair, lambda **kw: LOSSES[name](estimator=estimator, **kw), chunk_size)
 
     @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "one_by_one"])
-    @pytest.mark.parametrize("estimator", ["reparam", "dreg", "vimco"])
+    @pytest.mark.parametrize("estimator", ["reparam", "dreg", "vimco", "ovis"])
     def test_the_differentiable_loss(self, estimator, vectorize):
-        pair = Chain(discrete=estimator == "vimco")
+        pair = Chain(discrete=estimator in ("vimco", "ovis"))
         compare(pair, lambda **kw: LOSSES["PIWAE"](estimator=estimator, **kw), 4, True, vectorize)
 
     @pytest.mark.parametrize("name", ["IWAE", "PIWAE"])

@@ -112,7 +112,7 @@ def test_a_bound_of_the_wrong_shape_is_refused(shape):
 
 
 def test_an_unknown_estimator_lists_the_known():
-    with pytest.raises(ValueError, match=r"one of \['auto', 'dreg', 'reparam', .*, got 'magic'"):
+    with pytest.raises(ValueError, match=r"one of \['auto', 'dreg', 'ovis', 'reparam', .*, got 'magic'"):
         get_estimator("magic")
 
 

@@ -23,6 +23,7 @@ LOSSES = {
     "stl": lambda **kw: IWAE_ELBO(K=5, estimator="stl", **kw),
     "score": lambda **kw: MIWAE_ELBO(M=2, K=3, estimator="score", **kw),
     "vimco": lambda **kw: IWAE_ELBO(K=5, estimator="vimco", **kw),
+    "ovis": lambda **kw: IWAE_ELBO(K=5, estimator="ovis", **kw),
     "rws": lambda **kw: IWAE_ELBO(K=5, estimator="rws", **kw),
     "loop": lambda **kw: IWAE_ELBO(K=3, vectorize_particles=False, **kw),
     "resampled": lambda **kw: IWAE_ELBO(K=6, backward_particles=2, **kw),

@@ -1,84 +1,82 @@
-r"""A conjugate normal hierarchy, its evidence, and the expectation of its bounds by nested quadrature.
+"""A conjugate hierarchy of normals, and what is known of it in closed form.
 
-:math:`g \sim N(0, 1)`, :math:`z_n \sim N(g, 1)`, :math:`x_n \sim N(z_n, 1)`; guide :math:`g \sim N(m, s)`,
-:math:`z_n \sim N(a g + b x_n, w)`.
+g ~ N(0, 1), z_n ~ N(g, 1), x_n ~ N(z_n, sigma^2): all are jointly normal.
 """
 
-import math
-
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 
-X = torch.tensor([-0.7, 0.4, 1.9, 0.1], dtype=torch.float64)
-START = {"m": 0.3, "s": -0.9, "a": 0.6, "b": 0.35, "w": -0.1, "slope": 0.9}
 
-
-def parameters():
-    return {name: pyro.param(name, torch.tensor(value).double()) for name, value in START.items()}
-
-
-def model(x=X, batch=None):
-    g = pyro.sample("g", dist.Normal(torch.zeros(()).double(), 1.0))
-    with pyro.plate("data", len(x), batch) as i:
-        z = pyro.sample("z", dist.Normal(g, 1.0))
-        pyro.sample("x", dist.Normal(parameters()["slope"] * z, 1.0), obs=x[i])
-
-
-def guide(x=X, batch=None):
-    p = parameters()
-    g = pyro.sample("g", dist.Normal(p["m"], p["s"].exp()))
-    with pyro.plate("data", len(x), batch) as i:
-        pyro.sample("z", dist.Normal(p["a"] * g + p["b"] * x[i], p["w"].exp()))
-
-
-def log_evidence(x=X, slope=START["slope"]):
-    n = len(x)
-    covariance = (1 + slope**2) * torch.eye(n).double() + slope**2 * torch.ones(n, n).double()
-    return dist.MultivariateNormal(torch.zeros(n).double(), covariance).log_prob(x).item()
-
-
-def hermite(nodes):
-    """Nodes and weights of an expectation under a standard normal."""
-    at, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    return torch.tensor(at), torch.tensor(weights / math.sqrt(2 * math.pi))
-
-
-def normal(value, loc, scale):
-    return (
-        -0.5 * ((value - loc) / scale) ** 2 - torch.log(torch.as_tensor(scale)) - 0.5 * math.log(2 * math.pi)
-    )
-
-
-def expected_bound(p, local, number, x=X, nodes=24):
-    r"""The mean over g of log p(g) - log q(g) plus the cells' expected bounds, differentiable in p.
-
-    That of a cell's IWAE bound, by :math:`\log y = \int_0^\infty (e^{-t} - e^{-t y})\, dt / t`, is an
-    integral over the Laplace transform of a single weight to the L-th power, for any number L.
+class Conjugate:
+    """The pair, on some data.
 
     Arguments:
-        p: the parameters by name.
-        local: maps the expected ELBO and IWAE bound of a cell to that of the local bound.
-        number: the number of particles under the logarithm.
-        x: the data.
-        nodes: of each quadrature.
+        count: the number N of observations.
+        sigma: the scale of their noise.
+        seed: that of the data.
+        wider: the scales of the guide, in those of the posterior (of g, and of z_n given g).
+        bias: what the guide's z_n are off by.
     """
-    e, weights = hermite(nodes)
-    g = p["m"] + p["s"].exp() * e[:, None, None]
-    top = normal(g, 0.0, torch.ones(()).double()) - normal(g, p["m"], p["s"].exp())
-    noise, share = hermite(80)
-    z = p["a"] * g + p["b"] * x[:, None] + p["w"].exp() * noise
-    log_w = normal(z, g, torch.ones(()).double()) + normal(
-        x[:, None], p["slope"] * z, torch.ones(()).double()
-    )
-    log_w = log_w + 0.5 * noise**2 + p["w"] + 0.5 * math.log(2 * math.pi)
-    elbo = (share * log_w).sum(-1)
-    shift = elbo.detach()
-    u = torch.linspace(-45.0, 12.0, 1200).double()  # log t; beyond, the integrand is nothing
-    transform = (share * torch.exp(-(u.exp()[:, None, None, None] * (log_w - shift[..., None]).exp()))).sum(
-        -1
-    )
-    integrand = torch.exp(-u.exp())[:, None, None] - transform**number
-    iwae = torch.trapezoid(integrand, u, dim=0) - math.log(number) + shift
-    return (weights * (top[:, 0, 0] + local(elbo, iwae).sum(-1))).sum()
+
+    def __init__(self, count=5, sigma=1.0, seed=0, wider=(1.2, 1.1), bias=0.0):
+        self.count, self.sigma, self.wider, self.bias = count, sigma, wider, bias
+        generator = torch.Generator().manual_seed(seed)
+        self.x = 0.7 + (1 + sigma**2) ** 0.5 * torch.randn(count, generator=generator, dtype=torch.float64)
+
+    @property
+    def kept(self):
+        """How much of x_n is in the posterior mean of z_n given g."""
+        return 1 / (1 + self.sigma**2)
+
+    def model(self):
+        g = pyro.sample("g", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", self.count):
+            z = pyro.sample("z", dist.Normal(g, 1.0))
+            pyro.sample("x", dist.Normal(z, self.sigma), obs=self.x)
+
+    def guide(self):
+        mean, variance = self.of_g
+        g = pyro.sample("g", dist.Normal(mean, self.wider[0] * variance**0.5))
+        with pyro.plate("data", self.count):
+            loc = self.kept * self.x + (1 - self.kept) * g + self.bias
+            pyro.sample("z", dist.Normal(loc, self.wider[1] * self.sigma * self.kept**0.5))
+
+    @property
+    def covariance(self):
+        """Of x."""
+        return (1 + self.sigma**2) * torch.eye(self.count).double() + 1.0
+
+    @property
+    def log_evidence(self):
+        return dist.MultivariateNormal(torch.zeros(self.count).double(), self.covariance).log_prob(self.x)
+
+    @property
+    def posterior(self):
+        """Mean and covariance of (g, z_1, ..., z_N) given x."""
+        size = self.count + 1
+        precision = torch.zeros(size, size).double()
+        precision[0, 0] = 1.0 + self.count
+        precision[0, 1:] = precision[1:, 0] = -1.0
+        precision[1:, 1:] = (1 + 1 / self.sigma**2) * torch.eye(self.count)
+        covariance = torch.linalg.inv(precision)
+        linear = torch.cat([torch.zeros(1).double(), self.x / self.sigma**2])
+        return covariance @ linear, covariance
+
+    @property
+    def of_g(self):
+        """Mean and variance of g given x."""
+        mean, covariance = self.posterior
+        return mean[0], covariance[0, 0]
+
+    @property
+    def leave_one_out(self):
+        """log p(x_n | all others), for each n."""
+        values = []
+        for n in range(self.count):
+            others = [m for m in range(self.count) if m != n]
+            cross = self.covariance[n, others]
+            weights = torch.linalg.solve(self.covariance[others][:, others], cross)
+            mean, variance = weights @ self.x[others], self.covariance[n, n] - weights @ cross
+            values.append(dist.Normal(mean, variance.sqrt()).log_prob(self.x[n]))
+        return torch.stack(values)

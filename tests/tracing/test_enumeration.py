@@ -268,17 +268,6 @@ def test_a_pair_that_begins_to_enumerate_later():
 
 
 class TestRefusals:
-    def test_a_site_that_the_guide_samples_too(self):
-        problem = Mixture()
-
-        def enumerated_guide():
-            with pyro.plate("data", 5):
-                pyro.sample("z", dist.Normal(0.0, 1.0))
-                pyro.sample("c", dist.Categorical(torch.ones(3)), infer=PARALLEL)
-
-        with pytest.raises(NotImplementedError, match=r"Site 'c' of the guide.*Leave 'c' out of the guide"):
-            IWAE_ELBO(K=4).loss(problem.model, enumerated_guide)
-
     @pytest.mark.parametrize("vectorize", [True, False])
     def test_a_distribution_without_a_finite_support(self, vectorize):
         def model():

@@ -1,0 +1,103 @@
+r"""Log densities in single precision or better, whatever autocast makes of the networks.
+
+Under ``torch.autocast`` a network's output is bfloat16 or float16, and a distribution made of it would draw
+its noise and sum its log density with those few digits: an error of up to a nat over some hundred latents. So
+the parameters of every distribution are widened to float32 as it comes to a sample statement, before it is
+sampled or scored; both happen outside of autocast. The networks stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
+
+__all__ = ["autocasts", "in_full_precision", "wide_densities"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _is_known(kind: str) -> bool:
+    """Whether this PyTorch has autocast for a type of device: before 2.5 not for Apple's."""
+    try:
+        torch.is_autocast_enabled(kind)
+    except RuntimeError:
+        return False
+    return True
+
+
+_KINDS = tuple([kind for kind in ("cpu", "cuda", "mps", "xpu") if _is_known(kind)])
+
+
+def autocasts() -> list[str]:
+    """The types of the devices for which autocast is on."""
+    return [kind for kind in _KINDS if torch.is_autocast_enabled(kind)]
+
+
+def in_full_precision() -> AbstractContextManager[Any]:
+    """A context without autocast."""
+    kinds = autocasts()
+    if not kinds:
+        return nullcontext()
+    stack = ExitStack()
+    for kind in kinds:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
+
+
+def wide_densities() -> Any:
+    """A context for model and guide to run in: nothing but where autocast is on."""
+    return _WideDensities() if autocasts() else nullcontext()
+
+
+class _WideDensities(Messenger):
+    """Widens the distributions of sample statements, and samples them without autocast."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if not isinstance(fn, Distribution):
+            return
+        msg["fn"] = _widened(fn, {})
+        if msg["value"] is None and not msg["done"] and not msg["is_observed"]:
+            with in_full_precision():
+                msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+
+
+def _widened(value: Any, known: dict[int, Any]) -> Any:
+    """The same with tensors of float32 in place of those with fewer digits.
+
+    Arguments:
+        value: a distribution, a transform, a list of them, a tensor, or anything else, which stays.
+        known: what has been made of which object, by its id: what is one thing stays one.
+    """
+    if id(value) in known:
+        return known[id(value)][1]
+    result = value
+    if isinstance(value, Tensor):
+        result = _wide(value)
+    elif type(value) in (list, tuple):
+        parts = [_widened(part, known) for part in value]
+        if any(new is not old for new, old in zip(parts, value, strict=True)):
+            result = type(value)(parts)
+    elif isinstance(value, Distribution | Transform) and not isinstance(value, nn.Module):
+        state = {name: _widened(part, known) for name, part in vars(value).items()}
+        if any(new is not vars(value)[name] for name, new in state.items()):
+            result = copy.copy(value)
+            vars(result).update(state)
+    known[id(value)] = value, result  # the value too, so that no other gets its id meanwhile
+    return result
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    if tensor.dtype not in _HALF:
+        return tensor
+    shape = tensor.shape
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and shape[dim] > 1:  # expanded: to be cast once
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor.float().expand(shape)

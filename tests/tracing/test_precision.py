@@ -1,0 +1,201 @@
+"""Autocast: networks in bfloat16, densities and weights in float32."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import transforms
+from torch import nn
+
+from pyro_iw import IWAE_ELBO, ImportanceSampler, LocallyEnhancedELBO
+from pyro_iw.bounds import IWAE, MIWAE
+from pyro_iw.tracing.precision import _widened
+
+N, X = 4, 10
+WAYS = {
+    "one pass": {},
+    "one by one": {"vectorize_particles": False},
+    "chunks": {"chunk_size": 2},
+    "subset": {"backward_particles": 2},
+    "compiled": {"compile": True},
+}
+
+
+def pair(latents):
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(X, 2 * latents), nn.Linear(latents, X)
+    x = torch.randn(N, X)
+
+    def model():
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", N):
+            z = pyro.sample("z", dist.Normal(torch.zeros(latents), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=(x > 0).float())
+
+    def guide():
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", N):
+            loc, log_scale = encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return model, guide
+
+
+def bfloat16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def message(particles, role, name):
+    return next(site.message for site in particles.sites if (site.role, site.name) == (role, name))
+
+
+def exact(message):
+    """The log density in float64 of the very parameters and value."""
+    base, value = message["fn"].base_dist, message["value"].double()
+    if "logits" in vars(base):
+        return dist.Bernoulli(logits=base.logits.double()).log_prob(value).sum(-1)
+    return dist.Normal(base.loc.double(), base.scale.double()).log_prob(value).sum(-1)
+
+
+@pytest.mark.parametrize("latents", [20, 64, 256])
+def test_log_densities_have_the_digits_of_float32(latents):
+    """Summed in bfloat16 they were off by 0.19, 0.37 and 1.28 nats."""
+    with bfloat16():
+        particles = IWAE_ELBO(K=8).particles(*pair(latents))
+    for role, name in (("guide", "z"), ("model", "x")):
+        found = particles.log_q if role == "guide" else None
+        site = message(particles, role, name)
+        logits = site["fn"].base_dist
+        half = (logits.logits if name == "x" else logits.loc).detach()
+        assert torch.equal(half, half.bfloat16().float())  # what the network gave has bfloat16's digits
+        if found is not None:
+            torch.testing.assert_close(found.double(), exact(site), rtol=0, atol=2e-4)
+    assert particles.log_weights.dtype == torch.float32
+    log_p = exact(message(particles, "model", "x")) + exact(message(particles, "model", "z"))
+    torch.testing.assert_close(particles.log_p.double(), log_p, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_running_gives_the_same(way):
+    model, guide = pair(20)
+    found = []
+    for options in ({}, WAYS[way]):
+        loss = IWAE_ELBO(K=4, **options)
+        for _ in range(2 if way == "compiled" else 1):
+            pyro.set_rng_seed(1)
+            with bfloat16():
+                found.append(loss.loss_and_grads(model, guide))
+    assert found == pytest.approx([found[0]] * len(found), rel=1e-5)
+
+
+def test_the_sampler():
+    model, guide = pair(64)
+    pyro.set_rng_seed(0)
+    with bfloat16():
+        samples = ImportanceSampler(model, guide, 50, chunk_size=20, progress=False)()
+    assert samples.log_weights.dtype == torch.float32
+    assert len(samples.log_weights.unique()) == 50 * N  # and not one of a few hundred numbers
+
+
+def test_two_levels():
+    model, guide = pair(20)
+    with bfloat16():
+        levels = LocallyEnhancedELBO(IWAE(4), "data", MIWAE(2, 1)).particles(model, guide)
+    assert levels.local["data"].log_weights.dtype == torch.float32
+    torch.testing.assert_close(
+        levels.local["data"].log_q.double(), exact(message(levels, "guide", "z")), rtol=0, atol=2e-4
+    )
+
+
+def test_the_noise_has_the_digits_of_float32():
+    model, guide = pair(256)
+    with bfloat16():
+        z = message(IWAE_ELBO(K=8).particles(model, guide), "guide", "z")
+    noise = (z["value"] - z["fn"].base_dist.loc) / z["fn"].base_dist.scale
+    assert not torch.equal(noise, noise.bfloat16().float())
+    assert noise.mean().abs() < 4 / math.sqrt(noise.numel())
+
+
+def test_matrices_are_not_multiplied_in_bfloat16():
+    """A multivariate normal samples and scores by matrix products, which autocast would take over."""
+
+    def model():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.MultivariateNormal(torch.zeros(6), torch.eye(6)))
+
+    factor = (torch.eye(6) + 0.3 * torch.ones(6, 6)).tril()
+
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.MultivariateNormal(torch.zeros(6), scale_tril=factor))
+
+    with bfloat16():
+        particles = IWAE_ELBO(K=5).particles(model, guide)
+    z = message(particles, "guide", "z")["value"].double()
+    wanted = torch.distributions.MultivariateNormal(torch.zeros(6).double(), scale_tril=factor.double())
+    torch.testing.assert_close(particles.log_q.double(), wanted.log_prob(z), rtol=1e-5, atol=1e-5)
+
+
+class TestWidening:
+    def test_without_autocast_everything_stays(self):
+        fn = dist.Normal(torch.zeros(2, dtype=torch.bfloat16), 1.0)
+
+        def run():
+            with pyro.plate("data", 2):
+                pyro.sample("z", fn)
+
+        levels = IWAE_ELBO(K=2).particles(run, run)
+        assert levels.log_q.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            dist.Normal(torch.tensor([0.1, 0.2]).bfloat16(), torch.tensor(2.0).bfloat16()),
+            dist.Bernoulli(logits=torch.tensor([0.1, -1.0]).bfloat16()),
+            dist.OneHotCategorical(logits=torch.tensor([0.1, -1.0]).bfloat16()),
+            dist.MultivariateNormal(torch.zeros(2).bfloat16().float(), scale_tril=torch.eye(2)),
+            dist.MixtureSameFamily(
+                dist.Categorical(logits=torch.tensor([0.1, -1.0]).bfloat16()),
+                dist.Normal(torch.tensor([0.5, 1.0]).bfloat16(), 1.0),
+            ),
+            dist.TransformedDistribution(
+                dist.Normal(torch.tensor([0.1, 0.2]).bfloat16(), torch.ones(2).bfloat16()).to_event(1),
+                [transforms.AffineTransform(torch.tensor(0.3).bfloat16(), torch.tensor(2.0).bfloat16())],
+            ),
+            dist.Delta(torch.tensor([0.1, 0.2]).bfloat16(), log_density=torch.tensor(0.3).bfloat16()),
+            dist.Normal(torch.tensor(0.1).bfloat16(), 1.0)
+            .expand([3])
+            .mask(torch.tensor([True, False, True])),
+        ],
+        ids=lambda fn: type(fn).__name__,
+    )
+    def test_of_every_part(self, fn):
+        """Values and densities are float32; the distribution given stays as it was."""
+        before = dict(vars(fn))
+        wide = _widened(fn, {})
+        value = wide.sample()
+        assert value.dtype == torch.float32
+        assert wide.log_prob(value).dtype == torch.float32
+        assert all(vars(fn)[name] is part for name, part in before.items())
+        assert wide.event_shape == fn.event_shape
+        assert wide.batch_shape == fn.batch_shape
+
+    def test_what_is_expanded_stays_so(self):
+        fn = dist.Normal(torch.zeros(3).bfloat16(), torch.ones(()).bfloat16()).expand([1000, 3])
+        loc = _widened(fn, {}).loc
+        assert loc.dtype == torch.float32
+        assert loc.shape == (1000, 3)
+        assert loc.untyped_storage().nbytes() == 12
+
+
+def test_float16_is_refused_as_itself():
+    """By name, and not wrapped in what is said of shapes."""
+    model, guide = pair(4)
+    for options in ({}, {"vectorize_particles": False}, {"chunk_size": 2}):
+        with (
+            torch.autocast("cpu", torch.float16),
+            pytest.raises(ValueError, match=r"^Particle weights that differ"),
+        ):
+            IWAE_ELBO(K=3, estimator="dreg", **options).loss_and_grads(model, guide)
