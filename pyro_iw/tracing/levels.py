@@ -332,8 +332,9 @@ def _check_minibatches(
     for name, frames in cells.items():
         for frame in frames:
             if is_subsampled(frame) and plate_key(frame) not in above:
+                around = "" if frame.name == name else f", around plate {name!r} with local particles,"
                 raise ValueError(
-                    f"Plate {frame.name!r} of the local particles of {name!r} is subsampled ({frame.size} of "
+                    f"Plate {frame.name!r}{around} is subsampled ({frame.size} of "
                     f"{frame.full_size}), and the outer bound is no plain mean: the logarithm of a mean over "
                     "particles of exp(N / B times a minibatch's sum) is no bound, nor unbiased. Take "
                     "outer=MIWAE(M, 1), the mean over M particles, or run the plate on all of its data."
