@@ -54,7 +54,7 @@ METHODS = {
     "levels, minibatches": "two levels, minibatches",
 }
 DRAWS = 4000  # from a guide
-SMOKE = {"steps": 8, "global_particles": 2, "local_particles": 3, "nuts_samples": 6}
+SMOKE = {"steps": 8, "global_particles": 2, "local_particles": 3, "nuts_samples": 4}
 
 
 class Survey(NamedTuple):
