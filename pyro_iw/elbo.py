@@ -69,8 +69,8 @@ class ImportanceWeightedELBO(ELBO):
         bound: the bound on the log evidence, over S = M K particles.
         estimator: how the guide's gradient is estimated, see :mod:`~pyro_iw.gradients.estimators`:
             ``"reparam"`` (total derivative along reparameterised particles), ``"stl"``, ``"dreg"``, and for
-            guides with sites that cannot be reparameterised ``"score"``, ``"vimco"``, ``"ovis"``, ``"rws"``. ``"auto"``
-            is ``"reparam"``, where every guide site allows it.
+            guides with sites that cannot be reparameterised ``"score"``, ``"vimco"``, ``"ovis"``, ``"rws"``.
+            ``"auto"`` is ``"reparam"``, where every guide site allows it.
         plates: name or names of the plates whose cells get an importance weight each; ``()`` for one
             joint weight; None for the plates common to all sample sites.
         kl_weight: :math:`\beta` in :math:`\ell = \log p(x \mid z) + \beta\,(\log p(z) - \log q(z \mid x))`; a

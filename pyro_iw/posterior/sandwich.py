@@ -243,8 +243,9 @@ def _check_arguments(pair: Pair, values: Mapping[str, Tensor], minibatch: OneMin
         trace = poutine.trace(pair.model).get_trace(*pair.args, **pair.kwargs)
     sites: dict[str, Any] = dict(trace.nodes)
     for name, value in values.items():
-        observed = sites[name]["value"] if name in sites and sites[name]["is_observed"] else None
-        same = observed is not None and observed.shape == value.shape
+        is_there = name in sites and sites[name]["is_observed"]
+        observed = sites[name]["value"] if is_there else torch.full_like(value, math.nan)
+        same = observed.shape == value.shape
         if not same or not torch.allclose(observed.to(value), value, rtol=1e-4):
             raise ValueError(
                 f"Site {name!r} does not observe what was simulated for it when the model runs on the "
