@@ -20,13 +20,14 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 import pyro_iw
-from pyro_iw import ImportanceSampler, bound_curve
+from pyro_iw import ImportanceSampler, Sandwich, bound_curve
 from pyro_iw.plots import (
     plot_bound_curve,
     plot_ess,
     plot_khat,
     plot_latents,
     plot_manifold,
+    plot_sandwich,
     plot_weights,
 )
 from pyro_iw.posterior.evaluation import BoundCurve
@@ -447,3 +448,32 @@ def test_manifold_of_limits(ax: Axes) -> None:
 def test_manifold_of_one_image(ax: Axes) -> None:
     plot_manifold(lambda z: z.sigmoid(), (2, 1), n=1, ax=ax)
     np.testing.assert_array_equal(ax.images[0].get_array(), [[0.5], [0.5]])
+
+
+class TestSandwich:
+    BOUNDS = Sandwich(
+        torch.tensor([[-3.0, -2.0, -5.0, -1.0]]),
+        torch.tensor([[-2.5, -1.9, -4.0, math.nan]]),
+        torch.full((1, 4), 0.3),
+        torch.full((1, 4), 0.4),
+        16,
+        100,
+    )
+
+    def test_gaps_in_ascending_order(self):
+        axes = plot_sandwich(self.BOUNDS)
+        places, gaps = axes.containers[0].lines[0].get_data()
+        assert places.tolist() == [1, 2, 3]
+        assert gaps.tolist() == pytest.approx([0.1, 0.5, 1.0], abs=1e-6)
+        (bars,) = axes.containers[0].lines[2]
+        assert [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()] == pytest.approx([1.0] * 3)
+
+    def test_the_mean_and_what_is_left_out(self):
+        labels = plot_sandwich(self.BOUNDS).get_legend_handles_labels()[1]
+        spread = np.std([0.1, 0.5, 1.0], ddof=1) / math.sqrt(3)
+        assert labels == [f"mean 0.533 ± {spread:.2g}", "1 of 4 not finite"]
+
+    def test_nothing_to_draw(self):
+        nan = torch.full((1, 2), math.nan)
+        with pytest.raises(ValueError, match="gap has nothing to draw"):
+            plot_sandwich(Sandwich(nan, nan, nan, nan, 2, 2))

@@ -33,8 +33,7 @@ from .._support.nested import leaves, map_leaves
 from .._support.random_state import fork_rng
 from ..running import RunningLogMean
 from ..tracing.messages import is_latent, sample_sites
-from ..tracing.minibatches import OneMinibatch
-from ..tracing.traces import Pair
+from ..tracing.traces import OneMinibatch, Pair
 from .annealed import AnnealedImportanceSampler
 from .predictive import SampleData
 
@@ -244,12 +243,10 @@ def _check_arguments(pair: Pair, values: Mapping[str, Tensor], minibatch: OneMin
         trace = poutine.trace(pair.model).get_trace(*pair.args, **pair.kwargs)
     sites: dict[str, Any] = dict(trace.nodes)
     for name, value in values.items():
-        observed = sites[name]["value"] if name in sites and sites[name]["is_observed"] else None
-        if (
-            observed is None
-            or observed.shape != value.shape
-            or not torch.allclose(observed.to(value), value, rtol=1e-4)
-        ):
+        is_there = name in sites and sites[name]["is_observed"]
+        observed = sites[name]["value"] if is_there else torch.full_like(value, math.nan)
+        same = observed.shape == value.shape
+        if not same or not torch.allclose(observed.to(value), value, rtol=1e-4):
             raise ValueError(
                 f"Site {name!r} does not observe what was simulated for it when the model runs on the "
                 "arguments made of that. Let to_args= give the arguments that hold these values."

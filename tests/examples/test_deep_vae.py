@@ -270,6 +270,18 @@ def test_full_size_networks(tmp_path: Path) -> None:
     assert results["units"] == [100, 50]
 
 
+@pytest.mark.slow
+def test_annealed_chains_beside_the_guide(tmp_path: Path, capsys: Any) -> None:
+    sizes = ["--ais", "--ais-images", "3", "--ais-chains", "2", "--ais-temperatures", "3"]
+    results = deep_vae.main([*TINY, *sizes, "--out", str(tmp_path)])["results"]
+    annealed = results["annealed"]
+    assert (annealed["images"], annealed["chains"]) == (3, 2)
+    heldout = np.load(tmp_path / "heldout.npz")["log_p"]
+    assert annealed["nll_of_guide"] == pytest.approx(-heldout[:3].mean(), rel=1e-5)
+    assert annealed["nll"] == pytest.approx(annealed["nll_of_guide"] - annealed["shortfall"], rel=1e-5)
+    assert "sandwich, gap" in capsys.readouterr().out
+
+
 def test_every_epoch_shows_every_image_once_in_another_order() -> None:
     images = torch.eye(7)
     network = DeepVAE(7, [Layer(2, 3)])

@@ -56,18 +56,19 @@ class TestBounds:
     def test_on_either_side_and_tighter_with_more_temperatures(self, simulated):
         """Means over datapoints of bound less truth; lower below 0, upper above, shrinking by steps of T."""
         gaps = []
-        for number in (2, 16, 64):
-            bounds = run(model, bad, X, num_temperatures=number)
+        for number in (1, 5, 40):
+            bounds = run(model, bad, X, num_temperatures=number, num_chains=16)
             assert bounds.lower.shape == bounds.upper.shape == (1, 40)
             exact = dist.Normal(0.0, 2**0.5).log_prob(simulated[-1]).sum(-1)
             for off in (exact - bounds.lower[0], bounds.upper[0] - exact):
                 assert off.mean() > -4 * off.std() / math.sqrt(40)
-            if number == 2:  # where it is plain
+            if number == 1:  # where it is plain
                 assert (exact - bounds.lower[0]).mean() > 0.15
                 assert (bounds.upper[0] - exact).mean() > 0.15
             gaps.append(bounds.mean_gap)
-        assert gaps[0] > 2 * gaps[1] > 4 * gaps[2] > 0
-        assert gaps[2] < 0.3
+        assert gaps[0] > 1.5 * gaps[1]
+        assert gaps[1] > gaps[2], gaps
+        assert abs(gaps[2]) < 0.25
 
     def test_data_are_drawn_from_the_model(self, simulated):
         run(model, bad, X, num_temperatures=2, num_simulations=3)
