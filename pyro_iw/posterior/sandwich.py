@@ -33,7 +33,8 @@ from .._support.nested import leaves, map_leaves
 from .._support.random_state import fork_rng
 from ..running import RunningLogMean
 from ..tracing.messages import is_latent, sample_sites
-from ..tracing.traces import OneMinibatch, Pair
+from ..tracing.minibatches import OneMinibatch
+from ..tracing.traces import Pair
 from .annealed import AnnealedImportanceSampler
 from .predictive import SampleData
 
