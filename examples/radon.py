@@ -9,7 +9,7 @@ independent of one another and of the global latents, as AutoNormal does. The EL
 sds that are too small. An importance weight of the counties given the global latents repairs it; one joint
 weight of everything cannot, and knows no minibatches. NUTS is the judge. Try::
 
-    python examples/radon.py                       # six minutes on one core, half of them for NUTS
+    python examples/radon.py                       # four minutes on one core, one of them for NUTS
     python examples/radon.py --data arviz          # downloads the survey (Price et al., 1996) once
 
 The survey is used where ArviZ has it on disk. Otherwise data of its shape are generated, from known values.
