@@ -7,9 +7,9 @@ model; a matrix factorisation with a logit)::
 
 Each student answers some of the items, and a fifth of the answers is held out. The guide has a normal for
 each number of the items, and a network that reads a student's answers, which takes abilities for independent.
-With 20 000 students and 160 000 answers to train on, NUTS would need dozens of gradients of everything for each
-of its draws. Minibatches of students are within reach of the ELBO, and of two levels: an outer mean
-over draws of the items, and in it an IWAE bound for each student. Try::
+With 20 000 students and 160 000 answers to train on, NUTS would need dozens of gradients of everything for
+each of its draws. Minibatches of students are within reach of the ELBO, and of two levels: an outer mean over
+draws of the items, and in it an IWAE bound for each student. Try::
 
     python examples/item_response.py                         # four minutes on one core
     python examples/item_response.py --local-particles 64
