@@ -132,6 +132,6 @@ class Square(Bound):
 
 def test_a_bound_of_ones_own_need_not_be_linear_for_one_particle():
     log_w = torch.tensor([[[0.5, -2.0]]])
-    weights = get_estimator("dreg").weights(Square(), log_w[0], log_q_weight=0.5)
+    weights = get_estimator("dreg").weights(Square(), log_w[0], log_q_weight=0.5, scale=1.0)
     # V = l ** 2: the weight 2 l less 0.5 times the curvature 2.
     torch.testing.assert_close(weights.path, 2 * log_w[0] - 1)

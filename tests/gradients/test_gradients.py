@@ -469,7 +469,7 @@ def test_ovis_in_closed_form(K):
     """What multiplies the scores of a group is -log(1 - s) - s; in float32, too, where that is of 1 / K^2."""
     log_w = torch.randn(1, K, 5, generator=torch.Generator().manual_seed(0))
     bound = IWAE_ELBO(K=K).bound
-    weights = get_estimator("ovis").weights(bound, log_w[0], 1.0)
+    weights = get_estimator("ovis").weights(bound, log_w[0], 1.0, 1.0)
     s = torch.softmax(log_w[0].double(), 0)
     expected = -torch.log1p(-s) - s
     # That on -log q takes s off the score's.
