@@ -11,7 +11,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
-from pyro_iw import IWAE_ELBO, LocallyEnhancedELBO
+from pyro_iw import IWAE_ELBO, ImportanceSampler, LocallyEnhancedELBO
 from pyro_iw.bounds import CIWAE, IWAE, MIWAE, PIWAE, VR
 from pyro_iw.gradients.two_levels import total_log_weights
 
@@ -470,6 +470,19 @@ class TestBadInput:
         name = "y" if role == "model" else "g"
         with pytest.raises(ValueError, match=f"site '{name}' .*lies outside of the plate and depends on"):
             loss.loss(*outside(role))
+
+    @pytest.mark.parametrize("role", ["model", "guide"])
+    def test_so_too_without_validation(self, role):
+        """Particles one by one have no shapes to tell by: the first of them would be read alone."""
+        with pyro.validation_enabled(False):
+            loss = LocallyEnhancedELBO(IWAE(4), "data", MIWAE(2, 1), vectorize_particles=False)
+            with pytest.raises(ValueError, match="lies outside of the plate and depends on"):
+                loss.loss(*outside(role))
+            sampler = ImportanceSampler(
+                *outside(role), 4, local="data", num_local=3, vectorize_particles=False, progress=False
+            )
+            with pytest.raises(ValueError, match="lies outside of the plate and depends on"):
+                sampler()
 
     def test_an_outer_iwae_on_a_minibatch(self):
         with pytest.raises(ValueError, match=r"'data' is subsampled \(2 of 4\).*outer=MIWAE\(M, 1\)"):
