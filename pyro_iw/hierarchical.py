@@ -60,8 +60,8 @@ class LocallyEnhancedELBO(ImportanceWeightedELBO):
         ValueError: if an argument is out of range, or a local bound has another for the guide, as
             :class:`~pyro_iw.bounds.PIWAE` does. When it runs: if a local plate is not in the model, is a
             Python loop, or has no latent that the guide draws in it; if a latent lies inside of it in one of
-            model and guide alone; if a site outside depends on a latent inside; and if it is a minibatch and
-            the outer bound is not linear.
+            model and guide alone; if a site outside depends on a latent inside, or an index on the latents of
+            others; and if it is a minibatch and the outer bound is not linear.
 
     References:
         | Variational Inference with Locally Enhanced Bounds for Hierarchical Models (Geffner & Domke, 2022),

@@ -11,7 +11,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
-from pyro_iw import IWAE_ELBO, LocallyEnhancedELBO
+from pyro_iw import IWAE_ELBO, ImportanceSampler, LocallyEnhancedELBO
 from pyro_iw.bounds import CIWAE, IWAE, MIWAE, PIWAE, VR
 from pyro_iw.gradients.two_levels import total_log_weights
 
@@ -470,6 +470,47 @@ class TestBadInput:
         name = "y" if role == "model" else "g"
         with pytest.raises(ValueError, match=f"site '{name}' .*lies outside of the plate and depends on"):
             loss.loss(*outside(role))
+
+    @pytest.mark.parametrize("validate", [True, False])
+    @pytest.mark.parametrize("role", ["model", "guide"])
+    @pytest.mark.parametrize("mix", [lambda z: z.roll(1, -1), lambda z: z.mean(-1, keepdim=True)])
+    def test_an_index_that_depends_on_the_latents_of_others(self, mix, role, validate):
+        """There the local weights are no weights: the value was 3 nats above log p(x)."""
+
+        def model():
+            g = pyro.sample("g", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(g, 1.0))
+                w = pyro.sample("w", dist.Normal(0.0, 1.0))
+                x = z - mix(z) if role == "model" else z
+                pyro.sample("x", dist.Normal(x + w, 1.0), obs=torch.ones(3))
+
+        def guide():
+            g = pyro.sample("g", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(g, 1.0))
+                pyro.sample("w", dist.Normal(mix(z) if role == "guide" else z, 1.0))
+
+        with pyro.validation_enabled(validate):
+            for outer in (MIWAE(1, 1), MIWAE(3, 1)):
+                with pytest.raises(ValueError, match="index of plate 'data' depends on latents of others"):
+                    LocallyEnhancedELBO(IWAE(4), "data", outer).loss(model, guide)
+            with pytest.raises(ValueError, match="index of plate 'data' depends on latents of others"):
+                ImportanceSampler(model, guide, 5, local="data", num_local=3, progress=False)()
+        IWAE_ELBO(K=3, plates=()).loss(model, guide)  # as the message advises
+
+    @pytest.mark.parametrize("role", ["model", "guide"])
+    def test_so_too_without_validation(self, role):
+        """Particles one by one have no shapes to tell by: the first of them would be read alone."""
+        with pyro.validation_enabled(False):
+            loss = LocallyEnhancedELBO(IWAE(4), "data", MIWAE(2, 1), vectorize_particles=False)
+            with pytest.raises(ValueError, match="lies outside of the plate and depends on"):
+                loss.loss(*outside(role))
+            sampler = ImportanceSampler(
+                *outside(role), 4, local="data", num_local=3, vectorize_particles=False, progress=False
+            )
+            with pytest.raises(ValueError, match="lies outside of the plate and depends on"):
+                sampler()
 
     def test_an_outer_iwae_on_a_minibatch(self):
         with pytest.raises(ValueError, match=r"'data' is subsampled \(2 of 4\).*outer=MIWAE\(M, 1\)"):

@@ -6,6 +6,9 @@ nothing fails and all log-weights are wrong. So one particle of a pair's first v
 its latent values are given to guide and model without the particle dim, and the log densities of both runs
 are compared, site by site in the order in which they ran.
 
+On two levels the indices of a local plate get different local particles. So an index whose density depends on
+the latents of others, for which there is no local weight, shows as well.
+
 What differs by itself is no evidence: layers that draw their own noise (dropout), models that count their
 calls, computations so ill-conditioned that rounding shows. A difference is therefore held against that
 between two runs of the single particle, with other random numbers and with its values moved by a few
@@ -165,16 +168,31 @@ class Alone:
         event_dim, nesting = getattr(site["fn"], "event_dim", 0), -self._traces.particle_dim - 1
         local_dim = self._traces.local_dim
         if local_dim is not None:
-            value = self._one_local(value, local_dim - event_dim)
+            value = self._one_local(value, local_dim, site["cond_indep_stack"], event_dim)
         size = self._traces.num_particles
         if value.dim() - event_dim > nesting + 1:  # of each of the values that the guide enumerates
             dim = -nesting - 1 - event_dim
             return value.narrow(dim, self._particle if value.shape[dim] > 1 else 0, 1).clone()
         return own_shape(value, event_dim, own_frames(site), nesting, size)[self._particle].clone()
 
-    def _one_local(self, tensor: Tensor, dim: int) -> Tensor:
-        """The middle one of the local particles, on a dim of size 1."""
-        return tensor.narrow(dim, tensor.shape[dim] // 2, 1) if tensor.dim() >= -dim else tensor
+    def _one_local(self, tensor: Tensor, dim: int, frames: Any, event_dim: int = 0) -> Tensor:
+        """One of the local particles, on a dim of size 1: another one in each cell of their plate.
+
+        Cells are independent given what lies outside, so any local particles together are a joint value. What
+        depends on those of other cells has another density among them.
+        """
+        dim -= event_dim
+        if tensor.dim() < -dim:
+            return tensor
+        number, shape = tensor.shape[dim], [1] * tensor.dim()
+        index = torch.tensor([number // 2], device=tensor.device)
+        for frame in frames:
+            if frame.name in self._traces.local and frame.dim is not None:
+                shape[frame.dim - event_dim] = tensor.shape[frame.dim - event_dim]
+                index = index + torch.arange(shape[frame.dim - event_dim], device=tensor.device)
+        size = list(tensor.shape)
+        size[dim] = 1
+        return tensor.gather(dim, (index % number).reshape(shape).expand(size))
 
     def _fill_in(self, guide: Trace) -> None:
         """Give sites that cannot be scored here (flows without an inverse) the density that they had."""
@@ -186,9 +204,9 @@ class Alone:
                     site["unscaled_log_prob"] = site["fn"].log_prob(site["value"])
                 except _FAILURES:
                     if known is not None:
-                        site["unscaled_log_prob"] = self._select(known)
+                        site["unscaled_log_prob"] = self._select(known, site["cond_indep_stack"])
 
-    def _select(self, density: Tensor) -> Tensor:
+    def _select(self, density: Tensor, frames: Any) -> Tensor:
         """The particle's part of a log density of all, or one of its own as it is."""
         dim = self._traces.particle_dim
         assert dim is not None
@@ -196,13 +214,14 @@ class Alone:
             density = density.select(dim, self._particle if density.shape[dim] > 1 else 0)
         local_dim = self._traces.local_dim
         if local_dim is not None and density.dim() >= -local_dim:
-            density = self._one_local(density, local_dim).squeeze(local_dim)
+            density = self._one_local(density, local_dim, frames).squeeze(local_dim)
         return density
 
     def _values(self, site: Site) -> Tensor:
         # What the guide draws follows its distribution, and goes on to other sites, whatever a mask says.
         drawn = site.role == "guide" and site.is_latent
-        return self._select(scale_and_mask(site.log_prob, mask=None if drawn else site.message["mask"]))
+        density = scale_and_mask(site.log_prob, mask=None if drawn else site.message["mask"])
+        return self._select(density, site.frames)
 
     def _difference(self, together: Site, alone: Site) -> _Difference | None:
         """Where a site's densities differ most, if by more than rounding explains."""
@@ -218,14 +237,21 @@ class Alone:
         if site.role == "model" or not is_transformed(fn):
             return True
         try:
-            uncached = self._select(fn.log_prob(site.message["value"].clone()))
+            uncached = self._select(fn.log_prob(site.message["value"].clone()), site.frames)
         except _FAILURES:
             return False
-        cached = self._select(site.log_prob)
+        cached = self._select(site.log_prob, site.frames)
         return _largest(cached, uncached, (_accuracy(cached, uncached), 1.0)) is None
 
     def _message(self, site: Site, difference: _Difference) -> str:
         number, dim = self._traces.num_particles, self._traces.particle_dim
+        local = "".join(
+            f" Or an index of plate {frame.name!r} depends on latents of others (z.mean(-1), z.roll(1, -1)), "
+            "however the particles run: then there is no local weight for each index. Sample such "
+            "latents outside of the plate, or use a bound with one joint weight (IWAE_ELBO with plates=())."
+            for frame in site.frames
+            if frame.name in self._traces.local
+        )
         return (
             f"Particles are not independent of one another at site {site}: the log density of one of them is "
             f"{difference.together:.6g} when {number} run in one pass, but {difference.alone:.6g} when it "
@@ -233,7 +259,7 @@ class Alone:
             "dims from the left or by size (softmax(h, 1), mean(0), cat(..., 0), z[:, 0], a bare squeeze()), "
             f"which under particles (on dim {dim}) are other dims, or takes statistics over all of a batch. "
             "Count dims from the right (softmax(h, -1), z[..., 0]), or pass vectorize_particles=False to run "
-            "the particles one by one."
+            f"the particles one by one.{local}"
         )
 
 

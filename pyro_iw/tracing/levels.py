@@ -44,7 +44,15 @@ from .particles import Layout, Particles, check_kl_weight, sum_to_particles
 from .sites import Site, outside_depends_on_inside, plate_key, read_sites
 from .traces import Traces
 
-__all__ = ["LocalScale", "LogWeights", "Scales", "TwoLevels", "check_local_plates", "collect_levels"]
+__all__ = [
+    "LocalScale",
+    "LogWeights",
+    "Scales",
+    "TwoLevels",
+    "check_local_plates",
+    "check_outside",
+    "collect_levels",
+]
 
 
 class LogWeights(NamedTuple):
@@ -365,15 +373,31 @@ def _first_runs(sites: list[Site], per_particle: int, number: int = 1) -> list[S
     if per_particle == 1:
         return sites
     if number == 1 and is_validation_enabled():
-        first: dict[Any, Site] = {}
-        for site in sites:
-            before = first.setdefault((site.role, site.name, site.pair // per_particle), site)
-            if not torch.allclose(before.log_prob, site.log_prob, rtol=1e-3, atol=1e-4, equal_nan=True):
-                raise ValueError(
-                    outside_depends_on_inside(site, "differs between the local particles of one")
-                )
+        _check_equal(sites, per_particle)
     return [
         site._replace(pair=site.pair // per_particle * number + site.pair % per_particle)
         for site in sites
         if site.pair % per_particle < number
     ]
+
+
+def check_outside(traces: Traces) -> None:
+    """Refuse sites outside of the local plates that differ between the local particles of one.
+
+    Arguments:
+        traces: those of particles that ran one by one.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    sites = read_sites(traces)
+    outside = [site for site in sites if local_plate_of(site.name, site.frames, traces.local) is None]
+    _check_equal(outside, max(traces.local.values()))
+
+
+def _check_equal(sites: Iterable[Site], per_particle: int) -> None:
+    first: dict[Any, Site] = {}
+    for site in sites:
+        before = first.setdefault((site.role, site.name, site.pair // per_particle), site)
+        if not torch.allclose(before.log_prob, site.log_prob, rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise ValueError(outside_depends_on_inside(site, "differs between the local particles of one"))

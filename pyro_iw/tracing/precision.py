@@ -4,6 +4,10 @@ Under ``torch.autocast`` a network's output is bfloat16 or float16, and a distri
 its noise and sum its log density with those few digits: an error of up to a nat over some hundred latents. So
 the parameters of every distribution are widened to float32 as it comes to a sample statement, before it is
 sampled or scored; both happen outside of autocast. The networks stay as they are.
+
+What a distribution has computed when it was made goes through autocast too, and is made again where it
+matters: the normaliser of a categorical one, whose probabilities would sum to 1 only within 0.01, and the
+small matrix of a multivariate normal of low rank.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform
+from torch.distributions import Categorical, Distribution, LowRankMultivariateNormal, Transform
+from torch.distributions.transforms import _InverseTransform
 
 __all__ = ["autocasts", "in_full_precision", "wide_densities"]
 
@@ -85,12 +90,47 @@ def _widened(value: Any, known: dict[int, Any]) -> Any:
         if any(new is not old for new, old in zip(parts, value, strict=True)):
             result = type(value)(parts)
     elif isinstance(value, Distribution | Transform) and not isinstance(value, nn.Module):
-        state = {name: _widened(part, known) for name, part in vars(value).items()}
+        state = {
+            name: _widened(part, known) for name, part in vars(value).items() if not _is_back(value, name)
+        }
         if any(new is not vars(value)[name] for name, new in state.items()):
             result = copy.copy(value)
             vars(result).update(state)
+            if _is_back(result, "_inv"):
+                result._inv = None  # type: ignore[union-attr]
+            if isinstance(result, Categorical):
+                _normalise(result)
+        if isinstance(result, LowRankMultivariateNormal):
+            result = copy.copy(result)
+            result._capacitance_tril = _capacitance_tril(result)
     known[id(value)] = value, result  # the value too, so that no other gets its id meanwhile
     return result
+
+
+def _is_back(value: Any, name: str) -> bool:
+    """Whether an attribute is a transform's inverse, made of the transform itself once it was asked for."""
+    return name == "_inv" and isinstance(value, Transform) and not isinstance(value, _InverseTransform)
+
+
+def _normalise(fn: Any) -> None:
+    """Have the probabilities sum to 1, in place; they did so in fewer digits."""
+    names = {name for name in ("logits", "probs") if name in vars(fn)}
+    for name in names:  # one is the parameter; the other, if there, was computed from it
+        if vars(fn)[name] is fn._param:
+            value = fn._param
+            value = value.log_softmax(-1) if name == "logits" else value / value.sum(-1, keepdim=True)
+            fn._param = vars(fn)[name] = value
+        else:
+            del vars(fn)[name]
+
+
+def _capacitance_tril(fn: Any) -> Tensor:
+    r"""The Cholesky factor of :math:`I + W^\top D^{-1} W`, which autocast would multiply in fewer digits."""
+    with in_full_precision():
+        factor, diag = fn._unbroadcasted_cov_factor, fn._unbroadcasted_cov_diag
+        product = (factor.mT / diag.unsqueeze(-2)) @ factor
+        eye = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+        return torch.linalg.cholesky(product + eye)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ class Probe:
         compared: the kinds of runs of which a particle has been run by itself, see
             :mod:`~pyro_iw.tracing.alone`.
         looked_along: whether what a gradient along the particles' paths may miss has been looked at.
+        looked_outside: whether what lies outside of the local plates has been compared between local
+            particles that ran one by one.
     """
 
     def __init__(self) -> None:
@@ -45,6 +47,7 @@ class Probe:
         self.patterns: set[Pattern] = set()
         self.compared: set[Any] = set()
         self.looked_along = False
+        self.looked_outside = False
 
     def run(
         self, pair: Pair, check: Callable[[Traces], Any] | None = None, look: Look | None = None

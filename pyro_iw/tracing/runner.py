@@ -17,6 +17,7 @@ from .._support.random_state import RandomState, fork_rng
 from .._support.warn import PACKAGE, warn
 from .alone import Alone
 from .batch_norm import watch_batch_norm
+from .levels import check_outside
 from .local_particles import particles_on_two_levels, values_outside
 from .minibatches import OneMinibatch
 from .probe import Look, Probe
@@ -132,6 +133,9 @@ class Runner:
                     self.warn(message)
                 if vectorized:
                     self._look_closer(pair, traces, probe, is_new, seen, drawn)
+                elif self.local and not probe.looked_outside:
+                    check_outside(traces)
+                    probe.looked_outside = True
                 if torch.is_grad_enabled() and not probe.looked_along:
                     for message in self.look_along(traces):
                         self.warn(message)

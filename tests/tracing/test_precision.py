@@ -138,6 +138,22 @@ def test_matrices_are_not_multiplied_in_bfloat16():
     torch.testing.assert_close(particles.log_q.double(), wanted.log_prob(z), rtol=1e-5, atol=1e-5)
 
 
+def test_a_normal_of_low_rank():
+    """Its small matrix, multiplied under autocast as it is made, cost some 0.05 nats."""
+    factor = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.LowRankMultivariateNormal(torch.zeros(6), factor, torch.full((6,), 0.3)))
+
+    with bfloat16():
+        particles = IWAE_ELBO(K=5).particles(run, run)
+    z = message(particles, "guide", "z")["value"].double()
+    covariance = factor.double() @ factor.double().mT + 0.3 * torch.eye(6)
+    wanted = torch.distributions.MultivariateNormal(torch.zeros(6).double(), covariance)
+    torch.testing.assert_close(particles.log_q.double(), wanted.log_prob(z), rtol=1e-5, atol=1e-4)
+
+
 class TestWidening:
     def test_without_autocast_everything_stays(self):
         fn = dist.Normal(torch.zeros(2, dtype=torch.bfloat16), 1.0)
@@ -181,6 +197,38 @@ class TestWidening:
         assert all(vars(fn)[name] is part for name, part in before.items())
         assert wide.event_shape == fn.event_shape
         assert wide.batch_shape == fn.batch_shape
+
+    @pytest.mark.parametrize("kind", [dist.Categorical, dist.OneHotCategorical])
+    @pytest.mark.parametrize("parameter", ["logits", "probs"])
+    def test_probabilities_sum_to_one(self, kind, parameter):
+        """Normalised in bfloat16 they summed to 1 within 0.01, so that every label cost that many nats."""
+        given = 3 * torch.randn(6, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+        fn = kind(**{parameter: given if parameter == "logits" else given.exp()})
+        expanded = _widened(fn.expand([2, 6]), {})
+        fn.probs, fn.logits  # one of them is computed from the other, and kept  # noqa: B018
+        wide = _widened(fn, {})
+        total = wide.log_prob(wide.enumerate_support()).exp().sum(0)
+        torch.testing.assert_close(total, torch.ones(6), rtol=0, atol=1e-5)
+        torch.testing.assert_close(wide.logits.exp(), wide.probs, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(wide.probs, torch.softmax(given.float(), -1), rtol=0.1, atol=1e-3)
+        if parameter == "logits":  # PyTorch itself expands the logits of probabilities, clamped as they are
+            torch.testing.assert_close(expanded.logits, wide.logits.expand(2, 6, 20))
+
+    def test_the_inverse_of_a_transform_is_of_the_wide_one(self):
+        """A transform that has been inverted before holds its inverse, made of what it was then."""
+        shift = transforms.AffineTransform(torch.tensor(0.3).bfloat16(), torch.tensor(3.0).bfloat16())
+        for transform in (shift, shift.inv):
+            fn = dist.TransformedDistribution(dist.Normal(torch.zeros(2).bfloat16(), 1.0), [transform])
+            inverse = transform.inv
+            assert inverse.inv is transform
+            value = torch.tensor([0.123456, 1.234567])
+            wide = _widened(fn, {})
+            loc, scale = shift.loc.double(), shift.scale.double()
+            if transform is not shift:
+                loc, scale = -loc / scale, 1 / scale
+            exact = torch.distributions.Normal(loc, scale).log_prob(value.double())
+            torch.testing.assert_close(wide.log_prob(value).double(), exact, rtol=1e-6, atol=1e-6)
+            assert transform.inv is inverse
 
     def test_what_is_expanded_stays_so(self):
         fn = dist.Normal(torch.zeros(3).bfloat16(), torch.ones(()).bfloat16()).expand([1000, 3])
