@@ -64,7 +64,7 @@ class Known:
     ranks: tuple[dict[Leaf, int], ...]
 
     def covers(self, sequences: Sequences) -> bool:
-        """Whether all steps are known: what a model remembers of steps back may begin late to have particles."""
+        """Whether all steps are known: memory of steps further back may begin late to have particles."""
         return len(sequences) < len(self.carried)
 
     def carries(self, moment: int, leaf: Leaf) -> bool:

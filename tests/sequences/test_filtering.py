@@ -429,5 +429,5 @@ def test_what_begins_to_have_particles_later_is_resampled(shorter) -> None:
     seen = torch.cat([torch.tensor([1.5]), x]).double()[shorter:]
     covariance = covariance[shorter:, shorter:]
     exact = dist.MultivariateNormal(torch.zeros_like(seen), covariance).log_prob(seen)
-    assert filtered.monte_carlo_error < 0.05
+    assert filtered.monte_carlo_error < 0.08
     assert abs(filtered.log_marginal - exact) < 4 * filtered.monte_carlo_error
