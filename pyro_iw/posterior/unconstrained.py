@@ -81,8 +81,9 @@ def check_pair(pair: Pair, traces: PairTraces) -> list[str]:
     for name, site in latent_sites(traces.guide).items():
         if not is_delta(site["fn"]):
             _check_movable(name, site["fn"], isinstance(pair.guide, Prior))
-    for name, site in (latent_sites(traces.model) | latent_sites(traces.guide)).items():
-        _refuse_angle(name, site["fn"])
+    for trace in (traces.model, traces.guide):
+        for name, site in latent_sites(trace).items():
+            _refuse_angle(name, site["fn"])
     names = list(deltas(traces))
     if names:
         aside = pattern_of(traces).unmatched
