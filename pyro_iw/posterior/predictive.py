@@ -20,6 +20,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from ..tracing.latents import Enumerated, Latent, own_frames, own_shape
+from ..tracing.lkj import correct_draws
 from ..tracing.masks import masked_value
 from ..tracing.messages import is_deterministic
 from ..tracing.minibatches import OneMinibatch
@@ -292,6 +293,7 @@ class SampleData(UnconditionMessenger):
     """Samples what was observed, and leaves factors and deterministic sites as they are."""
 
     def _pyro_sample(self, msg: Any) -> None:
+        correct_draws(msg["fn"])
         if not is_deterministic(msg) and not isinstance(msg["fn"], Unit):
             super()._pyro_sample(msg)
 

@@ -34,7 +34,7 @@ from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
 from ..tracing.paths import class_name
 from ..tracing.sites import Site
-from ..tracing.supports import is_discrete
+from ..tracing.supports import is_circular, is_discrete
 from ..tracing.traces import (
     PARTICLE_PLATE,
     Pair,
@@ -81,6 +81,9 @@ def check_pair(pair: Pair, traces: PairTraces) -> list[str]:
     for name, site in latent_sites(traces.guide).items():
         if not is_delta(site["fn"]):
             _check_movable(name, site["fn"], isinstance(pair.guide, Prior))
+    for trace in (traces.model, traces.guide):
+        for name, site in latent_sites(trace).items():
+            _refuse_angle(name, site["fn"])
     names = list(deltas(traces))
     if names:
         aside = pattern_of(traces).unmatched
@@ -115,6 +118,17 @@ def _check_movable(name: str, fn: Any, from_prior: bool) -> None:
             "(torch.distributions.biject_to knows none), along which Hamiltonian Monte Carlo moves. Register "
             "a bijection by torch.distributions.biject_to.register, or use ImportanceSampler."
         ) from None
+
+
+def _refuse_angle(name: str, fn: Any) -> None:
+    if is_circular(fn):
+        raise ValueError(
+            f"Latent site {name!r} ({class_name(fn)}) is an angle from -pi to pi, but its support says all "
+            "real numbers, where its density repeats itself: chains that leave the interval would count what "
+            "is not there. Sample it from dist.Uniform(-math.pi, math.pi) in the model, times the density by "
+            "pyro.factor(..., angle.log_prob(value) + math.log(2 * math.pi)), or use ImportanceSampler with "
+            "dist.VonMises in the guide."
+        )
 
 
 class _Given(Messenger):

@@ -230,7 +230,9 @@ class Filter:
             known = self._known.get(pair.guide, {}).get(pair.model)
         except TypeError:
             known = None
-        return self._learn(pair, sequences, None) if known is None else known
+        if known is None or not known.covers(sequences):
+            return self._learn(pair, sequences, known)
+        return known
 
     def _learn_if_possible(self, pair: Protocol, sequences: Sequences, before: Known) -> Known | None:
         try:
@@ -272,6 +274,8 @@ class Filter:
                     raise Unknown
                 with naming(index):
                     moment = self._weigh(traces, known, kl_weight, draw, before, closed)
+                if self.ess_threshold > 0 or visit is not None:
+                    known.check(index, state.tensors())
                 if moment is None:
                     continue  # what was before it still is
                 draw = None

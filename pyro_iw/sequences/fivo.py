@@ -184,6 +184,11 @@ class FIVO_ELBO(ELBO):
                 f"resampling_gradient=True needs ancestors that are drawn independently: the score of "
                 f"resampling={self.resampling!r} has an infinite variance. Pass resampling='multinomial'."
             )
+        if self.resampling_gradient and self.estimator == "dreg":
+            raise ValueError(
+                "resampling_gradient=True adds the score of the ancestors to the total derivative, which "
+                "estimator='dreg' is not. Pass estimator='reparam', or resampling_gradient=False."
+            )
         if self.estimator == "dreg" and self.ess_threshold < 1:
             raise ValueError(
                 "estimator='dreg' needs steps that begin from equal weights, ess_threshold=1: whether to "

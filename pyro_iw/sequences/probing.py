@@ -55,11 +55,17 @@ class Known:
         nesting: the number of dims that all its plates take.
         plates: names of the plates whose cells have a filter each.
         carried: for ``init`` and every step, whether a tensor of the state has the particle dim.
+        ranks: likewise, how many dims it has.
     """
 
     nesting: int
     plates: tuple[str, ...]
     carried: tuple[dict[Leaf, bool], ...]
+    ranks: tuple[dict[Leaf, int], ...]
+
+    def covers(self, sequences: Sequences) -> bool:
+        """Whether all steps are known: memory of steps further back may begin late to have particles."""
+        return len(sequences) < len(self.carried)
 
     def carries(self, moment: int, leaf: Leaf) -> bool:
         """Whether this tensor of the state has the particle dim after a moment.
@@ -67,11 +73,20 @@ class Known:
         Raises:
             Unknown: if there was no such tensor.
         """
-        # The last step stands for those of longer sequences.
-        carried = self.carried[min(moment + 1, len(self.carried) - 1)]
+        carried = self.carried[moment + 1]
         if leaf not in carried:
             raise Unknown
         return carried[leaf]
+
+    def check(self, moment: int, tensors: dict[Leaf, Tensor]) -> None:
+        """Compare the state after a moment with what was known of it; other arguments may lead elsewhere.
+
+        Raises:
+            Unknown: if there is another tensor, or one has more or fewer dims.
+        """
+        ranks = self.ranks[moment + 1]
+        if any(ranks.get(leaf) != tensor.dim() for leaf, tensor in tensors.items()):
+            raise Unknown
 
 
 class _Moment(NamedTuple):
@@ -114,8 +129,9 @@ def learn(
             {leaf: tensor.shape != before.get(leaf) for leaf, tensor in moment.tensors.items()}
             for moment, before in zip(moments, shapes, strict=True)
         )
+        ranks = tuple({leaf: tensor.dim() for leaf, tensor in moment.tensors.items()} for moment in moments)
         _warn_of_forgetting(moments, warn_once)
-        known = Known(nesting, tuple(frame.name for frame in kept), carried)
+        known = Known(nesting, tuple(frame.name for frame in kept), carried, ranks)
         _check_memory(pair, sequences, known, moments[:_MOMENTS], indices)
     return known
 

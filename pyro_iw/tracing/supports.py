@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Delta, SineBivariateVonMises, SineSkewed, Unit
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch.distributions import (
@@ -25,16 +25,18 @@ from torch.distributions import (
     MultivariateNormal,
     Normal,
     TransformedDistribution,
+    VonMises,
     constraints,
 )
 from torch.distributions.transforms import ComposeTransform, ExpTransform, Transform
 
-__all__ = ["is_discrete", "limits", "own_support", "stripped", "support_moves"]
+__all__ = ["is_circular", "is_discrete", "limits", "own_support", "stripped", "support_moves"]
 
 _WRAPPERS = (Independent, ExpandedDistribution, MaskedDistribution)
 
 # Their density falls faster than any bijection to a bounded interval can compress it: at the ends it is 0.
 _GAUSSIAN = (Normal, MultivariateNormal, LowRankMultivariateNormal)
+_CIRCULAR = (VonMises, SineBivariateVonMises, SineSkewed)
 # What stands for the inverse of any transform.
 _Inverse = type(ExpTransform().inv)
 
@@ -55,6 +57,18 @@ def is_discrete(fn: Any) -> bool | None:
     if not type(support).__module__.startswith(("torch.", "pyro.")):
         return None
     return support.is_discrete
+
+
+def is_circular(fn: Any) -> bool:
+    """Whether a distribution, or what it is made of, is one of angles from -pi to pi.
+
+    Their support says all real numbers, and their density repeats itself there.
+    """
+    while fn is not None:
+        if isinstance(fn, _CIRCULAR):
+            return True
+        fn = _whole(fn)
+    return False
 
 
 def _whole(fn: Any) -> Any:
@@ -88,6 +102,8 @@ def limits(fn: Any) -> tuple[Any, Any] | None:
     plain :class:`TransformedDistribution` they follow from its base, see :func:`support_moves`.
     """
     fn = stripped(fn)
+    if isinstance(fn, _CIRCULAR):
+        return -math.pi, math.pi
     component = getattr(fn, "_component_distribution", None)
     if component is not None:
         return _limits_of_mixture(component)
@@ -109,7 +125,7 @@ def _limits_of_mixture(component: Any) -> tuple[Any, Any] | None:
 
 def _limits_of_image(fn: Any) -> tuple[Any, Any] | None:
     """Where the transforms take the base's limits."""
-    both, domain = limits(fn.base_dist), _support(fn.base_dist)
+    both, domain = limits(fn.base_dist), None if is_circular(fn.base_dist) else _support(fn.base_dist)
     for transform in _flat(fn.transforms):
         if both is not None and domain is not None and _is_same(domain, transform.domain):
             domain = transform.codomain  # all of it is reached
@@ -129,7 +145,8 @@ def own_support(name: str) -> str:
     """What to do about a guide that goes beyond the prior's support, as a sentence."""
     return (
         f"Give {name!r} a guide with the prior's support: AutoNormal, a dist.TransformedDistribution of a "
-        "dist.Normal by torch.distributions.biject_to(support), or a Beta for an interval."
+        "dist.Normal by torch.distributions.biject_to(support), or a Beta for an interval; for an angle, "
+        "whose support says all real numbers, dist.VonMises."
     )
 
 

@@ -23,6 +23,7 @@ from torch.distributions import TransformedDistribution
 from .._support.random_state import RandomState
 from .guide_values import is_enumerated_in_guide, refuse_messenger, spread_over_values
 from .handlers import GivenValues
+from .lkj import RightDraws
 from .messages import guide_messenger, is_latent, sample_sites
 from .minibatches import SameMinibatch
 from .paths import carried, has_path
@@ -392,11 +393,13 @@ def _trace_guide(pair: Pair, guide: Callable, progress: Progress) -> tuple[Trace
     """All that the guide recorded, its sites without subsampling, and the model's if it ran that as well."""
     messenger = guide_messenger(pair.guide)
     if messenger is None:
-        recorded = progress.record("guide", guide, pair)
+        with RightDraws():
+            recorded = progress.record("guide", guide, pair)
         return recorded, prune_subsample_sites(recorded), None
     progress.role = "guide"
     try:
-        guide(*pair.args, **pair.kwargs)
+        with RightDraws():
+            guide(*pair.args, **pair.kwargs)
     finally:
         progress.trace = messenger.trace
     model_trace, guide_trace = messenger.get_traces()

@@ -523,3 +523,28 @@ def test_given_schedule():
     betas = np.linspace(0, 1, 41) ** 2
     close(quiet(model, guide, 16, 40, schedule=betas)(X), EXACT)
     assert "schedule='given'" in repr(quiet(model, guide, 16, 40, schedule=betas))
+
+
+def test_an_angle_is_refused_and_the_advice_gives_the_evidence():
+    x = torch.tensor(2.0)
+    for wrapped in (lambda fn: fn, lambda fn: fn.mask(True)):
+
+        def model(x, wrapped=wrapped):
+            z = pyro.sample("z", wrapped(dist.VonMises(torch.tensor(0.0), 0.05)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        for guide in (None, AutoNormal(model)):
+            with pytest.raises(ValueError, match=r"'z' \(.*\) is an angle from -pi to pi"):
+                quiet(model, guide, 4, 10)(x)
+
+    def advised(x):
+        z = pyro.sample("z", dist.Uniform(-math.pi, math.pi))
+        angle = dist.VonMises(torch.tensor(0.0), 0.05)
+        pyro.factor("angle", angle.log_prob(z) + math.log(2 * math.pi))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    grid = torch.linspace(-math.pi, math.pi, 20_001, dtype=torch.float64)
+    density = dist.VonMises(torch.tensor(0.0), 0.05).log_prob(grid) + dist.Normal(grid, 1.0).log_prob(x)
+    exact = density.logsumexp(0) + math.log(2 * math.pi / 20_000)
+    pyro.set_rng_seed(0)
+    close(quiet(advised, None, 400, 40)(x), exact.float())

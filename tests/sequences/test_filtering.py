@@ -16,7 +16,7 @@ from pyro.optim import Adam
 from torch import Tensor
 
 from helpers.linear_gaussian import S0, B, Proposal, Walk, kalman, near_optimal, simulate
-from pyro_iw import FIVO_ELBO, IWAE_ELBO
+from pyro_iw import FIVO_ELBO, IWAE_ELBO, ParticleFilter
 from pyro_iw.sequences.protocol import Protocol, read_sequences
 
 SETTINGS = list(itertools.product((0.0, 0.5, 1.0), ("systematic", "multinomial")))
@@ -382,3 +382,52 @@ def test_kl_weight_tempers_the_target() -> None:
     for _ in range(3):
         loss.loss_and_grads(Walk(), Proposal(), x)
     assert seen == [0, 1, 2]
+
+
+class Second:
+    """Remembers two steps, so that ``state["before"]`` has particles from the second step on alone."""
+
+    def init(self, state, start=None):
+        state["z"] = pyro.sample("z0", dist.Normal(0.0, 1.0)) if start is None else start
+        if start is None:
+            pyro.sample("x0", dist.Normal(state["z"], 0.5), obs=torch.tensor(1.5))
+        state["before"] = torch.zeros(())
+
+    def step(self, state, x):
+        z = pyro.sample("z", dist.Normal(0.5 * state["z"] + state["before"], 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        state["before"], state["z"] = state["z"], z
+
+
+class SecondGuide:
+    def init(self, state, start=None):
+        if start is None:
+            pyro.sample("z0", dist.Normal(0.0, 1.0))
+
+    def step(self, state, x):
+        pyro.sample("z", dist.Normal(0.5 * state["z"] + state["before"], 1.0))
+
+
+@pytest.mark.parametrize("shorter", [True, False])
+def test_what_begins_to_have_particles_later_is_resampled(shorter) -> None:
+    """After a run in which it had none: on a shorter sequence, or from a start that was given."""
+    x = torch.tensor([1.5, 2.0, -1.0, 2.5, 3.0, -2.0])
+    start = {"start": torch.zeros(())}
+    judge = ParticleFilter(Second(), SecondGuide(), 4000, num_filters=8, ess_threshold=1)
+    judge(x[:1] if shorter else x, **start)
+    pyro.set_rng_seed(3)
+    filtered = judge(x, **start) if shorter else judge(x)
+    # All are jointly Gaussian: the z are A times independent noises, with z0 the first.
+    A = torch.zeros(7, 7, dtype=torch.float64)
+    A[0, 0] = 1
+    for t in range(1, 7):
+        A[t] = 0.5 * A[t - 1] + (A[t - 2] if t > 1 else 0)
+        A[t, t] += 1
+    if shorter:
+        A[:, 0] = 0
+    covariance = A @ A.T + torch.diag(torch.tensor([0.25] + [1.0] * 6, dtype=torch.float64))
+    seen = torch.cat([torch.tensor([1.5]), x]).double()[shorter:]
+    covariance = covariance[shorter:, shorter:]
+    exact = dist.MultivariateNormal(torch.zeros_like(seen), covariance).log_prob(seen)
+    assert filtered.monte_carlo_error < 0.08
+    assert abs(filtered.log_marginal - exact) < 4 * filtered.monte_carlo_error

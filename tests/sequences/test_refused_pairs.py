@@ -350,6 +350,15 @@ def test_a_subsampled_plate_with_a_global_latent() -> None:
         ({"resampling": "residual"}, r"resampling must be one of \['multinomial', 'systematic'\]"),
         ({"resampling_gradient": True}, "Pass ess_threshold=1"),
         ({"resampling_gradient": True, "ess_threshold": 1}, "Pass resampling='multinomial'"),
+        (
+            {
+                "resampling_gradient": True,
+                "ess_threshold": 1,
+                "resampling": "multinomial",
+                "estimator": "dreg",
+            },
+            "Pass estimator='reparam'",
+        ),
         ({"estimator": "dreg"}, "estimator='dreg' needs .* Pass ess_threshold=1"),
         ({"estimator": "dreg", "ess_threshold": 0}, "estimator='dreg' needs"),
         ({"estimator": "vimco"}, r"estimator must be one of \['auto', 'reparam', 'dreg', 'score'\]"),

@@ -348,3 +348,21 @@ def test_the_sampler_knows_where_a_transformed_prior_ends():
             ImportanceSampler(model, proposal(guide), 50, progress=False).log_marginal()
     with pytest.raises(ValueError, match=r"from \[0.1, 2\], but the model's prior reaches over \[0.1, 2.1\]"):
         ImportanceSampler(model, proposal(lambda: scaled(0.1, 2.0)), 50, progress=False).log_marginal()
+
+
+def test_a_guide_that_goes_beyond_an_angle_is_named() -> None:
+    """VonMises.log_prob goes on beyond pi, though nothing is drawn there: the bound would count it again."""
+
+    def model():
+        pyro.sample("z", dist.VonMises(torch.tensor(0.0), 0.05))
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.0, pyro.param("s", torch.tensor(3.0))))
+
+    with pytest.warns(UserWarning, match=r"'z' \(VonMises\) is confined to \[-3.14159, 3.14159\]"):
+        IWAE_ELBO(8).loss_and_grads(model, guide)
+
+    def angle():
+        pyro.sample("z", dist.VonMises(0.0, pyro.param("k", torch.tensor(0.5))))
+
+    assert abs(-IWAE_ELBO(8000, estimator="score").loss(model, angle)) < 0.03
