@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, LowRankMultivariateNormal, Transform
-from torch.distributions.transforms import _InverseTransform
+from torch.distributions import Categorical, Distribution, ExpTransform, LowRankMultivariateNormal, Transform
 
 __all__ = ["autocasts", "in_full_precision", "wide_densities"]
 
 _HALF = (torch.float16, torch.bfloat16)
+#: The type of a transform's inverse.
+_INVERSE: type[Transform] = type(ExpTransform().inv)
 
 
 def _is_known(kind: str) -> bool:
@@ -109,7 +110,7 @@ def _widened(value: Any, known: dict[int, Any]) -> Any:
 
 def _is_back(value: Any, name: str) -> bool:
     """Whether an attribute is a transform's inverse, made of the transform itself once it was asked for."""
-    return name == "_inv" and isinstance(value, Transform) and not isinstance(value, _InverseTransform)
+    return name == "_inv" and isinstance(value, Transform) and not isinstance(value, _INVERSE)
 
 
 def _normalise(fn: Any) -> None:
