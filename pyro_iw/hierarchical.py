@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from .bounds import MIWAE, Bound
 from .elbo import ImportanceWeightedELBO
 from .gradients.two_levels import LocallyEnhanced, TwoLevelEstimator
-from .tracing.counterparts import check_guide
 from .tracing.levels import check_local_plates, collect_levels
-from .tracing.runner import Runner
 from .tracing.sites import read_sites
 from .tracing.traces import Traces
 
@@ -120,15 +117,7 @@ class LocallyEnhancedELBO(ImportanceWeightedELBO):
         self.local, self.over, self.outer = local, over, outer
         self.bound = LocallyEnhanced(outer, by_plate)
         self._estimator = TwoLevelEstimator(estimator, self.bound)  # type: ignore[assignment]
-        self._runner = Runner(
-            vectorize_particles,
-            max_plate_nesting,
-            check=self._check_pair,
-            look=partial(check_guide, strict=False),
-            look_along=self._look_along,
-            warn=self._warn_once,
-            local=self.bound.numbers,
-        )
+        self._runner.local = self.bound.numbers
 
     @property
     def _bounds(self) -> list[Bound]:

@@ -180,6 +180,13 @@ def mean_and_error(values):
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
 
 
+@pytest.mark.filterwarnings("ignore:.*poutine.scale that not everything in a weight shares")
+@pytest.mark.parametrize("estimator", ["reparam", "dreg"])
+def test_a_scale_of_the_local_plate_alone(estimator):
+    """It multiplies a cell's bound, and twice the outer bound's curvature."""
+    check(estimator, "IWAE", "IWAE", "one pass", Pair(scale=2.5))
+
+
 @pytest.mark.parametrize("outer", ["mean", "IWAE"])
 def test_coins_under_ovis(outer):
     check("ovis", "IWAE", outer, "one pass", Pair(discrete=True))

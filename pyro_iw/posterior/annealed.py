@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
-from .._support.progress import progress_bar
+from .._support.progress import length_of, progress_bar
 from .._support.random_state import RandomState
 from .._support.warn import warn
 from ..running import RunningLogMean
@@ -224,7 +224,7 @@ class AnnealedImportanceSampler:
         check_loader(loader)
         file = ProgressFile(resume, self._in_words())
         with ExitStack() as stack:
-            bar = stack.enter_context(self.bar(_length(loader)))
+            bar = stack.enter_context(self.bar(length_of(loader)))
             stack.callback(RandomState.now().restore)
             for index, batch in enumerate(loader):
                 args, kwargs = read_batch(batch, to_args)
@@ -412,10 +412,3 @@ def _check_same_density(point: Point, particles: Particles) -> None:
             "when model and guide are run again on them, so they depend on random numbers that are no sample "
             "sites. Put random layers (dropout) in eval mode, and draw all random numbers by pyro.sample."
         )
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:  # which a DataLoader raises of a data set that has none
-        return None

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
-from .._support.progress import progress_bar
+from .._support.progress import length_of, progress_bar
 from .._support.warn import warn
 from ..bounds import Bound
 from ..running import RunningBound, RunningGap, RunningLogMean, jackknife
@@ -304,7 +304,7 @@ class ImportanceSampler:
             )
         parts: list[list[Tensor]] = []
         check_loader(loader)
-        with self._bar(_length(loader)) as bar:
+        with self._bar(length_of(loader)) as bar:
             for batch in loader:
                 args, kwargs = read_batch(batch, to_args)
                 running = RunningLogMean()
@@ -454,10 +454,3 @@ def _refuse_values(particles: Particles | TwoLevels) -> None:
             "guide (without infer={'enumerate': 'parallel'}), or leave them out of the guide and enumerate "
             "them in the model."
         )
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:  # which a DataLoader raises of a data set that has none
-        return None

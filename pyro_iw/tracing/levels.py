@@ -201,9 +201,7 @@ def check_local_plates(sites: Sequence[Site], names: Sequence[str]) -> dict[str 
         by_plate[local_plate_of(site.name, site.frames, names)].append(site)
     for name in names:
         _check_draws(name, by_plate)
-        for frame in frames.values():
-            if frame.name == name:
-                check_sizes(by_plate[name], frame)
+        check_sizes(by_plate[name], frames[name])
     return by_plate
 
 
@@ -218,7 +216,8 @@ def _check_draws(name: str, by_plate: Mapping[str | None, list[Site]]) -> None:
             f"Latent site(s) {', '.join(repr(site.name) for site in elsewhere)} lie in plate {name!r} in the "
             "model, but outside of it in the guide. Sample them inside the plate in both."
         )
-    stray = [site for site in outside if site.role == "model" and site.is_latent and _is_drawn(site, drawn)]
+    names = {site.name for site in drawn}
+    stray = [site for site in outside if site.role == "model" and site.is_latent and site.name in names]
     if stray:
         raise ValueError(
             f"Latent site(s) {', '.join(repr(site.name) for site in stray)} lie outside of plate {name!r} in "
@@ -232,10 +231,6 @@ def _check_draws(name: str, by_plate: Mapping[str | None, list[Site]]) -> None:
             "plate's latents inside of it, such as AutoNormal (AutoDiagonalNormal and its kin sample one "
             "joint latent), or name another plate."
         )
-
-
-def _is_drawn(site: Site, drawn: Sequence[Site]) -> bool:
-    return any(site.name == other.name for other in drawn)
 
 
 def collect_levels(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .._support.warn import warn
 from .cells import (
+    dims_of_plates,
     kept_plates,
     own_scales,
     split_scales,
@@ -245,9 +246,7 @@ def collect(
     if kl_weight != 1:
         check_kl_weight(sites)
     dims = () if traces.particle_dim is None else (traces.particle_dim,)
-    layout = Layout(
-        (traces.num_particles,), dims, tuple(frame.dim for frame in kept if frame.dim is not None)
-    )
+    layout = Layout((traces.num_particles,), dims, dims_of_plates(kept))
     if not enumerated or is_stratified:
         particles = sum_to_particles(sites, layout, kept, scale, kl_weight, shared, before=before)
         return replace(particles, enumerated=enumerated, absorbed=absorbed) if enumerated else particles

@@ -4,6 +4,7 @@ import math
 
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import torch
 
 N, DEEP = 3, 2
@@ -40,18 +41,18 @@ def normal(value, loc, scale):
 class Pair:
     """Globals g1 -> g2, locals z1 -> z2 for each of N, three observations of each inside, and one outside.
 
-    With ``discrete`` z1 is a coin.
+    With ``discrete`` z1 is a coin; ``scale`` is a poutine.scale around the plate.
     """
 
-    def __init__(self, subsample=None, discrete=False, size=N):
-        self.subsample, self.discrete, self.size = subsample, discrete, size
+    def __init__(self, subsample=None, discrete=False, size=N, scale=1.0):
+        self.subsample, self.discrete, self.size, self.scale = subsample, discrete, size, scale
 
     def model(self, x, y):
         p = parameters()
         g1 = pyro.sample("g1", dist.Normal(torch.zeros(()).double(), 1.0))
         g2 = pyro.sample("g2", dist.Normal(0.5 * g1, p["model.spread"].exp()))
         pyro.sample("y", dist.Normal(g1 - g2, 0.8), obs=y)
-        with pyro.plate("data", self.size, self.subsample, dim=-1) as i:
+        with poutine.scale(scale=self.scale), pyro.plate("data", self.size, self.subsample, dim=-1) as i:
             if self.discrete:
                 z1 = pyro.sample("z1", dist.Bernoulli(logits=g1))
             else:
@@ -64,7 +65,7 @@ class Pair:
         p = parameters()
         g1 = pyro.sample("g1", dist.Normal(p["guide.loc"], p["guide.scale"].exp()))
         g2 = pyro.sample("g2", dist.Normal(p["guide.tilt"] * g1, p["guide.scale"].exp()))
-        with pyro.plate("data", self.size, self.subsample, dim=-1) as i:
+        with poutine.scale(scale=self.scale), pyro.plate("data", self.size, self.subsample, dim=-1) as i:
             loc = p["guide.a"] * g2 + p["guide.b"] * x[:, i].mean(0)
             if self.discrete:
                 z1 = pyro.sample("z1", dist.Bernoulli(logits=loc))
@@ -150,7 +151,7 @@ class ByHand:
 
     @property
     def scale(self):
-        return self.pair.size / len(self.index)
+        return self.pair.scale * self.pair.size / len(self.index)
 
     def log_weights(self):
         """Those of both levels as differentiable functions of the parameters: ``[S]`` and ``[S, L, B]``."""
