@@ -11,12 +11,11 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
+from helpers import hierarchy
+from helpers.two_levels import ByHand, Pair, data, lme, parameters
 from pyro_iw import IWAE_ELBO, ImportanceSampler, LocallyEnhancedELBO
 from pyro_iw.bounds import CIWAE, IWAE, MIWAE, PIWAE, VR
 from pyro_iw.gradients.two_levels import total_log_weights
-
-from .helpers import hierarchy
-from .helpers.two_levels import ByHand, Pair, data, lme, parameters
 
 INNER = {
     "IWAE": (IWAE(3), lme),

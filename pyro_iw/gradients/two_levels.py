@@ -329,8 +329,8 @@ def total_log_weights(bound: LocallyEnhanced, log_w: LogWeights, scale: Scales) 
     Raises:
         ValueError: if the value of a local bound has the wrong shape.
     """
-    total = log_w.top
-    for part, inner, how in zip(log_w.local, bound.local.values(), scale.local, strict=True):
+    values = []
+    for part, inner in zip(log_w.local, bound.local.values(), strict=True):
         value = inner.value(_grouped(part, inner))
         shape = part.shape[:1] + part.shape[2:]
         if value.shape != shape:
@@ -338,8 +338,8 @@ def total_log_weights(bound: LocallyEnhanced, log_w: LogWeights, scale: Scales) 
                 f"{inner!r}.value() must reduce log-weights [M, K, *cells] of shape "
                 f"{[inner.M, inner.K, *shape]} to [*cells] = {list(shape)}, but gave {list(value.shape)}."
             )
-        total = total + how.add_up(value)
-    return total
+        values.append(value)
+    return scale.total(log_w.top, values)
 
 
 def _grouped(log_w: Tensor, bound: Bound) -> Tensor:

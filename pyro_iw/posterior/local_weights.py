@@ -142,10 +142,8 @@ def total_log_weights(particles: Particles | TwoLevels) -> Tensor:
     """The particles' log-weights, those of their local particles averaged, of shape ``[S, *cells]``."""
     if isinstance(particles, Particles):
         return particles.log_weights
-    total = particles.top.log_weights
-    for level, scale in zip(particles.local.values(), particles.scale.local, strict=True):
-        total = total + scale.add_up(logmeanexp(level.log_weights, 1))
-    return total
+    averages = [logmeanexp(level.log_weights, 1) for level in particles.local.values()]
+    return particles.scale.total(particles.top.log_weights, averages)
 
 
 def join_local(chunks: Sequence[TwoLevels]) -> dict[str, LocalWeights]:

@@ -102,6 +102,17 @@ class Scales(NamedTuple):
     outside: float | Tensor
     local: tuple[LocalScale, ...]
 
+    def total(self, top: Tensor, bounds: Iterable[Tensor]) -> Tensor:
+        """The particles' log-weights with the bounds of their local plates' cells, of shape ``[S, *cells]``.
+
+        Arguments:
+            top: their log-weights outside of the local plates, of that shape.
+            bounds: those of each local plate, of shape ``[S, *cells]`` with its own cells.
+        """
+        for level, values in zip(self.local, bounds, strict=True):
+            top = top + level.add_up(values)
+        return top
+
 
 @dataclass(frozen=True)
 class TwoLevels:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO
 
+from helpers.steps import value_and_grads
 from helpers.truth import normal
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, ImportanceSampler
 
@@ -125,13 +126,7 @@ def run(loss, model, guide):
     """Loss and gradients, the pair probed before."""
     loss.loss(model, guide)
     pyro.set_rng_seed(0)
-    with poutine.trace(param_only=True) as capture:
-        value = loss.loss_and_grads(model, guide)
-    grads = {}
-    for name, site in capture.trace.nodes.items():
-        parameter = site["value"].unconstrained()
-        grads[name], parameter.grad = parameter.grad, None
-    return value, grads
+    return value_and_grads(loss, model, guide)
 
 
 def assert_same(first, second):

@@ -15,6 +15,7 @@ from pyro.optim import Adam
 
 from helpers.enumerated import Minibatch, PerValue, TwoSites, set_up
 from helpers.semi_supervised import M2, SCANVI
+from helpers.steps import value_and_grads
 from helpers.truth import RecordedNormal, normal
 from pyro_iw import (
     IWAE_ELBO,
@@ -45,13 +46,7 @@ def run(loss, model, guide, *args, seed=0):
     loss.loss(model, guide, *args)
     RecordedNormal.draws.clear()
     pyro.set_rng_seed(seed)
-    with poutine.trace(param_only=True) as capture:
-        value = loss.loss_and_grads(model, guide, *args)
-    grads = {}
-    for name, site in capture.trace.nodes.items():
-        parameter = site["value"].unconstrained()
-        grads[name], parameter.grad = parameter.grad, None
-    return value, grads
+    return value_and_grads(loss, model, guide, *args)
 
 
 def assert_same(first, second):
