@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.ranks import run_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
+from helpers.ranks import run_on_ranks
 from pyro_iw.ranks.group import Group, RankError
 
 
