@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RandomState", "fork_rng"]
+__all__ = ["RandomState", "fork_rng", "set_back"]
 
 
 class RandomState(NamedTuple):
@@ -53,11 +53,18 @@ class RandomState(NamedTuple):
 
 
 @contextmanager
-def fork_rng() -> Iterator[None]:
-    """Random draws from a stream apart, which leave the states of all generators as they were."""
+def set_back() -> Iterator[None]:
+    """Leave the states of all generators as they were."""
     state = RandomState.now()
     try:
-        torch.manual_seed(int(torch.randint(2**62, ())))
         yield
     finally:
         state.restore()
+
+
+@contextmanager
+def fork_rng() -> Iterator[None]:
+    """Random draws from a stream apart, which leave the states of all generators as they were."""
+    with set_back():
+        torch.manual_seed(int(torch.randint(2**62, ())))
+        yield

@@ -2,8 +2,8 @@
 
 A collective operation that one process never reaches hangs, or, where the next one comes in its place, mixes
 up numbers in silence. So everything that is exchanged here is exchanged at a *meeting*: each rank says how it
-fared and what it brings, in a few integers on the CPU; if one has failed, or they do not bring the same, every
-rank raises, and the error names the rank.
+fared and what it brings, in a few integers on the CPU; if one has failed, or they do not bring the same,
+every rank raises, and the error names the rank.
 
 On a CPU those words travel in front of the tensor that is exchanged, in one collective operation. For the
 ranks not to wait for one another in operations of different sizes, all meetings of a group have the size of
@@ -126,8 +126,8 @@ class Group:
     ) -> tuple[list[list[int]], Tensor]:
         """Exchange tensors of one shape and dtype, and a few integers.
 
-        On a CPU that is one operation, of ``P * (64 + bytes of the tensor, rounded up to 8)`` bytes in all; on
-        an accelerator the tensors go apart from the words, and nothing waits for the device.
+        On a CPU that is one operation, in which each rank sends 64 bytes and those of its tensor, rounded up
+        to 8; on an accelerator the tensors go apart from the words, and nothing waits for the device.
 
         Arguments:
             subject: what for; the same on all ranks.
@@ -222,8 +222,8 @@ class Group:
             return f"An exchange between the ranks {_listed(self.world_ranks)} failed on all of them {said}."
         return (
             f"Rank {_listed(missing)} did not come to an exchange with rank "
-            f"{_listed([rank for rank in self.world_ranks if rank not in missing])}, and gives no sign of life: "
-            f"it has ended, has failed outside of the loss, or waits for something else {said}. Look at its "
+            f"{_listed([rank for rank in self.world_ranks if rank not in missing])}, and gives no sign of "
+            f"life: it has ended, has failed outside of the loss, or waits for something else {said}. Look at its "
             "own output."
         )
 

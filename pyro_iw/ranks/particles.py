@@ -19,7 +19,9 @@ from a seed that the first rank of the group draws for the step.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +34,7 @@ from .group import Group, RankError
 
 __all__ = ["ParticleGroup", "digest"]
 
-#: Steps that are looked at closely: the first ones, and every so manieth.
+#: Steps that are looked at closely: the first ones, and then one in so many.
 _FIRST, _EVERY = 3, 128
 #: Numbers whose bits are added up at a time in a digest.
 _PIECE = 2**20
@@ -59,8 +61,8 @@ class Digests(NamedTuple):
 _DIFFERENT = {
     "minibatch": (
         "takes other minibatches of its plates than",
-        "The ranks of a particle group share their datapoints. Let the plates draw them (subsample_size=), or "
-        "give all ranks of a group the same indices.",
+        "The ranks of a particle group share their datapoints. Let the plates draw them (subsample_size=), "
+        "or give all ranks of a group the same indices.",
     ),
     "observed": (
         "observes other data than",
@@ -73,7 +75,8 @@ _DIFFERENT = {
         "All ranks have to begin with the same parameters (pyro.set_rng_seed(0) before the networks are made "
         "and the guide runs first, and another seed on each rank after that), and gradients have to be "
         "averaged over all of them: by DistributedDataParallel(loss(model, guide)), or in SVI by "
-        "pyro_iw.optim.FusedOptim(torch.optim.Adam, {'lr': 1e-3}, process_group=torch.distributed.group.WORLD).",
+        "pyro_iw.optim.FusedOptim(torch.optim.Adam, {'lr': 1e-3}, "
+        "process_group=torch.distributed.group.WORLD).",
     ),
 }
 
@@ -121,6 +124,8 @@ class ParticleGroup:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._exchanges = 0
         self._step: _Step | None = None
+        #: Weak references to the tensors that got gradients when they were last looked at.
+        self.parameters: list[weakref.ref[Tensor]] = []
         self._recorded: Callable[[Tensor], Tensor] | None = None
         self._everything: Tensor | None = None
         self._own: Tensor | None = None
@@ -153,6 +158,11 @@ class ParticleGroup:
         """Whether this step is looked at closely."""
         return self._exchanges < _FIRST or self._exchanges % _EVERY == 0
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether steps are taken without the other ranks."""
+        return self._recorded is not None
+
     def note(self, **digests: int) -> None:
         """Say something of this rank with the next exchange; see :class:`Digests`."""
         if self._step is not None:
@@ -183,6 +193,9 @@ class ParticleGroup:
         step = self._step or _Step(())
         if step.again and self._everything is not None:
             return self._everything
+        if self.size > 1 and self.is_due:
+            known = [tensor for ref in self.parameters if (tensor := ref()) is not None]
+            self.note(parameters=digest(known) if known else 0)
         words, everything = self.group.exchange(_SUBJECT, tensor, step.brought, step.digests)
         step.is_over = True
         self._exchanges += 1
@@ -200,11 +213,15 @@ class ParticleGroup:
             for rank, value in known:
                 if value != known[0][1]:
                     raise RankError(f"Rank {rank} {verb} rank {known[0][0]}. {advice}")
-        for i, j in ((i, j) for j in range(self.size) for i in range(j)):
-            if said[i].random and said[i].random == said[j].random and _same(everything[i], everything[j]):
+        for i, j in itertools.combinations(range(self.size), 2):
+            if (
+                said[i].random
+                and said[i].random == said[j].random
+                and torch.equal(everything[i], everything[j])
+            ):
                 raise RankError(
-                    f"Rank {ranks[j]} has drawn the same particles as rank {ranks[i]}: both are seeded alike. "
-                    "Seed each rank of a particle group by its number once the networks are made: "
+                    f"Rank {ranks[j]} has drawn the same particles as rank {ranks[i]}: both are seeded "
+                    "alike. Seed each rank of a particle group by its number once the networks are made: "
                     "pyro.set_rng_seed(seed + torch.distributed.get_rank())."
                 )
 
@@ -240,6 +257,11 @@ class ParticleGroup:
         place = self.block.start + start
         mixed = hashlib.blake2b(f"{self.seed()} {place}".encode(), digest_size=8).digest()
         return int.from_bytes(mixed, "little") >> 1
+
+    def ready(self) -> None:
+        """Have the minibatches of the step begin where they should, if its plates draw any."""
+        if self.draws_minibatches and not self.is_recording:
+            self.seed_minibatches()
 
     def seed_minibatches(self) -> None:
         """Begin the stream that minibatches are drawn from, as this step's seed has it."""
@@ -277,9 +299,9 @@ def digest(tensors: Sequence[Tensor]) -> int:
             continue
         kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         total += zlib.crc32(repr(list(tensor.shape)).encode())
-        for piece in tensor.contiguous().reshape(-1).view(kind).split(_PIECE):
+        for i, piece in enumerate(tensor.contiguous().reshape(-1).view(kind).split(_PIECE)):
             places = torch.arange(1, len(piece) + 1, device=piece.device)
-            total = (31 * total if len(piece) == _PIECE else total) + int((piece * places).sum())
+            total += (2 * i + 1) * int((piece * places).sum())
     return total % (2**62) or 1
 
 
@@ -289,10 +311,6 @@ def _random_state() -> bytes:
     if torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state())
     return b"".join([state.numpy().tobytes() for state in states])
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one, other)
 
 
 def _suitable(bound: Any, ranks: int) -> str:
