@@ -28,7 +28,7 @@ from ._support.warn import warn
 from .bounds import Bound
 from .compiling.step import Compiler
 from .gradients.backward_subset import estimate_from_subset
-from .gradients.chunks import Chunks, estimate_in_chunks
+from .gradients.chunks import Chunks, Draw, estimate_in_chunks
 from .gradients.estimators import get_estimator
 from .gradients.not_finite import explain_not_finite
 from .gradients.over_ranks import SeededDraw, over_ranks
@@ -351,8 +351,8 @@ class ImportanceWeightedELBO(ELBO):
         route = self._estimator.route(self.bound) if gradients else None
         if route is not None:
             route = route._replace(per_value=not (self.stratified or self._is_linear))
-        begin = None
-        draw, number, chosen = partial(self._draw, kl_weight), self.num_particles, None
+        draw: Draw = partial(self._draw, kl_weight)
+        number, begin, chosen = self.num_particles, None, None
         if route is not None and _is_less(self.backward_particles, number):
             chosen = self.backward_particles
         estimator: Any = self._estimator

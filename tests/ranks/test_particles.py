@@ -1,0 +1,133 @@
+"""Particles divided among ranks: the loss and the gradients of one process on the same draws."""
+
+import math
+
+import pyro
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import pyro_iw
+from helpers.chains import Chain
+from helpers.ranks import run_on_ranks
+from helpers.recorded import Draws, joined
+from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
+
+M, K = 2, 4
+
+
+class Powers(pyro_iw.Bound):
+    """A bound of the user's own: over pairs of groups, and of no shift."""
+
+    def value(self, log_w):
+        groups = log_w.logsumexp(1) - math.log(self.K)
+        return 2 * (groups / 2).logsumexp(0) - 2 * math.log(self.M)
+
+
+LOSSES = {
+    "IWAE": lambda **kw: IWAE_ELBO(K=M * K, **kw),
+    "MIWAE": lambda **kw: MIWAE_ELBO(M=M, K=K, **kw),
+    "ELBO": lambda **kw: MIWAE_ELBO(M=M * K, K=1, **kw),
+    "CIWAE": lambda **kw: CIWAE_ELBO(K=M * K, beta=0.3, **kw),
+    "PIWAE": lambda **kw: PIWAE_ELBO(M=M, K=K, **kw),
+    "VR": lambda **kw: VR_ELBO(alpha=0.3, K=M * K, **kw),
+    "TVO": lambda **kw: TVO_ELBO(K=M * K, partitions=(0.0, 0.2, 1.0), **kw),
+    "own": lambda **kw: pyro_iw.ImportanceWeightedELBO(Powers(M=M, K=K), **kw),
+}
+PATHS, SCORES = ["reparam", "stl", "dreg"], ["score", "vimco", "ovis", "rws"]
+
+
+class Pair(Chain):
+    """A chain whose minibatch can be given."""
+
+    given = None
+
+    def plate(self):
+        if self.given is None:
+            return super().plate()
+        return pyro.plate("data", 9, subsample=self.given, dim=-1)
+
+
+def step(pair, make, draws=(), seed=0):
+    """A step's loss and gradients, on these draws if any are given; and what was drawn, in order."""
+    loss = make()
+    torch.manual_seed(100 + seed)
+    Draws.give()
+    loss.loss(pair.model, pair.guide)  # which gets to know the pair
+    pair.indices.clear()
+    Draws.give(list(draws))
+    torch.manual_seed(seed)
+    value, gradients = pair.gradients(loss)
+    return value, gradients, list(Draws.made)
+
+
+def averaged(gradients):
+    for gradient in gradients.values():
+        if gradient is not None:
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+    return gradients
+
+
+def check(mesh, make, data_rank=0, chunk_size=None, vectorize=True, subsample=True, **options):
+    """One step of the group, and one of a process on the draws of all its ranks."""
+    size = mesh.size()
+    pair = Pair(subsample=subsample, **options)
+    with torch.no_grad():
+        pair.x += data_rank
+    own = M * K // size
+    sizes = [own]
+    if chunk_size is not None:
+        sizes = [min(chunk_size, own - start) for start in range(0, own, chunk_size)]
+    keywords = {"chunk_size": chunk_size, "vectorize_particles": vectorize}
+    seed = data_rank + 10 * mesh.get_local_rank()
+    value, gradients, draws = step(pair, lambda: make(particle_group=mesh, **keywords), seed=seed)
+    indices = pair.indices[0]
+    assert all(torch.equal(indices, each) for each in pair.indices)
+    if len(sizes) > 1:
+        draws = draws[: len(draws) // 2]
+    draws = joined(draws, sizes, pair.num_sites, vectorize)
+    everyone = [None] * size
+    dist.all_gather_object(everyone, (draws, indices.tolist()), group=mesh.get_group())
+    assert all(indices == everyone[0][1] for _, indices in everyone)
+    if vectorize:
+        draws = [torch.cat(site) for site in zip(*(draws for draws, _ in everyone), strict=True)]
+    else:
+        draws = [draw for draws, _ in everyone for draw in draws]
+    pair.given = indices
+    expected, truth, _ = step(pair, lambda: make(vectorize_particles=vectorize), draws)
+    assert value == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    gradients, truth = averaged(gradients), averaged(truth)
+    for name, gradient in truth.items():
+        assert (gradient is None) == (gradients[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-12, atol=1e-12)
+    return value
+
+
+def combinations():
+    for name in LOSSES:
+        for estimator in PATHS + SCORES:
+            if name == "ELBO" and estimator in ("vimco", "ovis", "rws"):
+                continue
+            if estimator == "ovis" and name not in ("IWAE", "MIWAE", "PIWAE", "VR"):
+                continue
+            yield name, estimator
+
+
+def every_bound_and_estimator(rank, some):
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "particles"))["particles"]
+    for name, estimator in list(combinations())[some]:
+        discrete = estimator in SCORES
+        make = lambda **kw: LOSSES[name](estimator=estimator, **kw)  # noqa: B023, E731
+        try:
+            check(mesh, make, discrete=discrete)
+            check(mesh, make, discrete=discrete, chunk_size=2)
+        except Exception as error:
+            raise AssertionError(f"{name} {estimator}") from error
+
+
+@pytest.mark.parametrize("some", [slice(0, None, 2), slice(1, None, 2)])
+def test_every_bound_and_estimator(some):
+    run_on_ranks(every_bound_and_estimator, 2, some)
