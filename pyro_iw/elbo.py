@@ -42,7 +42,7 @@ from .tracing.minibatches import DrawnApart, OneMinibatch
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import read_sites
-from .tracing.traces import Pair, Route, Traces, trace_pair
+from .tracing.traces import PARTICLE_PLATE, Pair, Route, Traces, trace_pair
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -311,6 +311,13 @@ class ImportanceWeightedELBO(ELBO):
         with self._ranks.recording(recorded):
             return self._estimate(pair, kl_weight)
 
+    def _ranks_minibatches(self, ranks: ParticleGroup) -> DrawnApart:
+        """The same minibatches on all ranks, with a look at what they observe where that is due."""
+        if not ranks.is_due or ranks.is_recording:
+            return DrawnApart(ranks.minibatch)
+        ranks.seen = DrawnApart(ranks.minibatch, PARTICLE_PLATE)
+        return ranks.seen
+
     def _rewind(self, compiled: CompiledStep) -> None:
         compiled.rewind()
         if self._ranks is not None:
@@ -360,7 +367,7 @@ class ImportanceWeightedELBO(ELBO):
             if self._ranks is not None:
                 estimator, number = over_ranks(estimator, self._ranks, chosen), self._ranks.own
                 self._ranks.ready()
-                self._minibatches = stack.enter_context(DrawnApart(self._ranks.minibatch))
+                self._minibatches = stack.enter_context(self._ranks_minibatches(self._ranks))
                 if _is_less(self.chunk_size, self.num_particles):
                     stack.enter_context(set_back())
                     draw, begin = SeededDraw(draw, self._ranks), RandomState.now

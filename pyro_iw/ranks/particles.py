@@ -126,6 +126,8 @@ class ParticleGroup:
         self._step: _Step | None = None
         #: Weak references to the tensors that got gradients when they were last looked at.
         self.parameters: list[weakref.ref[Tensor]] = []
+        #: What a step has ``observed``, and the ``indices`` of its minibatches, by name, when that is due.
+        self.seen: Any = None
         self._recorded: Callable[[ParticleGroup, Tensor], Tensor] | None = None
         self._everything: Tensor | None = None
         self._own: Tensor | None = None
@@ -151,7 +153,7 @@ class ParticleGroup:
                 self.group.tell(_SUBJECT, error)
             raise
         finally:
-            self._step = None
+            self._step = self.seen = None
 
     @property
     def is_due(self) -> bool:
@@ -196,6 +198,9 @@ class ParticleGroup:
         if self.size > 1 and self.is_due:
             alive = [parameter for reference in self.parameters if (parameter := reference()) is not None]
             self.note(parameters=digest(alive) if alive else 0)
+            if self.seen is not None:
+                observed, indices = list(self.seen.observed.values()), list(self.seen.indices.values())
+                self.note(observed=digest(observed), minibatch=digest(list(map(torch.as_tensor, indices))))
         words, everything = self.group.exchange(_SUBJECT, tensor, step.brought, step.digests)
         step.is_over = True
         self._exchanges += 1

@@ -70,7 +70,7 @@ def averaged(gradients):
     return gradients
 
 
-def check(mesh, make, data_rank=0, chunk_size=None, vectorize=True, subsample=True, **options):
+def check(mesh, make, data_rank=0, chunk_size=None, vectorize=True, subsample=True, given=False, **options):
     """One step of the group, and one of a process on the draws of all its ranks."""
     size = mesh.size()
     pair = Pair(subsample=subsample, **options)
@@ -82,7 +82,10 @@ def check(mesh, make, data_rank=0, chunk_size=None, vectorize=True, subsample=Tr
         sizes = [min(chunk_size, own - start) for start in range(0, own, chunk_size)]
     keywords = {"chunk_size": chunk_size, "vectorize_particles": vectorize}
     seed = data_rank + 10 * mesh.get_local_rank()
-    value, gradients, draws = step(pair, lambda: make(particle_group=mesh, **keywords), seed=seed)
+    grouped = lambda: make(particle_group=mesh, **keywords)  # noqa: E731
+    value, gradients, draws = step(pair, grouped, seed=seed)
+    if given:  # so that nothing else but the choice of particles is drawn
+        value, gradients, draws = step(pair, grouped, draws, seed)
     indices = pair.indices[0]
     assert all(torch.equal(indices, each) for each in pair.indices)
     if len(sizes) > 1:
@@ -131,3 +134,41 @@ def every_bound_and_estimator(rank, some):
 @pytest.mark.parametrize("some", [slice(0, None, 2), slice(1, None, 2)])
 def test_every_bound_and_estimator(some):
     run_on_ranks(every_bound_and_estimator, 2, some)
+
+
+def other_ways(rank):
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "particles"))["particles"]
+    for estimator in ("reparam", "score"):
+        discrete = estimator == "score"
+        make = lambda **kw: LOSSES["PIWAE"](estimator=estimator, **kw)  # noqa: B023, E731
+        check(mesh, make, discrete=discrete, vectorize=False)
+        check(mesh, make, discrete=discrete, vectorize=False, chunk_size=2)
+        check(mesh, lambda **kw: make(kl_weight=0.3, **kw), discrete=discrete)  # noqa: B023
+    for estimator in ("reparam", "dreg"):
+        make = lambda **kw: LOSSES["MIWAE"](estimator=estimator, **kw)  # noqa: B023, E731
+        check(mesh, make, enumerate_kind=True)
+        check(mesh, make, enumerate_kind=True, chunk_size=3)
+    # Particles chosen by weight: k' below, at and above the number of a rank's own.
+    for name, estimator in (("PIWAE", "dreg"), ("MIWAE", "stl"), ("IWAE", "score"), ("own", "reparam")):
+        for count in (1, 3, 4, 5):
+            make = lambda **kw: LOSSES[name](estimator=estimator, backward_particles=count, **kw)  # noqa: B023, E731
+            check(mesh, make, discrete=estimator == "score", subsample=False, given=True)
+
+
+def test_one_by_one_enumerated_and_chosen_by_weight():
+    run_on_ranks(other_ways, 2)
+
+
+def meshes(rank, shapes):
+    for shape in shapes:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "particles"))
+        data_rank = mesh["data"].get_local_rank()
+        for name, estimator, discrete in (("PIWAE", "dreg", False), ("MIWAE", "vimco", True)):
+            make = lambda **kw: LOSSES[name](estimator=estimator, **kw)  # noqa: B023, E731
+            check(mesh["particles"], make, data_rank, discrete=discrete)
+            check(mesh["particles"], make, data_rank, chunk_size=1, discrete=discrete)
+
+
+@pytest.mark.parametrize("shapes", [[(1, 2), (2, 1)], [(1, 4), (2, 2)]], ids=["2 ranks", "4 ranks"])
+def test_meshes(shapes):
+    run_on_ranks(meshes, math.prod(shapes[0]), shapes)
