@@ -10,19 +10,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import pyro_iw
 from helpers.chains import Chain
+from helpers.groups import Powers, averaged
 from helpers.ranks import run_on_ranks
 from helpers.recorded import Draws, joined
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
 
 M, K = 2, 4
-
-
-class Powers(pyro_iw.Bound):
-    """A bound of the user's own: over pairs of groups, and of no shift."""
-
-    def value(self, log_w):
-        groups = log_w.logsumexp(1) - math.log(self.K)
-        return 2 * (groups / 2).logsumexp(0) - 2 * math.log(self.M)
 
 
 LOSSES = {
@@ -60,14 +53,6 @@ def step(pair, make, draws=(), seed=0):
     torch.manual_seed(seed)
     value, gradients = pair.gradients(loss)
     return value, gradients, list(Draws.made)
-
-
-def averaged(gradients):
-    for gradient in gradients.values():
-        if gradient is not None:
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
-    return gradients
 
 
 def check(mesh, make, data_rank=0, chunk_size=None, vectorize=True, subsample=True, given=False, **options):
