@@ -86,7 +86,8 @@ class ImportanceWeightedELBO(ELBO):
             model and guide must broadcast over; otherwise one by one.
         chunk_size: run no more than that many particles at once; an integer >= 1, or None for all. The
             gradients are the same (but for the order in which random numbers are drawn) in the memory of one
-            chunk, at the price of a second forward pass, see :mod:`~pyro_iw.gradients.chunks`.
+            chunk, at the price of a second forward pass, see :mod:`~pyro_iw.gradients.chunks`. With
+            ``compile=True`` the programs of a chunk are compiled once and replayed.
         backward_particles: number k' of particles, chosen by weight in each cell, that the model runs on with
             gradients; an integer >= 1, or None for all. The loss is that of all particles, the gradient
             unbiased, see :mod:`~pyro_iw.gradients.backward_subset`. It goes together neither with
@@ -268,7 +269,7 @@ class ImportanceWeightedELBO(ELBO):
         )
         options = (attributes, self.plates, self.backward_particles, self.stratified, self.chunk_size)
         chunks = None if not _is_less(self.chunk_size, self.num_particles) else self._in_chunks(self._route())
-        return self._compiler.run(pair, kl_weight, self._estimate, options, self._draw, chunks)
+        return self._compiler.run(pair, kl_weight, self._estimate, options, chunks)
 
     def recompile(self) -> None:
         """Forget all compiled steps, and try again to compile what could not be."""
@@ -296,7 +297,7 @@ class ImportanceWeightedELBO(ELBO):
         gradients = torch.is_grad_enabled()
         route = self._route() if gradients else None
         if _is_less(self.chunk_size, self.num_particles):
-            return estimate_in_chunks(partial(self._draw, kl_weight), pair, self._in_chunks(route))
+            return estimate_in_chunks(pair, kl_weight, self._in_chunks(route))
         if route is not None and _is_less(self.backward_particles, self.num_particles):
             collect = partial(self._collect, kl_weight)
             return estimate_from_subset(
@@ -315,7 +316,7 @@ class ImportanceWeightedELBO(ELBO):
 
     def _in_chunks(self, route: Route | None) -> InChunks:
         assert self.chunk_size is not None
-        return InChunks(self._estimator, self.bound, route, self.chunk_size)
+        return InChunks(self._draw, self._estimator, self.bound, route, self.chunk_size)
 
     def _draw(
         self,

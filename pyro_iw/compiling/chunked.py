@@ -10,7 +10,7 @@ Chunks of another size have graphs of their own, as has the first one where it d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,6 @@ from ..gradients.refusals import refuse_another_density
 from ..tracing.batch_norm import watch_batch_norm
 from ..tracing.guide_values import GuideValues
 from ..tracing.minibatches import OneMinibatch
-from ..tracing.particles import Particles
 from ..tracing.traces import Pair
 from .arguments import Refused
 from .private import add_each
@@ -31,9 +30,6 @@ from .program import Piece, Program
 from .recording import Body, record
 
 __all__ = ["ChunkedStep"]
-
-#: Draws particles, given a weight of the KL term and what a :data:`~pyro_iw.gradients.chunks.Draw` takes.
-WeightedDraw = Callable[..., tuple[Particles, Any]]
 
 
 class _Drawn(NamedTuple):
@@ -74,8 +70,7 @@ class ChunkedStep(Program):
         args: the tensors among those, in order.
         kl_weight: the weight of the KL term.
         varies: whether that is an input of the programs, and not a number in them.
-        draw: draws the particles of a chunk.
-        step: what is made of them.
+        step: how it is taken in chunks.
 
     Raises:
         Refused: if a recording would freeze what may change from step to step, or a chunk is another one when
@@ -88,7 +83,6 @@ class ChunkedStep(Program):
         args: list[Tensor],
         kl_weight: float,
         varies: bool,
-        draw: WeightedDraw,
         step: InChunks,
     ) -> None:
         super().__init__(args, kl_weight, varies)
@@ -104,7 +98,7 @@ class ChunkedStep(Program):
         def make_first(kind: _Kind, minibatch: dict[str, Any]) -> None:
             known: list[Tensor] = []
             told: list[_Drawn] = []
-            body = _first_body(step, draw, kind.size, _taken_apart(minibatch, known), told)
+            body = _first_body(step, kind.size, _taken_apart(minibatch, known), told)
             self._first[kind] = make(body, known)[0], told[-1]
 
         self._kinds = [_Kind(_size(self._parts[0]), True)]
@@ -125,7 +119,7 @@ class ChunkedStep(Program):
                 if chunk.kind not in found:
                     extras: list[Tensor] = []
                     apart = _taken_apart(_given(chunk, drawn, weights), extras)
-                    found[chunk.kind] = make(_second_body(step, draw, chunk.kind.size, apart), extras)
+                    found[chunk.kind] = make(_second_body(step, chunk.kind.size, apart), extras)
             for kind, (piece, recorded) in found.items():
                 self._second[kind] = piece, self._places(recorded)
             self._second_pass(chunks, drawn, weights, args, kl_weight, check=True)
@@ -137,9 +131,7 @@ class ChunkedStep(Program):
         estimate, weights = self._step.weigh(drawn)
         return [estimate.loss, *self._second_pass(chunks, drawn, weights, args, kl_weight)]
 
-    def _draw(
-        self, kind: _Kind, args: list[Tensor], kl_weight: float, minibatch: dict[str, Any]
-    ) -> _Drawn:
+    def _draw(self, kind: _Kind, args: list[Tensor], kl_weight: float, minibatch: dict[str, Any]) -> _Drawn:
         """What a chunk's first program gives."""
         piece, places = self._first[kind]
         known: list[Tensor] = []
@@ -150,16 +142,20 @@ class ChunkedStep(Program):
     def _first_pass(self, args: list[Tensor], kl_weight: float) -> tuple[_Drawn, list[_Chunk]]:
         """The log-weights of all particles, and what it takes to draw them again."""
         chunks: list[_Chunk] = []
+        minibatch: dict[str, Any] = {}
+        every: _Drawn | None = None
         for part, kind in zip(self._parts, self._kinds, strict=True):
             chunks.append(_Chunk(part, kind, self.random_state()))
-            drawn = self._draw(kind, args, kl_weight, every.minibatch if part.start else {})
-            if part.start == 0:
+            drawn = self._draw(kind, args, kl_weight, minibatch)
+            if every is None:
                 every = drawn._replace(log_weights=map_leaves(self._empty, drawn.log_weights))
+                minibatch = drawn.minibatch
             for kept, some in zip(leaves(every.log_weights), leaves(drawn.log_weights), strict=True):
                 kept[part] = some
+        assert every is not None
         if every.values is not None:
             nothing = torch.empty(0)
-            weight = kl_weight if self.weight is None else self.weight
+            weight: Any = kl_weight if self.weight is None else self.weight
             values = every.values._replace(log_q=nothing, counted=nothing, kl_weight=weight)
             every = every._replace(values=values)
         return every, chunks
@@ -203,13 +199,13 @@ class ChunkedStep(Program):
         return [*(place[id(leaf)] for leaf in recorded.leaves), *of_args]
 
 
-def _first_body(step: InChunks, draw: WeightedDraw, size: int, minibatch: Any, told: list[_Drawn]) -> Body:
+def _first_body(step: InChunks, size: int, minibatch: Any, told: list[_Drawn]) -> Body:
     """A chunk's log-weights; adds to ``told`` which output is what."""
 
     def body(pair: Pair, kl_weight: Any, extras: list[Tensor]) -> tuple[list[Tensor], None]:
         torch.clear_autocast_cache()  # of casts that belong to another graph
         with OneMinibatch(_put_together(minibatch, extras)) as known:
-            particles, _ = draw(kl_weight, pair, size, step.route, known, False)
+            particles, _ = step.draw(kl_weight, pair, size, step.route, known, False)
         suited_to(step.estimator, particles).check(particles, step.bound)
         values: Any = particles.values
         if values is not None:
@@ -222,14 +218,14 @@ def _first_body(step: InChunks, draw: WeightedDraw, size: int, minibatch: Any, t
     return body
 
 
-def _second_body(step: InChunks, draw: WeightedDraw, size: int, given: Any) -> Body:
+def _second_body(step: InChunks, size: int, given: Any) -> Body:
     """A chunk's log-weights once more, and its share of the gradients."""
 
     def body(pair: Pair, kl_weight: Any, extras: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         torch.clear_autocast_cache()
         minibatch, weights = _put_together(given, extras)
         with watch_batch_norm(restore=True), OneMinibatch(minibatch):
-            particles, _ = draw(kl_weight, pair, size, step.route, None, False)
+            particles, _ = step.draw(kl_weight, pair, size, step.route, None, False)
         log_weights = list(leaves(particles.statistics))
         return log_weights, step.share(particles, weights, log_weights[0])
 

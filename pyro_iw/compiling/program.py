@@ -100,7 +100,9 @@ class Program(ABC):
         _extend(self.generators, recorded.generators)
         _extend(self.leaves, recorded.leaves)
         self.leaf_args += [index for index in recorded.leaf_args if index not in self.leaf_args]
-        _extend(self.written, [t for t in recorded.written if t.untyped_storage().data_ptr() not in self._own])
+        _extend(
+            self.written, [t for t in recorded.written if t.untyped_storage().data_ptr() not in self._own]
+        )
         self.messages = [_message(site) for site in recorded.params]
         return piece
 

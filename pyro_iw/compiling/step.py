@@ -115,7 +115,6 @@ class Compiler:
         kl_weight: float,
         estimate: Callable[[Pair, Any], tuple[Any, Estimate]],
         options: tuple = (),
-        draw: Callable[..., Any] | None = None,
         chunks: InChunks | None = None,
     ) -> CompiledStep | None:
         """Run a compiled step, recording it if this is the second one of its kind.
@@ -125,7 +124,6 @@ class Compiler:
             kl_weight: the weight of the KL term.
             estimate: what a step computes, given a pair and a weight.
             options: what else that depends on, hashable.
-            draw: draws particles, given a weight and what a :data:`~pyro_iw.gradients.chunks.Draw` takes.
             chunks: how the step is taken chunk by chunk; all at once, if None.
 
         Returns:
@@ -172,7 +170,7 @@ class Compiler:
                         if chunks is None:
                             program = WholeStep(pair, tensors, kl_weight, varies, estimate)
                         else:
-                            program = ChunkedStep(pair, tensors, kl_weight, varies, draw, chunks)
+                            program = ChunkedStep(pair, tensors, kl_weight, varies, chunks)
             except Exception as error:
                 reason = str(error) if isinstance(error, Refused) else _in_words(error)
                 self._refuse(identity, pair, reason)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,12 +54,14 @@ class InChunks(NamedTuple):
     """How a step is taken chunk by chunk: log-weights of all chunks; weights of all; gradients of each.
 
     Attributes:
+        draw: draws the particles of a chunk, given the weight of the KL term and what a :data:`Draw` takes.
         estimator: the estimator.
         bound: the bound, which gives the number S of particles.
         route: how latent values travel, as the estimator wants it; None where gradients are disabled.
         chunk_size: the number of particles in a chunk; the last may have fewer.
     """
 
+    draw: Callable[..., tuple[Particles, RandomState | None]]
     estimator: Estimator
     bound: Bound
     route: Route | None
@@ -68,8 +71,8 @@ class InChunks(NamedTuple):
         """The loss, without gradients, and the weights of all particles.
 
         Arguments:
-            chunks: what is known of all particles: ``log_weights``, ``scale``, ``log_q_weight`` and ``values``
-                as of :class:`Chunks`.
+            chunks: what is known of all particles: ``log_weights``, ``scale``, ``log_q_weight`` and
+                ``values`` as of :class:`Chunks`.
         """
         estimator = suited_to(self.estimator, chunks)
         estimate = estimator.evaluate(self.bound, chunks.log_weights, chunks.scale)
@@ -179,8 +182,9 @@ class Chunks:
             self.values = without_densities(particles.values)
         elif cells != self._cells:
             raise ValueError(
-                f"Particles {part.start} to {part.stop - 1} have cells {cells}, those before them {self._cells}. With "
-                "chunk_size all particles must have the same plates; pass plates= to name those to keep."
+                f"Particles {part.start} to {part.stop - 1} have cells {cells}, those before "
+                f"them {self._cells}. With chunk_size all particles must have the same plates; pass plates= "
+                "to name those to keep."
             )
         self._look(particles)
         self._chunks.append(chunk)
@@ -222,19 +226,19 @@ class Chunks:
         return found
 
 
-def estimate_in_chunks(draw: Draw, pair: Pair, step: InChunks) -> tuple[Chunks, Estimate]:
+def estimate_in_chunks(pair: Pair, kl_weight: float, step: InChunks) -> tuple[Chunks, Estimate]:
     """The loss of S particles, whose gradient is taken chunk by chunk in its backward pass.
 
     Arguments:
-        draw: draws the particles of a chunk.
         pair: the pair and its arguments.
-        step: what is made of them.
+        kl_weight: the weight of the KL term.
+        step: how the step is taken.
 
     Raises:
         ValueError: as :class:`Chunks`, as the estimator's ``check``, and if a tensor with a graph of its own
             comes into model or guide other than as an argument.
     """
-    bound, route = step.bound, step.route
+    bound, route, draw = step.bound, step.route, partial(step.draw, kl_weight)
     if not torch.is_grad_enabled():
         chunks = Chunks(draw, pair, route, bound.num_particles, step.chunk_size)
         estimator = suited_to(step.estimator, chunks)
