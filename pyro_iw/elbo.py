@@ -12,8 +12,8 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
@@ -28,21 +28,21 @@ from ._support.warn import warn
 from .bounds import Bound
 from .compiling.step import Compiler
 from .gradients.backward_subset import estimate_from_subset
-from .gradients.chunks import Chunks, Draw, estimate_in_chunks
+from .gradients.chunks import Chunks, InChunks, estimate_in_chunks
 from .gradients.estimators import get_estimator
 from .gradients.not_finite import explain_not_finite
-from .gradients.over_ranks import SeededDraw, over_ranks
+from .gradients.over_ranks import over_ranks, same_minibatches
 from .gradients.over_values import suited_to
 from .gradients.surrogate import Estimate
 from .ranks.particles import ParticleGroup
 from .tracing.counterparts import check_guide
 from .tracing.jumps import find_jumps
 from .tracing.masks import warn_of_masks
-from .tracing.minibatches import DrawnApart, OneMinibatch
+from .tracing.minibatches import OneMinibatch
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import read_sites
-from .tracing.traces import PARTICLE_PLATE, Pair, Route, Traces, trace_pair
+from .tracing.traces import Pair, Route, Traces, trace_pair
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -93,7 +93,8 @@ class ImportanceWeightedELBO(ELBO):
             model and guide must broadcast over; otherwise one by one.
         chunk_size: run no more than that many particles at once; an integer >= 1, or None for all. The
             gradients are the same (but for the order in which random numbers are drawn) in the memory of one
-            chunk, at the price of a second forward pass, see :mod:`~pyro_iw.gradients.chunks`.
+            chunk, at the price of a second forward pass, see :mod:`~pyro_iw.gradients.chunks`. With
+            ``compile=True`` the programs of a chunk are compiled once and replayed.
         backward_particles: number k' of particles, chosen by weight in each cell, that the model runs on with
             gradients; an integer >= 1, or None for all. The loss is that of all particles, the gradient
             unbiased, see :mod:`~pyro_iw.gradients.backward_subset`. It goes together neither with
@@ -173,11 +174,6 @@ class ImportanceWeightedELBO(ELBO):
                     "one of them: chunk_size bounds memory, backward_particles saves time and memory at the "
                     "price of noise in the gradient."
                 )
-        if compile and chunk_size is not None:
-            raise ValueError(
-                "compile=True makes one program of a whole step, and chunk_size takes the step apart to save "
-                "memory. Pass one of them; compile=True goes together with backward_particles."
-            )
         if retain_graph and (compile or chunk_size is not None):
             other = "compile=True" if compile else "chunk_size"
             raise ValueError(
@@ -297,26 +293,15 @@ class ImportanceWeightedELBO(ELBO):
             for bound in self._bounds
             for name, value in vars(bound).items()
         )
-        options = (attributes, self.plates, self.backward_particles, self.stratified)
+        options = (attributes, self.plates, self.backward_particles, self.stratified, self.chunk_size)
+        chunks = None
+        recording: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if _is_less(self.chunk_size, self.num_particles):
+            chunks = self._in_chunks(self._route())
         if self._ranks is not None:
             self._ranks.ready()
-        return self._compiler.run(pair, kl_weight, self._estimate_recorded, options)
-
-    def _estimate_recorded(self, pair: Pair, kl_weight: float) -> tuple[Particles | Chunks, Estimate]:
-        """What a step computes, for it to be recorded: without the other ranks."""
-        if self._ranks is None:
-            return self._estimate(pair, kl_weight)
-        from .compiling.exchanging import recorded
-
-        with self._ranks.recording(recorded):
-            return self._estimate(pair, kl_weight)
-
-    def _ranks_minibatches(self, ranks: ParticleGroup) -> DrawnApart:
-        """The same minibatches on all ranks, with a look at what they observe where that is due."""
-        if not ranks.is_due or ranks.is_recording:
-            return DrawnApart(ranks.minibatch)
-        ranks.seen = DrawnApart(ranks.minibatch, PARTICLE_PLATE)
-        return ranks.seen
+            recording = partial(_without_others, self._ranks)
+        return self._compiler.run(pair, kl_weight, self._estimate, options, chunks, recording)
 
     def _rewind(self, compiled: CompiledStep) -> None:
         compiled.rewind()
@@ -355,10 +340,7 @@ class ImportanceWeightedELBO(ELBO):
 
     def _estimate(self, pair: Pair, kl_weight: float) -> tuple[Particles | Chunks, Estimate]:
         gradients = torch.is_grad_enabled()
-        route = self._estimator.route(self.bound) if gradients else None
-        if route is not None:
-            route = route._replace(per_value=not (self.stratified or self._is_linear))
-        draw: Draw = partial(self._draw, kl_weight)
+        route = self._route() if gradients else None
         number, begin, chosen = self.num_particles, None, None
         if route is not None and _is_less(self.backward_particles, number):
             chosen = self.backward_particles
@@ -367,23 +349,40 @@ class ImportanceWeightedELBO(ELBO):
             if self._ranks is not None:
                 estimator, number = over_ranks(estimator, self._ranks, chosen), self._ranks.own
                 self._ranks.ready()
-                self._minibatches = stack.enter_context(self._ranks_minibatches(self._ranks))
+                self._minibatches = stack.enter_context(same_minibatches(self._ranks))
                 if _is_less(self.chunk_size, self.num_particles):
                     stack.enter_context(set_back())
-                    draw, begin = SeededDraw(draw, self._ranks), RandomState.now
+                    begin = partial(self._ranks.begin, 0)
             if _is_less(self.chunk_size, number):
-                return estimate_in_chunks(draw, pair, estimator, self.bound, route, number, self.chunk_size)
+                return estimate_in_chunks(pair, kl_weight, self._in_chunks(route))
             if _is_less(chosen, number):
                 assert route is not None
                 collect = partial(self._collect, kl_weight)
                 return estimate_from_subset(
                     self._runner, collect, pair, estimator, self.bound, route, number, chosen
                 )
-            particles, _ = draw(pair, number, route, None, begin)
+            particles, _ = self._draw(kl_weight, pair, number, route, begin=begin)
             estimator = suited_to(estimator, particles)
             if gradients:
                 estimator.check(particles, self.bound)
             return particles, estimator.estimate(particles, self.bound, route)
+
+    def _route(self) -> Route:
+        """How latent values travel where gradients are wanted."""
+        route = self._estimator.route(self.bound)
+        return route._replace(per_value=not (self.stratified or self._is_linear))
+
+    def _in_chunks(self, route: Route | None) -> InChunks:
+        assert self.chunk_size is not None
+        step = InChunks(self._draw, self._estimator, self.bound, route, self.num_particles, self.chunk_size)
+        if self._ranks is None:
+            return step
+        return step._replace(
+            estimator=over_ranks(self._estimator, self._ranks),
+            num_particles=self._ranks.own,
+            begin=self._ranks.begin,
+            around=partial(same_minibatches, self._ranks),
+        )
 
     def _draw(
         self,
@@ -474,6 +473,15 @@ class ImportanceWeightedELBO(ELBO):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.bound!r}{self._options()})"
+
+
+@contextmanager
+def _without_others(ranks: ParticleGroup) -> Iterator[None]:
+    """Steps inside are taken without the other ranks of a group, to be recorded."""
+    from .compiling.exchanging import recorded  # not before it is needed, see Compiler.run
+
+    with ranks.recording(recorded):
+        yield
 
 
 def _is_less(number: int | None, num_particles: int) -> TypeGuard[int]:

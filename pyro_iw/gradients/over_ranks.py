@@ -14,26 +14,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._support.nested import leaves, map_leaves
-from .._support.random_state import RandomState
 from ..bounds import Bound
 from ..ranks.particles import ParticleGroup
 from ..resampling import systematic_at
-from ..tracing.minibatches import OneMinibatch
-from ..tracing.traces import Pair, Route
-from .chunks import Draw
+from ..tracing.minibatches import DrawnApart
+from ..tracing.traces import PARTICLE_PLATE, Route
 from .estimator import Estimator
 from .graph import leaves_below
 from .refusals import refuse_choice_of_values
 from .surrogate import Estimate, Weights
 
-__all__ = ["OverRanks", "SeededDraw", "over_ranks"]
+__all__ = ["OverRanks", "over_ranks", "same_minibatches"]
 
 
 class OverRanks(Estimator):
@@ -50,6 +47,7 @@ class OverRanks(Estimator):
         self.ranks = ranks
         self.chosen = chosen
         self._everything: Any = None  # the statistics of all particles
+        self._weights: Any = None
         self._offsets: Tensor | None = None
 
     def wrapped(self, wrap: Callable[[Any], Any]) -> OverRanks:
@@ -112,8 +110,11 @@ class OverRanks(Estimator):
 
     def weights(self, bound: Bound, log_w: Any, log_q_weight: Any, scale: Any) -> Weights:
         """The weights of this rank's particles, times P; ``log_w`` is what :meth:`evaluate` was given."""
-        self._weights: Any = self.inner.weights(bound, self._everything, log_q_weight, scale)
-        return map_leaves(self._averaged, self._weights.of(self.ranks.block))
+        every: Any = self.inner.weights(bound, self._everything, log_q_weight, scale)
+        # A compiled step keeps this estimator, which is not to keep what belongs to all particles.
+        self._everything = None
+        self._weights = every if self.chosen is not None else None
+        return map_leaves(self._averaged, every.of(self.ranks.block))
 
     def _averaged(self, weights: Tensor) -> Tensor:
         return self.ranks.size * weights
@@ -130,6 +131,7 @@ class OverRanks(Estimator):
             more.
         """
         block, every = self.ranks.block, self._weights
+        self._weights = None
         path = every.path if crosses else every.model
         total = every.model.abs() + path.abs()
         assert self._offsets is not None
@@ -154,34 +156,12 @@ def over_ranks(estimator: Any, ranks: ParticleGroup, chosen: int | None = None) 
     return estimator if ranks.size == 1 else OverRanks(estimator, ranks, chosen)
 
 
-class SeededDraw:
-    """Draws chunks, one after another, each from a seed of its own that the group's first rank has drawn.
-
-    So the particles do not depend on the number of ranks, where chunks do not cross from one to the next.
-
-    Arguments:
-        draw: draws the particles of a chunk.
-        ranks: the share of this rank.
-    """
-
-    def __init__(self, draw: Draw, ranks: ParticleGroup) -> None:
-        self._draw = draw
-        self._ranks = ranks
-        self._start = 0
-
-    def __call__(
-        self,
-        pair: Pair,
-        num_particles: int,
-        route: Route | None,
-        minibatch: OneMinibatch | None,
-        begin: Callable[[], RandomState] | None,
-    ) -> tuple[Any, RandomState | None]:
-        """Draw a chunk; without ``begin``, from the present random state, as one that was drawn before."""
-        if begin is not None:
-            begin = partial(RandomState.seeded, self._ranks.chunk_seed(self._start))
-            self._start += num_particles
-        return self._draw(pair, num_particles, route, minibatch, begin)
+def same_minibatches(ranks: ParticleGroup) -> DrawnApart:
+    """A handler that draws plates' minibatches, the same on all ranks; with a look at them, where that is due."""
+    if not ranks.is_due or ranks.is_recording:
+        return DrawnApart(ranks.minibatch)
+    ranks.seen = DrawnApart(ranks.minibatch, PARTICLE_PLATE)
+    return ranks.seen
 
 
 def _crosses(route: Route | None) -> bool:

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._support.random_state import RandomState
 from .group import Group, RankError
 
 __all__ = ["ParticleGroup", "digest"]
@@ -251,17 +252,25 @@ class ParticleGroup:
 
     def seed(self) -> int:
         """The seed of this step, which the first rank of the group draws from its generator."""
-        assert self._step is not None
+        if self._step is None or self.is_recording:
+            return 0
         if self._step.seed is None:
             mine = int(torch.randint(2**62, (), device="cpu"))
             self._step.seed = self.group.say("the seed of a step", self._step.brought, [mine])[0][0]
         return self._step.seed
 
-    def chunk_seed(self, start: int) -> int:
-        """That of the chunk that begins with this one of the rank's own particles."""
+    def begin(self, start: int) -> RandomState:
+        """Seed a chunk by its place among the particles of all ranks, so that it is the same for any P.
+
+        Arguments:
+            start: which of this rank's own particles it begins with.
+
+        Returns:
+            The random state, which is the present one.
+        """
         place = self.block.start + start
         mixed = hashlib.blake2b(f"{self.seed()} {place}".encode(), digest_size=8).digest()
-        return int.from_bytes(mixed, "little") >> 1
+        return RandomState.seeded(int.from_bytes(mixed, "little") >> 1)
 
     def ready(self) -> None:
         """Have the minibatches of the step begin where they should, if its plates draw any."""
