@@ -157,7 +157,7 @@ def over_ranks(estimator: Any, ranks: ParticleGroup, chosen: int | None = None) 
 
 
 def same_minibatches(ranks: ParticleGroup) -> DrawnApart:
-    """A handler that draws plates' minibatches, the same on all ranks; with a look at them, where that is due."""
+    """A handler that draws plates' minibatches, the same on all ranks, and notes them where that is due."""
     if not ranks.is_due or ranks.is_recording:
         return DrawnApart(ranks.minibatch)
     ranks.seen = DrawnApart(ranks.minibatch, PARTICLE_PLATE)

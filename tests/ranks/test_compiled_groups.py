@@ -8,6 +8,7 @@ import torch.distributed
 
 import pyro_iw
 import pyro_iw.compiling.inductor as inductor_module
+from helpers.chains import Chain
 from helpers.groups import Powers, averaged
 from helpers.ranks import run_on_ranks
 from pyro_iw import MIWAE_ELBO, PIWAE_ELBO
@@ -110,3 +111,59 @@ def test_compiled_steps(stubborn):
 @pytest.mark.slow
 def test_a_program_of_inductors():
     run_on_ranks(compiled, 2, 2, False, ["PIWAE chosen"], False, timeout=120)
+
+
+class Drawing(Chain):
+    """A chain that draws its minibatches and its noise as all do."""
+
+    def guide(self):
+        p = self.p
+        with self.plate() as index:
+            z = pyro.sample("z", dist.Normal(p["a"] * self.x[0, index], p["c"]))
+            b = pyro.sample("b", dist.Bernoulli((p["e"] * z).sigmoid())) if self.discrete else 0.0
+            pyro.sample("y", dist.Normal(p["a"] * z + b, p["d"] * torch.exp(0.3 * z)))
+
+
+def runs(rank, sizes, ways):
+    """Losses and parameters of three steps in chunks, by groups of these sizes from one seed."""
+    inductor_module.inductor = lambda graph, inputs: lambda args: graph(*args)
+    world, found = torch.distributed.get_world_size(), []
+    for size in sizes:
+        firsts = range(0, world, size)
+        groups = [torch.distributed.new_group(list(range(first, first + size))) for first in firsts]
+        for bound, keywords in ways:
+            loss = bound(M=M, K=K, particle_group=groups[rank // size], **keywords)
+            pair = Drawing(discrete="estimator" in keywords)
+            pyro.set_rng_seed(3)
+            values = [loss.loss(pair.model, pair.guide)]
+            for _ in range(3):
+                value, gradients = pair.gradients(loss)
+                values.append(value)
+                averaged(gradients)
+                with torch.no_grad():
+                    for key, gradient in gradients.items():
+                        if gradient is not None:
+                            pair.p[key] -= 0.01 * gradient
+            assert bool(keywords.get("compile")) == bool(loss._compiler._programs)
+            found.append((values, [p.item() for p in pair.p.values()]))
+    return found
+
+
+def test_chunks_are_the_same_for_any_number_of_ranks():
+    ways = [(MIWAE_ELBO, {"chunk_size": 2}), (PIWAE_ELBO, {"chunk_size": 1, "estimator": "vimco"})]
+    results = run_on_ranks(runs, 4, (1, 2, 4), ways)
+    for i in range(len(ways)):
+        losses, parameters = results[0][i]
+        assert len(set(losses)) == 4
+        for found in results:
+            for values, parts in found[i :: len(ways)]:
+                assert values == losses
+                assert parts == pytest.approx(parameters, rel=1e-12)
+
+
+def test_compiled_chunks():
+    """With the numbers of chunks that are not compiled."""
+    ways = [(PIWAE_ELBO, {"chunk_size": 2}), (PIWAE_ELBO, {"chunk_size": 2, "compile": True})]
+    for found in run_on_ranks(runs, 2, (2,), ways):
+        for values, expected in zip(found[1], found[0], strict=True):
+            assert values == pytest.approx(expected, rel=1e-12)
