@@ -204,6 +204,7 @@ class ImportanceWeightedELBO(ELBO):
         self._compiler = Compiler()
         self.particle_group = particle_group
         self._ranks = None if particle_group is None else ParticleGroup(particle_group, bound)
+        self._said: tuple | None = None  # what must be the same on all ranks
         #: Gives the plates of a step that came to nothing the minibatches that they had.
         self._minibatches: AbstractContextManager[Any] = nullcontext()
 
@@ -312,9 +313,11 @@ class ImportanceWeightedELBO(ELBO):
         """A step, in which the ranks of a particle group take part together."""
         if self._ranks is None:
             return nullcontext()
+        if self._said is None:
+            self._said = str(self._bounds), self.estimator, self.plates
         kind = "a gradient step" if torch.is_grad_enabled() else "a loss"
         weight = None if isinstance(kl_weight, Tensor) else float(kl_weight)
-        return self._ranks.step(kind, str(self._bounds), self.estimator, self.plates, weight)
+        return self._ranks.step(kind, *self._said, weight)
 
     def recompile(self) -> None:
         """Forget all compiled steps, and try again to compile what could not be."""

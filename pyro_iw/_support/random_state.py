@@ -32,7 +32,9 @@ class RandomState(NamedTuple):
     @classmethod
     def seeded(cls, seed: int) -> RandomState:
         """The state that comes of a seed, which is the present one from here on."""
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # where it is not, to ask for seeds to come takes a look at the stack
+            torch.cuda.manual_seed_all(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         random.seed(seed)
         return cls.now()

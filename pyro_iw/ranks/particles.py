@@ -144,7 +144,7 @@ class ParticleGroup:
         """
         self._step = step = _Step(brought)
         try:
-            if self.size > 1 and self.is_due:
+            if self.is_due:
                 self.note(random=zlib.crc32(_random_state()) + 1)
             yield
         except RankError:
@@ -159,7 +159,7 @@ class ParticleGroup:
     @property
     def is_due(self) -> bool:
         """Whether this step is looked at closely."""
-        return self._exchanges < _FIRST or self._exchanges % _EVERY == 0
+        return self.size > 1 and (self._exchanges < _FIRST or self._exchanges % _EVERY == 0)
 
     @property
     def is_recording(self) -> bool:
@@ -196,7 +196,7 @@ class ParticleGroup:
         step = self._step or _Step(())
         if step.again and self._everything is not None:
             return self._everything
-        if self.size > 1 and self.is_due:
+        if self.is_due:
             alive = [parameter for reference in self.parameters if (parameter := reference()) is not None]
             self.note(parameters=digest(alive) if alive else 0)
             if self.seen is not None:

@@ -65,15 +65,18 @@ class DrawnApart(OneMinibatch):
         self.observed: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg):
+            return
         super()._pyro_sample(msg)
-        if site_is_subsample(msg) and msg["value"] is None and _is_minibatch(msg):
+        if msg["value"] is None and _is_minibatch(msg):
             plate = msg["fn"]
             indices = self._draw(plate.size, plate.subsample_size, torch.device(plate.device))
             msg["value"] = indices.cuda() if plate.use_cuda else indices
             msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        super()._pyro_post_sample(msg)
+        if site_is_subsample(msg):
+            super()._pyro_post_sample(msg)
         if self._plate is None or not msg["is_observed"] or not isinstance(msg["value"], Tensor):
             return
         rank = msg["value"].dim() - msg["fn"].event_dim

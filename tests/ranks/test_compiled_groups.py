@@ -9,26 +9,11 @@ import torch.distributed
 import pyro_iw
 import pyro_iw.compiling.inductor as inductor_module
 from helpers.chains import Chain
-from helpers.groups import Powers, averaged
+from helpers.groups import FromTensor, Powers, averaged
 from helpers.ranks import run_on_ranks
 from pyro_iw import MIWAE_ELBO, PIWAE_ELBO
 
 M, K = 2, 4
-
-
-class FromTensor(dist.Normal):
-    """A normal whose noise for all particles is read from a tensor ``[S, 5]``."""
-
-    def __init__(self, loc, scale, noise=None, validate_args=None):
-        self.noise = noise
-        super().__init__(loc, scale, validate_args=validate_args)
-
-    def expand(self, batch_shape, _instance=None):
-        return FromTensor(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.noise)
-
-    def rsample(self, sample_shape=()):
-        shape = self._extended_shape(torch.Size(sample_shape))
-        return self.loc + self.scale * (self.noise[: shape[0]] if len(shape) > 1 else self.noise[0])
 
 
 class Pair:
