@@ -12,8 +12,8 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
@@ -26,7 +26,7 @@ from ._support.arguments import as_plate_names, positive_integer
 from ._support.random_state import RandomState, set_back
 from ._support.warn import warn
 from .bounds import Bound
-from .compiling.step import Compiler
+from .compiling.step import Compiler, without_others
 from .gradients.backward_subset import estimate_from_subset
 from .gradients.chunks import Chunks, InChunks, estimate_in_chunks
 from .gradients.estimators import get_estimator
@@ -35,13 +35,14 @@ from .gradients.over_ranks import over_ranks, same_minibatches
 from .gradients.over_values import suited_to
 from .gradients.surrogate import Estimate
 from .ranks.particles import ParticleGroup
+from .tracing.cells import weighted_plates
 from .tracing.counterparts import check_guide
 from .tracing.jumps import find_jumps
 from .tracing.masks import warn_of_masks
 from .tracing.minibatches import OneMinibatch
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
-from .tracing.sites import read_sites
+from .tracing.sites import Site, read_sites
 from .tracing.traces import Pair, Route, Traces, trace_pair
 
 if TYPE_CHECKING:
@@ -197,6 +198,7 @@ class ImportanceWeightedELBO(ELBO):
             look=partial(check_guide, strict=False),
             look_along=self._look_along,
             warn=self._warn_once,
+            kept=self._indices_apart,
         )
         self._warned: set[str] = set()
         self.compile = compile
@@ -301,7 +303,7 @@ class ImportanceWeightedELBO(ELBO):
             chunks = self._in_chunks(self._route())
         if self._ranks is not None:
             self._ranks.ready()
-            recording = partial(_without_others, self._ranks)
+            recording = partial(without_others, self._ranks)
         return self._compiler.run(pair, kl_weight, self._estimate, options, chunks, recording)
 
     def _rewind(self, compiled: CompiledStep) -> None:
@@ -427,6 +429,10 @@ class ImportanceWeightedELBO(ELBO):
         route = self._estimator.route(self.bound)
         return find_jumps(traces, has_paths=not route.stopped, is_linear=self._is_linear)
 
+    def _indices_apart(self, sites: list[Site]) -> list[str]:
+        """The plates whose indices have a weight each; log-weights that are only averaged may add up."""
+        return [] if self._is_linear else weighted_plates(sites, self.plates)
+
     def _check_pair(self, traces: Traces) -> None:
         """What a new pair's first run with one particle shows, masks included whatever the validation."""
         warn_of_masks(read_sites(traces), self._warn_once, look=True)
@@ -476,15 +482,6 @@ class ImportanceWeightedELBO(ELBO):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.bound!r}{self._options()})"
-
-
-@contextmanager
-def _without_others(ranks: ParticleGroup) -> Iterator[None]:
-    """Steps inside are taken without the other ranks of a group, to be recorded."""
-    from .compiling.exchanging import recorded  # not before it is needed, see Compiler.run
-
-    with ranks.recording(recorded):
-        yield
 
 
 def _is_less(number: int | None, num_particles: int) -> TypeGuard[int]:

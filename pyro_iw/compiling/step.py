@@ -52,8 +52,8 @@ from __future__ import annotations
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +64,7 @@ from torch import Tensor
 from .._support.warn import warn
 from ..gradients.chunks import InChunks
 from ..gradients.surrogate import Estimate
+from ..ranks.particles import ParticleGroup
 from ..tracing.handlers import handlers_in_force
 from ..tracing.traces import Pair
 from .announce import announced
@@ -72,7 +73,7 @@ from .arguments import Refused, spec
 if TYPE_CHECKING:
     from .program import CompiledStep, Program
 
-__all__ = ["Compiler"]
+__all__ = ["Compiler", "without_others"]
 
 #: Programs kept, the least recently used leaves first.
 _CAPACITY = 8
@@ -205,6 +206,15 @@ class Compiler:
         if not self._warned:
             self._warned = True
             warn(f"compile=True is left aside and the step runs eagerly: {reason}.", RuntimeWarning)
+
+
+@contextmanager
+def without_others(ranks: ParticleGroup) -> Iterator[None]:
+    """Steps inside are taken without the other ranks of a group, to be recorded."""
+    from .exchanging import recorded  # not before it is needed, see Compiler.run
+
+    with ranks.recording(recorded):
+        yield
 
 
 def _identity(pair: Pair) -> Any:
