@@ -11,7 +11,8 @@ import pyro_iw.compiling.inductor as inductor_module
 from helpers.chains import Chain
 from helpers.groups import FromTensor, Powers, averaged
 from helpers.ranks import run_on_ranks
-from pyro_iw import MIWAE_ELBO, PIWAE_ELBO
+from pyro_iw import IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO
+from pyro_iw.ranks.group import RankError
 
 M, K = 2, 4
 
@@ -152,3 +153,30 @@ def test_compiled_chunks():
     for found in run_on_ranks(runs, 2, (2,), ways):
         for values, expected in zip(found[1], found[0], strict=True):
             assert values == pytest.approx(expected, rel=1e-12)
+
+
+def breaks(rank):
+    """A compiled step that is NaN on one rank, between steps that are not."""
+    inductor_module.inductor = lambda graph, inputs: lambda args: graph(*args)
+    pair = Pair(torch.zeros(2, 4, 5).double())
+    loss = IWAE_ELBO(K=8, particle_group=torch.distributed.group.WORLD, compile=True)
+    errors = []
+    for step in range(6):
+        pair.noise.normal_()
+        if step == 4 and rank == 1:
+            pair.noise[0, 2, 3] = torch.nan
+        try:
+            _, gradients = pair.step(loss, 1.0)
+            assert step != 4
+            averaged(gradients)
+        except (ValueError, RankError) as error:
+            errors.append((step, type(error).__name__, str(error)[:40]))
+            assert all(p.grad is None for p in pair.p.values())
+    assert loss._compiler._programs
+    return errors
+
+
+def test_a_compiled_step_that_is_nan_on_one_rank():
+    first, second = run_on_ranks(breaks, 2)
+    assert first == [(4, "RankError", "Log-weights are NaN or +inf on rank 1 (1")]
+    assert second == [(4, "ValueError", "Expected parameter loc (Tensor of shape ")]  # of its eager run
