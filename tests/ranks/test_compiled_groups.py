@@ -51,7 +51,6 @@ class Pair:
 
 LOSSES = {
     "MIWAE dreg": lambda **kw: MIWAE_ELBO(M=M, K=K, estimator="dreg", **kw),
-    "rws": lambda **kw: MIWAE_ELBO(M=M, K=K, estimator="rws", **kw),
     "PIWAE chosen": lambda **kw: PIWAE_ELBO(M=M, K=K, backward_particles=3, **kw),
     "own": lambda **kw: pyro_iw.ImportanceWeightedELBO(
         Powers(M=M, K=K), kl_weight=lambda s: 0.2 + s / 9, **kw
@@ -73,7 +72,7 @@ def compiled(rank, size, stubborn, names, interpreted):
         pair, alone = Pair(mine), Pair(every)
         ours = make(particle_group=group, compile=not (stubborn and rank == 1))
         theirs = make()
-        for i in range(4):
+        for i in range(3):
             every.normal_(generator=generator)
             mine.copy_(every[:, rank * own : (rank + 1) * own])
             torch.manual_seed(i if rank == 0 else 100 * rank + i)
@@ -89,9 +88,12 @@ def compiled(rank, size, stubborn, names, interpreted):
         assert ours.compile == bool(ours._compiler._programs)
 
 
-@pytest.mark.parametrize("stubborn", [False, True], ids=["all ranks", "all but one"])
-def test_compiled_steps(stubborn):
-    run_on_ranks(compiled, 2, 2, stubborn, list(LOSSES), True)
+def test_compiled_steps():
+    run_on_ranks(compiled, 2, 2, False, list(LOSSES), True)
+
+
+def test_a_rank_that_does_not_compile():
+    run_on_ranks(compiled, 2, 2, True, ["PIWAE chosen"], True)
 
 
 @pytest.mark.slow
@@ -111,7 +113,7 @@ class Drawing(Chain):
 
 
 def runs(rank, sizes, ways):
-    """Losses and parameters of three steps in chunks, by groups of these sizes from one seed."""
+    """Losses and parameters of two steps in chunks, by groups of these sizes from one seed."""
     inductor_module.inductor = lambda graph, inputs: lambda args: graph(*args)
     world, found = torch.distributed.get_world_size(), []
     for size in sizes:
@@ -122,7 +124,7 @@ def runs(rank, sizes, ways):
             pair = Drawing(discrete="estimator" in keywords)
             pyro.set_rng_seed(3)
             values = [loss.loss(pair.model, pair.guide)]
-            for _ in range(3):
+            for _ in range(2):
                 value, gradients = pair.gradients(loss)
                 values.append(value)
                 averaged(gradients)
@@ -140,7 +142,7 @@ def test_chunks_are_the_same_for_any_number_of_ranks():
     results = run_on_ranks(runs, 4, (1, 2, 4), ways)
     for i in range(len(ways)):
         losses, parameters = results[0][i]
-        assert len(set(losses)) == 4
+        assert len(set(losses)) == 3
         for found in results:
             for values, parts in found[i :: len(ways)]:
                 assert values == losses

@@ -140,7 +140,7 @@ def dies(rank, how):
         loss.loss_and_grads(pair.model, pair.guide)
 
 
-@pytest.mark.parametrize("how", ["ends", "is stuck"])
+@pytest.mark.parametrize("how", ["ends", pytest.param("is stuck", marks=pytest.mark.slow)])
 def test_a_rank_that_does_not_come(how):
     start = time.monotonic()
     first, second = run_on_ranks(dies, 2, how, timeout=3, expect_errors=True)
