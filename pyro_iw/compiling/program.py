@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import transform_to
 
+from .._support.devices import rng_state, set_rng_state, wide_dtype
 from ..gradients.graph import has_hooks
 from ..gradients.surrogate import Estimate, refuse_second_derivative
 from ..tracing.handlers import handlers_in_force
@@ -51,7 +52,7 @@ class Program:
         # The next step's arguments are others.
         own = {arg.untyped_storage().data_ptr() for arg in args}
         self.written = [t for t in recorded.written if t.untyped_storage().data_ptr() not in own]
-        self.device = next((t.device for t in self.fixed if t.device.type == "cuda"), None)
+        self.device = next((t.device for t in self.fixed if t.device.type != "cpu"), None)
 
     def run(self, args: list[Tensor], kl_weight: float) -> CompiledStep:
         """Take a step with these arguments."""
@@ -63,7 +64,7 @@ class Program:
             self.weight.fill_(float(kl_weight))
             inputs.append(self.weight)
         with torch.no_grad():
-            if self.device is None:
+            if self.device is None or self.device.type != "cuda":
                 return self.function(inputs)
             torch.compiler.cudagraph_mark_step_begin()
             # The next replay of a CUDA graph writes over what this one returns.
@@ -73,15 +74,15 @@ class Program:
         """What puts the random state, and the tensors that the program writes to, back to now."""
         generators = [torch.default_generator, *self.generators]
         states = [generator.get_state() for generator in generators]
-        cuda = None if self.device is None else torch.cuda.get_rng_state(self.device)
+        state_there = None if self.device is None else rng_state(self.device)
         values = [tensor.clone() for tensor in self.written]
 
         def undo() -> None:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
-            if cuda is not None:
+            if state_there is not None:
                 assert self.device is not None
-                torch.cuda.set_rng_state(cuda, self.device)
+                set_rng_state(state_there, self.device)
             with torch.no_grad():
                 for tensor, value in zip(self.written, values, strict=True):
                     tensor.copy_(value)
@@ -183,10 +184,10 @@ def make_program(
     Raises:
         Refused: if a recording would freeze what may change from step to step.
     """
-    device = next((arg.device for arg in args if arg.device.type == "cuda"), torch.device("cpu"))
+    device = next((arg.device for arg in args if arg.device.type != "cpu"), torch.device("cpu"))
     weight = None
     if varies:
-        weight = torch.tensor(float(kl_weight), dtype=torch.float64, device=device)
+        weight = torch.tensor(float(kl_weight), dtype=wide_dtype(device), device=device)
     recorded = record(pair, args, kl_weight if weight is None else weight, estimate)
     example = [*recorded.fixed, *args, *([] if weight is None else [weight])]
     plain = [tensor.detach() for tensor in example]

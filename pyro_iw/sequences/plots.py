@@ -190,7 +190,7 @@ def _series(
         ) from error
     if chosen.dim() != 1:
         raise ValueError(f"element must be {site.event_dim} number(s) for site {name!r}, got {element!r}")
-    return chosen.double().detach().cpu().numpy()
+    return chosen.detach().cpu().double().numpy()
 
 
 def _over_time(axes: Axes, values: Tensor, sequence: Sequence, label: str | None) -> None:

@@ -29,6 +29,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
+from .._support.devices import autocast_dtype
 from .guide_values import ids_of, is_enumerated_in_guide
 from .latents import own_frames, own_shape
 from .messages import base_of, latent_sites
@@ -301,8 +302,9 @@ def _accuracy(*densities: Tensor) -> float:
     """The relative accuracy to expect of log densities, given what they may have been computed from."""
     kind = densities[0].device.type
     dtypes = {density.dtype for density in densities} | {torch.get_default_dtype()}
-    if torch.is_autocast_enabled(kind):
-        dtypes.add(torch.get_autocast_dtype(kind))
+    autocast = autocast_dtype(kind)
+    if autocast is not None:
+        dtypes.add(autocast)
     cuda = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     if (kind == "cuda" and cuda) or torch.get_float32_matmul_precision() != "highest":
         dtypes.add(torch.float16)  # as many digits as TF32

@@ -21,33 +21,18 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, ExpTransform, LowRankMultivariateNormal, Transform
 
-__all__ = ["autocasts", "in_full_precision", "wide_densities"]
+from .._support.devices import autocast_types
+
+__all__ = ["in_full_precision", "wide_densities"]
 
 _HALF = (torch.float16, torch.bfloat16)
 #: The type of a transform's inverse.
 _INVERSE: type[Transform] = type(ExpTransform().inv)
 
 
-def _is_known(kind: str) -> bool:
-    """Whether this PyTorch has autocast for a type of device: before 2.5 not for Apple's."""
-    try:
-        torch.is_autocast_enabled(kind)
-    except RuntimeError:
-        return False
-    return True
-
-
-_KINDS = tuple([kind for kind in ("cpu", "cuda", "mps", "xpu") if _is_known(kind)])
-
-
-def autocasts() -> list[str]:
-    """The types of the devices for which autocast is on."""
-    return [kind for kind in _KINDS if torch.is_autocast_enabled(kind)]
-
-
 def in_full_precision() -> AbstractContextManager[Any]:
     """A context without autocast."""
-    kinds = autocasts()
+    kinds = autocast_types()
     if not kinds:
         return nullcontext()
     stack = ExitStack()
@@ -58,7 +43,7 @@ def in_full_precision() -> AbstractContextManager[Any]:
 
 def wide_densities() -> Any:
     """A context for model and guide to run in: nothing but where autocast is on."""
-    return _WideDensities() if autocasts() else nullcontext()
+    return _WideDensities() if autocast_types() else nullcontext()
 
 
 class _WideDensities(Messenger):
