@@ -274,8 +274,8 @@ class AnnealedImportanceSampler:
         _check_same_density(path.at(coordinates), particles)
         scaled = [site for site in particles.sites if isinstance(site.scale, Tensor) or site.scale != 1]
         tempered = list(dict.fromkeys(site.name for site in scaled))
-        log_weights = particles.log_weights
-        return Start(pair, path, minibatch, coordinates, log_weights, dead_site(particles), tempered)
+        dead = dead_site(particles) if check_finite(particles) else None
+        return Start(pair, path, minibatch, coordinates, particles.log_weights, dead, tempered)
 
     def tune(self, start: Start, bar: tqdm) -> Annealing:
         """Find the settings of the transitions."""

@@ -342,13 +342,11 @@ class ImportanceSampler:
         minibatch = OneMinibatch()
         chunks: list[Any] = []
         latents: list[dict[str, Latent]] = []
-        dead = None
         with self._bar(1) as bar:
-            for particles, traces in self._chunks(pair, bar, minibatch):
+            for particles, traces, dead in self._chunks(pair, bar, minibatch):  # noqa: B007
                 _refuse_values(particles)
                 chunks.append(particles)
                 latents.append(read_local_latents(traces) if self.local else read_latents(traces))
-                dead = dead or dead_site(particles)
         rerun = Rerun(
             pair,
             self._runner.prepare(pair),
@@ -365,7 +363,8 @@ class ImportanceSampler:
         if self.local:
             local = join_local(chunks)
             samples = HierarchicalSamples(joined, log_p, log_q, particles.plates, rerun, local)
-        warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
+        if dead is not None:
+            warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
         return samples
 
     def particles(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -375,7 +374,7 @@ class ImportanceSampler:
         Arguments and errors are those of :meth:`log_marginal`.
         """
         with self._bar(1) as bar:
-            for particles, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
+            for particles, _, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
                 yield particles
 
     def _stream(
@@ -383,23 +382,24 @@ class ImportanceSampler:
     ) -> Tensor:
         """The log evidence of the cells, and on the way whatever else is to be added up."""
         kept = []
-        dead = None
-        for particles, traces in self._chunks(pair, bar):
+        for particles, traces, dead in self._chunks(pair, bar):  # noqa: B007
             log_w = total_log_weights(particles)
             running.add(log_w)
             if bounds is not None:
                 bounds.add(log_w)
             if self.jackknife:
                 kept.append(log_w)
-            dead = dead or dead_site(particles)
             del particles, traces  # or two chunks would be in memory while the next one runs
-        warn_of_dead(running.value, self.num_particles, dead)
+        if dead is not None:
+            warn_of_dead(running.value, self.num_particles, dead)
         value = jackknife(torch.cat(kept)) if self.jackknife else running.value
         return value.to(log_w.dtype)
 
     def _chunks(
         self, pair: Pair, bar: tqdm, minibatch: OneMinibatch | None = None
-    ) -> Iterator[tuple[Particles | TwoLevels, Traces]]:
+    ) -> Iterator[tuple[Particles | TwoLevels, Traces, str | None]]:
+        """The chunks, each with the first site at which a particle of it or of those before is dead."""
+        dead = None
         minibatch = minibatch or OneMinibatch()
         with torch.no_grad():
             self._runner.prepare(pair)
@@ -418,10 +418,11 @@ class ImportanceSampler:
                     )
                 if left == self.num_particles:
                     check_proposal(particles, traces, self.check_support, self._warn_once)
-            check_finite(particles)
+            if check_finite(particles) and dead is None:
+                dead = dead_site(particles)
             bar.update(size)
             left -= size
-            yield particles, traces
+            yield particles, traces, dead
             del particles, traces
 
     def _bar(self, batches: int | None) -> tqdm:
