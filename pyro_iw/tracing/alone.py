@@ -29,7 +29,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
-from .._support.devices import autocast_dtype
+from .._support.devices import autocast_dtype, wide
 from .guide_values import ids_of, is_enumerated_in_guide
 from .latents import own_frames, own_shape
 from .messages import base_of, latent_sites
@@ -314,7 +314,7 @@ def _accuracy(*densities: Tensor) -> float:
 def _largest(one: Tensor, other: Tensor, tolerance: tuple[float, float] | None) -> _Difference | None:
     """Where two log densities differ most; None if nowhere by more than relative accuracy times the size."""
     try:
-        one, other = torch.broadcast_tensors(one.double(), other.double())
+        one, other = torch.broadcast_tensors(wide(one), wide(other))
     except RuntimeError:  # they do not even have the same shape
         return _Difference(math.inf, math.nan, math.nan)
     same = (one == other) | (one.isnan() & other.isnan())

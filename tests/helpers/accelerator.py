@@ -92,7 +92,8 @@ class Module:
     def __init__(self):
         self.generator = torch.Generator()
         self.initialized = True
-        self.touched = False
+        #: Whether it has float64, as Apple's does not.
+        self.has_float64 = True
 
     def is_initialized(self):
         return self.initialized
@@ -199,6 +200,10 @@ def dispatch(func, args, kwargs):
 
 
 def _rewrap(result, ours):
+    if not _module.has_float64:
+        for one in tree_iter(result):
+            if isinstance(one, Tensor) and one.dtype == torch.float64:
+                raise TypeError(f"{NAME} has no float64")
     by_raw = {id(one.raw): one for one in ours}
 
     def wrap(raw):
@@ -234,7 +239,7 @@ def _copy(func, args, kwargs):
     kwargs.pop("pin_memory", None)
     kwargs.pop("non_blocking", None)
     raw = func(source.raw if is_here else source, **kwargs)
-    return SimTensor(raw) if stays else raw
+    return _rewrap(raw, []) if stays else raw
 
 
 @contextmanager
