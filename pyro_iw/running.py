@@ -84,6 +84,9 @@ class RunningBound:
         self.bound = bound
         self.groups = 0
         self._rest: Tensor | None = None
+        self._mean: Tensor
+        self._squares: Tensor
+        self._infinite: Tensor
         self._begin(torch.tensor(0.0, dtype=torch.float64))
 
     def add(self, log_w: Tensor) -> None:

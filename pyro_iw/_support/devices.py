@@ -7,6 +7,7 @@ brings along), and each has a module of functions of the same names, which are a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def accelerator() -> str | None:
 @functools.cache
 def _available_before() -> str | None:
     """The same for PyTorch before 2.6, which has no common name for them."""
-    available = {
+    available: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
         "xpu": torch.xpu.is_available,

@@ -110,9 +110,9 @@ def _refuse_rounded(name: str, fn: Any) -> None:
             isinstance(part, Tensor) and part.dtype in _HALF for part in vars(made).values()
         ):
             raise ValueError(
-                f"The {type(fn).__name__} of site {name!r} has been made under autocast, which multiplied its "
-                "matrices in fewer digits than float32 has, and its density would be off by nats. Make it "
-                f"under torch.autocast({made.log_normalizer.device.type!r}, enabled=False), of parameters "
+                f"The {type(fn).__name__} of site {name!r} has been made under autocast, which multiplied "
+                "its matrices in fewer digits than float32 has, and its density would be off by nats. Make "
+                f"it under torch.autocast({made.log_normalizer.device.type!r}, enabled=False), of parameters "
                 "that are turned to float32 by .float()."
             )
 
