@@ -212,7 +212,7 @@ def test_particle_filters():
 def test_annealing():
     """The evidence of a linear decoder in closed form; bfloat16 decoded with 0.4 % of error."""
     torch.manual_seed(0)
-    decoder = nn.Linear(4, 3)
+    decoder, encoder = nn.Linear(4, 3), nn.Linear(3, 8)
     x = torch.randn(N, 3)
 
     def model():
@@ -222,7 +222,8 @@ def test_annealing():
 
     def guide():
         with pyro.plate("data", N):
-            pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            loc, log_scale = encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
     covariance = decoder.weight @ decoder.weight.T + 0.25 * torch.eye(3)
     exact = torch.distributions.MultivariateNormal(decoder.bias, covariance).log_prob(x).detach()
@@ -230,7 +231,9 @@ def test_annealing():
     with bfloat16():
         sampler = AnnealedImportanceSampler(model, guide, 64, 40, num_adaptation=20, progress=False)
         samples = sampler()
-    assert samples.log_weights.dtype == torch.float32
+    for part in (samples.log_p, samples.log_weights):
+        assert part.dtype == torch.float32
+        assert not torch.equal(part, part.bfloat16().float())
     off = (samples.log_marginal - exact).abs()
     assert (off < 4 * samples.monte_carlo_error + 0.05).all(), (off, samples.monte_carlo_error)
 
