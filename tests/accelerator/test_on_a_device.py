@@ -21,7 +21,7 @@ def test_on_a_simulated_accelerator():
         cwd=CHECKS.parents[2],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
