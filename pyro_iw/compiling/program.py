@@ -128,12 +128,12 @@ class Program(ABC):
     def snapshot(self) -> Callable[[], None]:
         """What puts the random state, and the tensors that the program writes to, back to now."""
         states = self.random_state()
-        values = [tensor.clone() for tensor in self.written]
+        values = [(tensor, tensor.clone()) for tensor in self.written]
 
         def undo() -> None:
             self.set_random_state(states)
             with torch.no_grad():
-                for tensor, value in zip(self.written, values, strict=True):
+                for tensor, value in values:
                     tensor.copy_(value)
 
         return undo
