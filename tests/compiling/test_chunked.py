@@ -317,9 +317,10 @@ def test_draws_that_only_one_of_the_programs_needs():
     agree(lambda **kw: IWAE_ELBO(K=6, **kw), lambda: (model, guide))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inductor")
 def test_through_inductor():
-    """Draws that only one of the programs needs, dropout, batch normalisation, a chunk of another size."""
+    """Draws that only one of the programs needs, dropout and batch normalisation."""
 
     class Noisy(SmallVAE):
         def guide(self, x):
@@ -340,7 +341,8 @@ def test_through_inductor():
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "BatchNorm1d")
-        agree(lambda **kw: PIWAE_ELBO(M=2, K=3, **kw), make_pair, (binary().double(),))
+        make = lambda **kw: PIWAE_ELBO(M=2, K=3, **kw)  # noqa: E731
+        agree(make, make_pair, (binary().double(),), chunk_size=3)
 
 
 def test_a_chunk_that_is_another_one_when_drawn_again_is_refused(monkeypatch):
