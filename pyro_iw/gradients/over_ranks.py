@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._support.devices import wide_dtype
 from .._support.nested import leaves, map_leaves
 from ..bounds import Bound
 from ..ranks.particles import ParticleGroup
@@ -94,7 +95,7 @@ class OverRanks(Estimator):
         parts = list(leaves(own))
         if self.chosen is not None:
             cells = own.shape[1:]
-            parts.append(torch.rand((1, *cells), dtype=torch.float64, device=own.device))
+            parts.append(torch.rand((1, *cells), dtype=wide_dtype(own.device), device=own.device))
         flat = [part.reshape(-1) for part in parts]
         everything = self.ranks.exchange(flat[0] if len(flat) == 1 else torch.cat(flat))
         pieces = iter(everything.split([len(part) for part in flat], 1))

