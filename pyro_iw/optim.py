@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .ranks.gradients import AveragedGradients
 
-__all__ = ["FusedOptim", "full_state", "replace_state", "waiting_state"]
+__all__ = ["FusedOptim", "averages", "full_state", "replace_state", "waiting_state"]
 
 # The devices for which every release of PyTorch from 2.4 on has fused kernels.
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -113,8 +113,7 @@ class FusedOptim(PyroOptim):
         params = set(params)
         if self.averaged is not None:
             groups = [] if self.optimizer is None else self.optimizer.param_groups
-            rates = [group.get("lr") for group in groups]
-            rates = sorted({rate for rate in rates if isinstance(rate, float)})
+            rates = sorted({rate for group in groups if isinstance(rate := group.get("lr"), float)})
             params = self.averaged(params, self._known, rates)
         if not params:
             return
@@ -225,6 +224,11 @@ class FusedOptim(PyroOptim):
         self._state_waiting_to_be_consumed = {**self.get_state(), **state_dict}
         self.optimizer = None
         self._known.clear()
+
+
+def averages(optim: PyroOptim) -> bool:
+    """Whether a step of an optimiser is one of all ranks of a group."""
+    return getattr(optim, "averaged", None) is not None
 
 
 def waiting_state(optim: PyroOptim) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class AveragedGradients:
 
     def __init__(self, process_group: Any, describe: Callable[[str, Tensor], Any]) -> None:
         self.group = Group("process_group", process_group)
+        self._seeds = SameSeeds(self.group)
         self._begin(describe)
 
     def _begin(self, describe: Callable[[str, Tensor], Any]) -> None:
@@ -77,12 +78,13 @@ class AveragedGradients:
         self._subject = f"the gradients of optimiser {self._counts[ranks]}"
         self._describe = describe
         self._batch_norms = BatchNorms()
-        self._seeds = SameSeeds(self.group)
+        #: Whether the last step failed in here, of which all ranks have learnt.
+        self.broken = False
 
     def copy(self, describe: Callable[[str, Tensor], Any]) -> AveragedGradients:
         """The same for another optimiser; a process group itself cannot be copied."""
         other = object.__new__(AveragedGradients)
-        other.group = self.group
+        other.group, other._seeds = self.group, self._seeds
         other._begin(describe)
         return other
 
@@ -93,6 +95,10 @@ class AveragedGradients:
                 raise error
         except Exception:  # which the caller raises, also where no rank is left to hear of it
             return
+
+    def leave_seeds(self) -> None:
+        """Do not look whether the ranks draw the same random numbers: they are to."""
+        self._seeds.leave()
 
     def __call__(self, params: Iterable[Tensor], met: set[Tensor], alike: Any = ()) -> set[Tensor]:
         """Average the gradients, in place.
@@ -111,6 +117,7 @@ class AveragedGradients:
         """
         if self.group.size == 1:
             return set(params)
+        self.broken = True
         statistics = dict(self._batch_norms.statistics())
         # The rank that new values come from, by name.
         sources: dict[str, int] = defaultdict(int)
@@ -142,6 +149,7 @@ class AveragedGradients:
         self._average(tensors, weight, total)
         self._batch_norms.after_step(bool(new))
         self._seeds.look()
+        self.broken = False
         return {named[name] for name in entries}
 
     def _unite(self, told: Sequence[_Said]) -> tuple[dict[str, _Entry], dict[str, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .._support.random_state import RandomState
 from .._support.warn import warn
@@ -18,13 +18,16 @@ def random_digests() -> list[int]:
     return [zlib.crc32(one.numpy().tobytes()) for one in (state.cpu, *state.cuda)]
 
 
-def warn_of_same_seed(group: Group, before: Sequence[int], after: Sequence[int]) -> None:
+def warn_of_same_seed(
+    group: Group, before: Sequence[int], after: Sequence[int], warn: Callable[[str], None] = warn
+) -> None:
     """Warn of ranks whose generators have drawn and are in one state; a meeting of all ranks.
 
     Arguments:
         group: the ranks.
         before: the checksums before something was drawn.
         after: those afterwards. A pair that draws nothing (a point estimate) leaves them as they were.
+        warn: called with a message.
     """
     drawn = [new if old != new else None for old, new in zip(before, after, strict=False)]
     told = group.tell(drawn)
@@ -55,6 +58,10 @@ class SameSeeds:
         self._group = group
         self._before: list[int] | None = None
         self._done = False
+
+    def leave(self) -> None:
+        """Do not look: the ranks are to draw the same."""
+        self._done = True
 
     def look(self) -> None:
         """Called once a step, on all ranks."""
