@@ -2,8 +2,8 @@
 
 A collective operation that one process never reaches hangs, or, where the next one comes in its place, mixes
 up numbers in silence. So everything that is exchanged here is exchanged at a *meeting*: each rank says first
-how it fared and what it brings, in a few integers on the CPU; if one has failed, or they do not bring the same,
-every rank raises, and the error names the rank.
+how it fared and what it brings, in a few integers on the CPU; if one has failed, or they do not bring the
+same, every rank raises, and the error names the rank.
 """
 
 from __future__ import annotations
