@@ -19,17 +19,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Disagreement", "Group", "RankError"]
+__all__ = ["Group", "RankError"]
 
 _FINE, _FAILED = 0, 1
 
 
 class RankError(RuntimeError):
     """One of the processes that share a task has failed, or does something else than the others."""
-
-
-class Disagreement(RankError):
-    """The ranks met, none has failed, and they do not bring the same."""
 
 
 class Group:
@@ -106,21 +102,13 @@ class Group:
         which = "; ".join(
             f"rank {rank} has {words}" for rank, words in zip(self.world_ranks, said_by, strict=True)
         )
-        raise Disagreement(f"{subject}: the ranks do not bring the same. {which}")
+        raise RankError(f"{subject}: the ranks do not bring the same. {which}")
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, which have one shape and dtype, as ``[P, *shape]``; detached."""
         if self.size == 1:
             return tensor.detach().unsqueeze(0)
         return self._gather(tensor, self.process_group)
-
-    def tell(self, words: Any) -> list[Any]:
-        """What every rank says, any objects that can be pickled, by rank."""
-        if self.size == 1:
-            return [words]
-        said_by: list[Any] = [None] * self.size
-        dist.all_gather_object(said_by, words, group=self._words)
-        return said_by
 
     def _gather(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
         tensor = tensor.detach().contiguous()
