@@ -107,7 +107,7 @@ class DataAxis:
 
     def _compare_data(self, group: Group, observed: dict[str, tuple[str | None, int]]) -> None:
         """Warn of sites that hold other data on other ranks, all of which count as all there is."""
-        told = group.tell(observed)
+        told = group.hear(observed)
         for name, (plate, _) in observed.items():
             if len({said[name][1] for said in told if name in said}) == 1:
                 continue

@@ -16,6 +16,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import pyro
@@ -24,10 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .batch_norm import BatchNorms
-from .group import Disagreement, Group, RankError
+from .group import Group, RankError
 from .seeds import SameSeeds
 
 __all__ = ["AveragedGradients"]
+
+_GRADIENTS = "the gradients of a step"
 
 #: Bytes of gradients that travel in one message.
 _BUCKET = 25 * 2**20
@@ -75,7 +78,7 @@ class AveragedGradients:
         # Optimisers are made in the same order on all ranks, so this is one name for one of them.
         ranks = tuple(self.group.world_ranks)
         self._counts[ranks] += 1
-        self._subject = f"the gradients of optimiser {self._counts[ranks]}"
+        self._subject = f"those of optimiser {self._counts[ranks]}"
         self._describe = describe
         self._batch_norms = BatchNorms()
         #: Whether the last step failed in here, of which all ranks have learnt.
@@ -90,11 +93,15 @@ class AveragedGradients:
 
     def report(self, error: Exception) -> None:
         """Tell the ranks that wait for this one's gradients that there will be none."""
+        self.group.tell(_GRADIENTS, error)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            with self.group.meeting(self._subject):
-                raise error
-        except Exception:  # which the caller raises, also where no rank is left to hear of it
-            return
+            yield
+        except Exception as error:
+            self.report(error)
+            raise
 
     def leave_seeds(self) -> None:
         """Do not look whether the ranks draw the same random numbers: they are to."""
@@ -121,16 +128,16 @@ class AveragedGradients:
         statistics = dict(self._batch_norms.statistics())
         # The rank that new values come from, by name.
         sources: dict[str, int] = defaultdict(int)
-        try:
-            with self.group.meeting(self._subject) as brought:
-                named = _by_name(params)
-                used = set(named)
-                _refuse_nan(named)
-                entries = {name: _entry(param, param not in met) for name, param in named.items()}
-                brought.extend((entries, sorted(statistics), alike))
-        except Disagreement:
+        with self._told():
+            named = _by_name(params)
+            used = set(named)
+            _refuse_nan(named)
+            entries = {name: _entry(param, param not in met) for name, param in named.items()}
+        mine = self._subject, entries, sorted(statistics), alike
+        heard = self.group.say(_GRADIENTS, words=[zlib.crc32(repr(mine).encode())])
+        if any(theirs != heard[0] for theirs in heard):
             known = list(pyro.get_param_store().keys())
-            told = self.group.tell(_Said(self._subject, entries, known, sorted(statistics), alike))
+            told = self.group.hear(_Said(self._subject, entries, known, sorted(statistics), alike))
             entries, sources = self._unite(told)
             self._take_over(named, entries, sources, told)
             common = set.intersection(*(set(said.statistics) for said in told))
@@ -160,12 +167,13 @@ class AveragedGradients:
         for place, said in enumerate(told):
             if said.subject != told[0].subject:
                 raise RankError(
-                    f"Rank {ranks[0]} brings {told[0].subject}, rank {ranks[place]} {said.subject}. Make the "
+                    f"Of {_GRADIENTS}, rank {ranks[0]} brings {told[0].subject}, rank {ranks[place]} "
+                    f"{said.subject}. Make the "
                     "optimisers, and take the steps, in the same order on all ranks."
                 )
             if said.alike != told[0].alike:
                 raise RankError(
-                    f"{said.subject}: rank {ranks[0]} has the learning rates {told[0].alike}, rank "
+                    f"Rank {ranks[0]} has the learning rates {told[0].alike}, rank "
                     f"{ranks[place]} {said.alike}. Step schedulers alike; one that follows the loss, by the "
                     "mean of all ranks' losses."
                 )
@@ -208,7 +216,7 @@ class AveragedGradients:
                     )
             constraints = store.get_state()["constraints"]
             own = [name for name in lacking if sources[name] == self.group.rank]
-            for made in self.group.tell(
+            for made in self.group.hear(
                 {name: (store[name].detach().cpu(), constraints[name]) for name in own}
             ):
                 for name, (value, constraint) in made.items():
@@ -233,7 +241,7 @@ class AveragedGradients:
         """
         ranks = self.group.world_ranks
         described = {name: _digest(self._describe(name, named[name])) for name in new}
-        told = self.group.tell(described)
+        told = self.group.hear(described)
         for name in new:
             for rank, theirs in zip(ranks, told, strict=True):
                 if theirs[name] != told[0][name]:
@@ -251,7 +259,7 @@ class AveragedGradients:
                 is_at_home = is_at_home and name not in used
                 with torch.no_grad():
                     param.copy_(value)
-        weights = self.group.tell(float(is_at_home))
+        weights = self.group.hear(float(is_at_home))
         return weights[self.group.rank], max(sum(weights), 1.0)
 
     def _average(self, tensors: Sequence[Tensor], weight: float, total: float) -> None:

@@ -30,7 +30,7 @@ def warn_of_same_seed(
         warn: called with a message.
     """
     drawn = [new if old != new else None for old, new in zip(before, after, strict=False)]
-    told = group.tell(drawn)
+    told = group.hear(drawn)
     for i, mine in enumerate(told[group.rank]):
         same = [
             rank
