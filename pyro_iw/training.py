@@ -111,6 +111,8 @@ def gradient_step(method: _Method) -> _Method:
         if self._data_axis is None:
             self._data_axis = DataAxis(self._warn_once, {PARTICLE_PLATE})
         with self._data_axis.step(model, guide, getattr(self, "particle_group", None) is not None):
-            return method(self, model, guide, *args, **kwargs)
+            loss = method(self, model, guide, *args, **kwargs)
+        self._data_axis.warn_of_scale(loss)
+        return loss
 
     return step  # type: ignore[return-value]

@@ -21,12 +21,16 @@ class BatchNorms:
 
     All modules are watched up to the first step, and again in the step after one that has met new parameters;
     in others nothing is.
+
+    Arguments:
+        enabled: watch at all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, enabled: bool = True) -> None:
         self._seen: dict[int, weakref.ref[nn.Module]] = {}
         self._hook: Any = None
-        self._watch()
+        if enabled:
+            self._watch()
 
     def _watch(self) -> None:
         own = weakref.ref(self)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import pyro
 import pyro.poutine as poutine
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from .._support.warn import warn
-from .group import Group
+from .group import Group, RankError
 from .seeds import random_digests, warn_of_same_seed
 
 __all__ = ["DataAxis", "among_ranks", "phases_among_ranks", "refuse_sharded", "warn_of_drift", "wrapped"]
@@ -55,6 +56,7 @@ class DataAxis:
         self._warn = warn
         self._hidden = frozenset(hidden)
         self._met: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._of_scale: str | None = None
 
     @contextmanager
     def step(self, model: Callable, guide: Callable, same_seeds: bool = False) -> Iterator[None]:
@@ -97,28 +99,64 @@ class DataAxis:
         parameters = _parameters(caller)
         look = _Look(self._hidden)
         before = random_digests()
-        with group.meeting("the first step of a loss"):
-            with look:
-                yield
-            _refuse_late(parameters, _parameters(caller))
+        try:
+            with group.meeting("the first step of a loss"):
+                with look:
+                    yield
+                _refuse_late(parameters, _parameters(caller))
+        except RankError:
+            if isinstance(caller, SVI):  # which will not come to clear them
+                for _, param in pyro.get_param_store().named_parameters():
+                    param.grad = None
+            raise
         if not seeds_known:
             warn_of_same_seed(group, before, random_digests(), self._warn)
-        self._compare_data(group, look.observed)
+        if isinstance(caller, DistributedDataParallel):
+            known = set(map(id, caller.parameters()))
+            for name, param in look.params.items():
+                # A module runs on its own parameters, whatever the param store has under its name.
+                if id(param) not in known and "$$$" not in name:
+                    self._warn(
+                        f"Parameter {name!r} of a pyro.param statement is no parameter of the module that "
+                        "DistributedDataParallel wraps, which does not synchronise it between the ranks. "
+                        "Make it a torch.nn.Parameter or pyro.nn.PyroParam of model or guide."
+                    )
+        self._compare_data(group, look)
 
-    def _compare_data(self, group: Group, observed: dict[str, tuple[str | None, int]]) -> None:
-        """Warn of sites that hold other data on other ranks, all of which count as all there is."""
-        told = group.hear(observed)
-        for name, (plate, _) in observed.items():
+    def warn_of_scale(self, loss: Any) -> None:
+        """Warn of a gradient that is too small by the number of ranks, unless the loss is a mean over data.
+
+        Arguments:
+            loss: what the step has given; a tensor tells in its backward pass what it is divided by.
+        """
+        message, self._of_scale = self._of_scale, None
+        if message is None:
+            return
+        if not isinstance(loss, Tensor):
+            self._warn(message)
+        elif loss.requires_grad:
+            loss.register_hook(lambda grad: self._warn(message) if bool(grad == 1) else None)
+
+    def _compare_data(self, group: Group, look: _Look) -> None:
+        """Find sites that hold other data on other ranks, all of which count as all there is."""
+        told = group.hear(look.observed)
+        for name, (plate, _) in look.observed.items():
             if len({said[name][1] for said in told if name in said}) == 1:
                 continue
             where = f"Plate {plate!r}" if plate else f"The model, in which site {name!r} is in no plate,"
             way_out = f"pyro.plate({plate or 'data'!r}, N, len(data))"
-            self._warn(
+            message = (
                 f"{where} takes a rank's data for all there is, but the {group.size} ranks have different "
-                f"data (site {name!r}). The mean of their gradients is 1 / {group.size} of that of all data, "
-                "and what is outside the plate, such as the prior of a global latent, counts in full beside "
-                f"it. Give the plate the number N of all ranks' data, in model and guide: {way_out}."
+                f"data (site {name!r}). The mean of their gradients is 1 / {group.size} of that of all data"
             )
+            apart = sorted(latent for latent, plates in look.latents.items() if plate not in plates)
+            if apart:
+                message += f", beside which the prior of {apart[0]!r} counts once a rank"
+            message += f". Give the plate the number N of all ranks' data, in model and guide: {way_out}."
+            if apart:
+                self._warn(message)
+            else:
+                self._of_scale = message
             return
 
 
@@ -175,15 +213,28 @@ class _Look(Messenger):
 
     Attributes:
         observed: by name of the site, its outermost plate and a checksum of its values.
+        latents: by name of a latent site, its plates.
+        params: unconstrained parameters by name.
     """
 
     def __init__(self, hidden: frozenset[str]) -> None:
         super().__init__()
         self._hidden = hidden
         self.observed: dict[str, tuple[str | None, int]] = {}
+        self.latents: dict[str, set[str | None]] = {}
+        self.params: dict[str, Tensor] = {}
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        value = msg["value"]
+        self.params[msg["name"]] = value.unconstrained() if hasattr(value, "unconstrained") else value
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] or site_is_subsample(msg) or not isinstance(msg["value"], Tensor):
+        if site_is_subsample(msg) or not isinstance(msg["value"], Tensor):
+            return
+        if not msg["is_observed"]:
+            # Latents without a plate go with data without one.
+            names = {frame.name for frame in msg["cond_indep_stack"]} - self._hidden
+            self.latents[msg["name"]] = names or {None}
             return
         plates = [frame for frame in msg["cond_indep_stack"] if frame.name not in self._hidden]
         is_whole = all(frame.full_size in (None, frame.size) for frame in plates)

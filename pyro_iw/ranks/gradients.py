@@ -80,7 +80,7 @@ class AveragedGradients:
         self._counts[ranks] += 1
         self._subject = f"those of optimiser {self._counts[ranks]}"
         self._describe = describe
-        self._batch_norms = BatchNorms()
+        self._batch_norms = BatchNorms(enabled=self.group.size > 1)
         #: Whether the last step failed in here, of which all ranks have learnt.
         self.broken = False
 
@@ -122,9 +122,20 @@ class AveragedGradients:
             ValueError: if a gradient is NaN, or a parameter is not in Pyro's param store.
             RankError: if another rank has failed, or they differ in what has to be the same.
         """
+        params = set(params)
         if self.group.size == 1:
-            return set(params)
+            return params
         self.broken = True
+        try:
+            params = self._averaged(params, met, alike)
+        except Exception:
+            for param in params:
+                param.grad = None  # else the next step would add to it
+            raise
+        self.broken = False
+        return params
+
+    def _averaged(self, params: set[Tensor], met: set[Tensor], alike: Any) -> set[Tensor]:
         statistics = dict(self._batch_norms.statistics())
         # The rank that new values come from, by name.
         sources: dict[str, int] = defaultdict(int)
@@ -156,7 +167,6 @@ class AveragedGradients:
         self._average(tensors, weight, total)
         self._batch_norms.after_step(bool(new))
         self._seeds.look()
-        self.broken = False
         return {named[name] for name in entries}
 
     def _unite(self, told: Sequence[_Said]) -> tuple[dict[str, _Entry], dict[str, int]]:

@@ -14,8 +14,8 @@ __all__ = ["SameSeeds", "random_digests", "warn_of_same_seed"]
 
 def random_digests() -> list[int]:
     """Checksums of the states of PyTorch's generators: that of the CPU, then those in use elsewhere."""
-    state = RandomState.now()
-    return [zlib.crc32(one.numpy().tobytes()) for one in (state.cpu, *state.cuda)]
+    cpu, elsewhere = RandomState.now()[:2]
+    return [zlib.crc32(one.numpy().tobytes()) for one in (cpu, *elsewhere)]
 
 
 def warn_of_same_seed(

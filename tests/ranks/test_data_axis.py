@@ -1,4 +1,4 @@
-"""What goes wrong in silence where ranks have data of their own: each is right, refused, or warned of by name."""
+"""What goes wrong in silence where ranks have data of their own is right, refused, or warned of by name."""
 
 import warnings
 
@@ -22,7 +22,7 @@ X = torch.linspace(-1.0, 2.0, N, dtype=torch.float64)[:, None]
 
 
 class Model(PyroModule):
-    """A decoder of codes in a plate of the data, or of a minibatch, with features in a plate inside, or none."""
+    """A decoder of codes in a plate of the data, with features in a plate inside; or in no plate."""
 
     def __init__(self, full=None, plates=2):
         super().__init__()
@@ -79,36 +79,47 @@ def twice(step, *args):
     step(*args)
 
 
+class GlobalModel(Model):
+    """With a scale that all datapoints share, and a parameter of a ``pyro.param`` statement."""
+
+    def forward(self, x):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        shift = pyro.param("shift", torch.tensor(0.0, dtype=x.dtype))
+        with pyro.plate("data", self.full or len(x), len(x), dim=-2):
+            pyro.sample("x", dist.Normal(self.net(x) + shift, scale), obs=x)
+
+
+class GlobalGuide(Guide):
+    def forward(self, x):
+        pyro.sample("scale", dist.LogNormal(self.net(x).mean(), 0.5))
+
+
 def ddp(rank):
-    pyro.settings.set(module_local_params=True)
+    """What is said of pairs under DDP, by what is special about them, and the gradients at the end."""
     pyro.set_rng_seed(rank)
 
-    def step(x, full=None, plates=2, make=lambda model: pair()[1], loss=None):
-        model, guide = pair(full, plates)
-        if make is not None:
-            guide = make(model)
-        elbo = DistributedDataParallel((loss or IWAE_ELBO(K=3))(model, guide))
-        twice(lambda: elbo(x).backward())
+    def step(model, guide, x=None, divisor=1, **kwargs):
+        elbo = DistributedDataParallel(IWAE_ELBO(K=3, **kwargs)(model, guide))
+        x = shard(rank) if x is None else x
+        twice(lambda: (elbo(x) / divisor).backward())
+        return elbo
 
-    def own(full=None, plates=2):
-        return lambda model: pair(full, plates)[1]
-
+    lazy = Model(N)
     found = {
-        "whole": outcome(step, shard(rank), None, 2, own()),
-        "minibatch": outcome(step, shard(rank), N, 2, own(N)),
-        "same data": outcome(step, X, None, 2, own()),
-        "no plate": outcome(step, shard(rank), None, 0, own(None, 0)),
-        "lazy": outcome(step, shard(rank), N, 2, lambda model: AutoNormal(model, create_plates=_plates)),
+        "whole": outcome(step, *pair()),
+        "whole, a mean": outcome(step, *pair(), None, 4),
+        "minibatch": outcome(step, *pair(N)),
+        "same data": outcome(step, *pair(), X),
+        "no plate": outcome(step, *pair(None, 0)),
+        "global": outcome(step, GlobalModel(), GlobalGuide(), None, 4),
+        "lazy": outcome(step, lazy, AutoNormal(lazy, create_plates=_plates)),
     }
-    model = pair(N)[0]
-    elbo = IWAE_ELBO(K=3)(model, AutoNormal(model, create_plates=_plates))
-    elbo(shard(rank))
-    elbo = DistributedDataParallel(elbo)
-    found["lazy, run before"] = outcome(lambda: elbo(shard(rank)).backward())
-    gradients = [param.grad.tolist() for param in elbo.parameters() if param.grad is not None]
+    guide = AutoNormal(lazy, create_plates=_plates)
+    IWAE_ELBO(K=3)(lazy, guide)(shard(rank))
+    found["lazy, run before"] = outcome(step, lazy, guide)
     pyro.set_rng_seed(7)
-    found["same seed"] = outcome(step, shard(rank), N, 2, own(N))
-    return found, gradients
+    found["same seed"] = outcome(step, *pair(N))
+    return found, [param.grad.tolist() for param in guide.parameters()]
 
 
 def _plates(x):
@@ -127,7 +138,11 @@ def test_under_ddp():
     assert "The model, in which site 'x' is in no plate, takes" in message
     (message,) = first["same seed"]
     assert message.startswith("Ranks 0, 1 draw the same random numbers")
-    assert not first["minibatch"] and not first["same data"] and not first["lazy, run before"]
+    statement, message = first["global"]
+    assert statement.startswith("Parameter 'shift' of a pyro.param statement")
+    assert "beside which the prior of 'scale' counts once a rank" in message
+    for fine in ("whole, a mean", "minibatch", "same data", "lazy, run before"):
+        assert not first[fine]
 
 
 class OwnOptim(PyroOptim):
@@ -169,8 +184,10 @@ def test_under_svi():
     for what in ("plain", "fused"):
         (message,) = first[what]
         assert message.startswith("SVI on each of 2 ranks trains a model of its own")
-    assert not first["silenced"] and not first["own"] and not first["averaged"]
-    assert "Plate 'data' takes" in first["whole"][0] and len(first["whole"]) == 1
+    for fine in ("silenced", "own", "averaged"):
+        assert not first[fine]
+    (message,) = first["whole"]
+    assert "Plate 'data' takes" in message
     for what in ("same seed", "same seed again"):
         (message,) = first[what]
         assert message.startswith("Ranks 0, 1 draw the same random numbers")
