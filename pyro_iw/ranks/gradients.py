@@ -119,8 +119,8 @@ class AveragedGradients:
             The parameters of all ranks' steps.
 
         Raises:
-            ValueError: if a gradient is NaN, or a parameter is not in Pyro's param store.
-            RankError: if another rank has failed, or they differ in what has to be the same.
+            ValueError: if a parameter is not in Pyro's param store.
+            RankError: if another rank has failed, a gradient is NaN, or they differ in what has to be alike.
         """
         params = set(params)
         if self.group.size == 1:
@@ -142,7 +142,6 @@ class AveragedGradients:
         with self._told():
             named = _by_name(params)
             used = set(named)
-            _refuse_nan(named)
             entries = {name: _entry(param, param not in met) for name, param in named.items()}
         mine = self._subject, entries, sorted(statistics), alike
         heard = self.group.say(_GRADIENTS, words=[zlib.crc32(repr(mine).encode())])
@@ -157,13 +156,13 @@ class AveragedGradients:
         weight, total = 1.0, float(self.group.size)
         if new:
             weight, total = self._settle(new, named, sources, used)
-        tensors = list(statistics.values())
+        tensors = dict(statistics)
         for name, entry in entries.items():
             param = named[name]
             if entry.layout is not None and param.grad is None:
                 param.grad = torch.zeros_like(param, layout=entry.layout)
             if param.grad is not None:
-                tensors.append(param.grad)
+                tensors[name] = param.grad
         self._average(tensors, weight, total)
         self._batch_norms.after_step(bool(new))
         self._seeds.look()
@@ -272,10 +271,10 @@ class AveragedGradients:
         weights = self.group.hear(float(is_at_home))
         return weights[self.group.rank], max(sum(weights), 1.0)
 
-    def _average(self, tensors: Sequence[Tensor], weight: float, total: float) -> None:
-        """Replace tensors by their weighted mean over the ranks."""
+    def _average(self, tensors: Mapping[str, Tensor], weight: float, total: float) -> None:
+        """Replace tensors, by the names of their parameters, by their weighted mean over the ranks."""
         sent = []
-        for bucket in _buckets(tensors):
+        for bucket in _buckets(tensors.values()):
             if bucket[0].layout == torch.strided:
                 flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             else:
@@ -284,14 +283,32 @@ class AveragedGradients:
                 flat.zero_()
             work = dist.all_reduce(flat, group=self.group.process_group, async_op=True)
             sent.append((bucket, flat, work))
-        for bucket, flat, work in sent:
+        for _, _, work in sent:
             work.wait()
+        # All ranks have the same sums, and so the same look at them.
+        if any(bool(_values(flat).sum().isnan()) for _, flat, _ in sent):
+            self._refuse_nan(tensors)
+        for bucket, flat, _ in sent:
             flat.div_(total)
             if flat.layout != torch.strided:
                 bucket[0].copy_(flat)
                 continue
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def _refuse_nan(self, tensors: Mapping[str, Tensor]) -> None:
+        """Find the ranks that have made a sum NaN."""
+        mine = [name for name, tensor in tensors.items() if not bool(_values(tensor).isfinite().all())]
+        for rank, names in zip(self.group.world_ranks, self.group.hear(mine), strict=True):
+            if names:
+                raise RankError(
+                    f"On rank {rank} the gradient of parameter {names[0]!r} is not finite, and all ranks' "
+                    "parameters would be NaN. Look for it in that rank's data, or for too large a learning rate."
+                )
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout == torch.strided else tensor.coalesce().values()
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -336,23 +353,6 @@ def _entry(param: Tensor, is_new: bool) -> _Entry:
 def _in_words(entry: _Entry) -> str:
     gradient = ", with a sparse gradient" if entry.layout not in (None, torch.strided) else ""
     return f"{list(entry.shape)} of {entry.dtype}{gradient}"
-
-
-def _refuse_nan(named: Mapping[str, Tensor]) -> None:
-    """Refuse a gradient that would make all ranks' parameters NaN."""
-    names = [name for name, param in named.items() if param.grad is not None]
-    if not names:
-        return
-    device = named[names[0]].device
-    found = [named[name].grad.sum().isnan().to(device) for name in names]  # type: ignore[union-attr]
-    if bool(torch.stack(found).any()):
-        bad = [
-            name
-            for name in names
-            if bool((grad := named[name].grad) is not None and grad.to_dense().isnan().any())
-        ]
-        if bad:
-            raise ValueError(f"The gradient of parameter {bad[0]!r} is NaN.")
 
 
 def _digest(described: Any) -> int:
