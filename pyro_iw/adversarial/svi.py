@@ -97,7 +97,8 @@ class AdversarialSVI:
             ``[cells, 1]``, positive for "from the prior". Its parameters are in the param store as under
             ``pyro.module("discriminator.<site>", ...)``.
         optim: Pyro optimiser of phase 1; unused so far, if copies of it are to be made.
-            :class:`~pyro_iw.FusedOptim` is the fastest.
+            :class:`~pyro_iw.FusedOptim` is the fastest; with its ``process_group`` several ranks train one
+            model, on data of their own each.
         discriminator_optim: that of phase 2; by default, as for those below, a copy of ``optim``.
         guide_optim: that of phase 3. (The attributes of these names are the optimisers at work, for
             learning-rate schedulers to be stepped.)

@@ -303,7 +303,8 @@ class AveragedGradients:
             if names:
                 raise RankError(
                     f"On rank {rank} the gradient of parameter {names[0]!r} is not finite, and all ranks' "
-                    "parameters would be NaN. Look for it in that rank's data, or for too large a learning rate."
+                    "parameters would be NaN. Look for it in that rank's data, or for too large a learning "
+                    "rate."
                 )
 
 
