@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
+from .._support.devices import wide
 from .._support.progress import length_of, progress_bar
 from .._support.warn import warn
 from ..bounds import Bound
@@ -95,19 +96,19 @@ class LogMarginal:
     @property
     def mean(self) -> float:
         """Mean over the datapoints, in nats; its negative is the held-out NLL."""
-        return self.values.double().mean().item()
+        return wide(self.values).mean().item()
 
     @property
     def monte_carlo_error(self) -> float:
         """Standard error of :attr:`mean` for these very datapoints, from the finite number of particles."""
-        return self.monte_carlo_errors.double().square().sum().sqrt().item() / len(self.values)
+        return wide(self.monte_carlo_errors).square().sum().sqrt().item() / len(self.values)
 
     @property
     def sampling_error(self) -> float:
         """Standard error of :attr:`mean` as an estimate for the population; NaN for a single datapoint."""
         if len(self.values) == 1:
             return math.nan
-        return self.values.double().std().item() / math.sqrt(len(self.values))
+        return wide(self.values).std().item() / math.sqrt(len(self.values))
 
     @property
     def minus_kl(self) -> float:
@@ -123,7 +124,7 @@ class LogMarginal:
         if self.bounds is None:
             raise ValueError(_NO_BOUND)
         # Both are -inf where no particle has positive density.
-        gaps = (self.bounds.double() - self.values.double()).masked_fill(self.bounds.isneginf(), -math.inf)
+        gaps = (wide(self.bounds) - wide(self.values)).masked_fill(self.bounds.isneginf(), -math.inf)
         return gaps.mean().item()
 
     @property
@@ -135,7 +136,7 @@ class LogMarginal:
         """
         if self.minus_kl_errors is None:
             raise ValueError(_NO_BOUND)
-        return self.minus_kl_errors.double().square().sum().sqrt().item() / len(self.values)
+        return wide(self.minus_kl_errors).square().sum().sqrt().item() / len(self.values)
 
     def __repr__(self) -> str:
         return (
@@ -343,13 +344,11 @@ class ImportanceSampler:
         minibatch = OneMinibatch()
         chunks: list[Any] = []
         latents: list[dict[str, Latent]] = []
-        dead = None
         with self._bar(1) as bar:
-            for particles, traces in self._chunks(pair, bar, minibatch):
+            for particles, traces, dead in self._chunks(pair, bar, minibatch):  # noqa: B007
                 _refuse_values(particles)
                 chunks.append(particles)
                 latents.append(read_local_latents(traces) if self.local else read_latents(traces))
-                dead = dead or dead_site(particles)
         rerun = Rerun(
             pair,
             self._runner.prepare(pair),
@@ -366,7 +365,8 @@ class ImportanceSampler:
         if self.local:
             local = join_local(chunks)
             samples = HierarchicalSamples(joined, log_p, log_q, particles.plates, rerun, local)
-        warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
+        if dead is not None:
+            warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
         return samples
 
     def particles(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -376,7 +376,7 @@ class ImportanceSampler:
         Arguments and errors are those of :meth:`log_marginal`.
         """
         with self._bar(1) as bar:
-            for particles, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
+            for particles, _, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
                 yield particles
 
     def _stream(
@@ -384,23 +384,24 @@ class ImportanceSampler:
     ) -> Tensor:
         """The log evidence of the cells, and on the way whatever else is to be added up."""
         kept = []
-        dead = None
-        for particles, traces in self._chunks(pair, bar):
+        for particles, traces, dead in self._chunks(pair, bar):  # noqa: B007
             log_w = total_log_weights(particles)
             running.add(log_w)
             if bounds is not None:
                 bounds.add(log_w)
             if self.jackknife:
                 kept.append(log_w)
-            dead = dead or dead_site(particles)
             del particles, traces  # or two chunks would be in memory while the next one runs
-        warn_of_dead(running.value, self.num_particles, dead)
+        if dead is not None:
+            warn_of_dead(running.value, self.num_particles, dead)
         value = jackknife(torch.cat(kept)) if self.jackknife else running.value
         return value.to(log_w.dtype)
 
     def _chunks(
         self, pair: Pair, bar: tqdm, minibatch: OneMinibatch | None = None
-    ) -> Iterator[tuple[Particles | TwoLevels, Traces]]:
+    ) -> Iterator[tuple[Particles | TwoLevels, Traces, str | None]]:
+        """The chunks, each with the first site at which a particle of it or of those before is dead."""
+        dead = None
         minibatch = minibatch or OneMinibatch()
         with torch.no_grad():
             self._runner.prepare(pair)
@@ -419,10 +420,11 @@ class ImportanceSampler:
                     )
                 if left == self.num_particles:
                     check_proposal(particles, traces, self.check_support, self._warn_once)
-            check_finite(particles)
+            if check_finite(particles) and dead is None:
+                dead = dead_site(particles)
             bar.update(size)
             left -= size
-            yield particles, traces
+            yield particles, traces, dead
             del particles, traces
 
     def _bar(self, batches: int | None) -> tqdm:
