@@ -17,7 +17,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
 import torch
-from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
@@ -41,6 +40,7 @@ from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import Site, read_sites
 from .tracing.traces import Pair, Route, Traces, trace_pair
+from .training import TrainedLoss, gradient_step
 
 if TYPE_CHECKING:
     from .compiling.program import CompiledStep
@@ -64,7 +64,7 @@ class Keywords(TypedDict, total=False):
     stratified: bool
 
 
-class ImportanceWeightedELBO(ELBO):
+class ImportanceWeightedELBO(TrainedLoss):
     r"""Base class: any :class:`~pyro_iw.bounds.Bound` as a Pyro loss.
 
     Use it directly for a bound of your own. Log-weights are averaged per *cell* of the plates common to all
@@ -171,8 +171,6 @@ class ImportanceWeightedELBO(ELBO):
         self.kl_weight = kl_weight
         self.chunk_size = chunk_size
         self.backward_particles = backward_particles
-        #: Number of gradient steps taken, which is calls of ``loss_and_grads`` and, with gradients enabled,
-        #: of ``differentiable_loss``. Set it to go on with a ``kl_weight`` schedule.
         self.steps = 0
         self._estimator = get_estimator(estimator)
         self._runner = Runner(
@@ -207,6 +205,7 @@ class ImportanceWeightedELBO(ELBO):
             self._check_finite(loss, particles, estimate)
         return loss
 
+    @gradient_step
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, in nats, leaving gradients in the parameters' ``.grad``.
 
@@ -221,7 +220,7 @@ class ImportanceWeightedELBO(ELBO):
             loss = compiled.loss.item()
             if math.isfinite(loss):
                 compiled.accumulate()
-                self.steps += 1
+                self._count()
                 return loss
             compiled.rewind()  # the eager step on the same noise says what is wrong, and where
         particles, estimate = self._estimate(pair, kl_weight)
@@ -236,9 +235,10 @@ class ImportanceWeightedELBO(ELBO):
         if not early:
             loss = estimate.loss.item()
             self._check_finite(loss, particles, estimate)
-        self.steps += 1
+        self._count()
         return loss
 
+    @gradient_step
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, in nats, as a scalar whose ``.backward()`` gives the estimator's gradients.
 
@@ -250,14 +250,14 @@ class ImportanceWeightedELBO(ELBO):
         compiled = self._compiled_step(pair, kl_weight)
         if compiled is not None:
             if not is_validation_enabled() or math.isfinite(compiled.loss.item()):
-                self.steps += 1
+                self._count()
                 return compiled.differentiable()
             compiled.rewind()
         particles, estimate = self._estimate(pair, kl_weight)
         if is_validation_enabled():
             self._check_finite(estimate.loss.item(), particles, estimate)
         if torch.is_grad_enabled():
-            self.steps += 1
+            self._count()
         return estimate.loss
 
     def _compiled_step(self, pair: Pair, kl_weight: float) -> CompiledStep | None:

@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
@@ -45,6 +44,7 @@ from ..gradients.refusals import listed, refuse_baselines, refuse_hidden_draws
 from ..gradients.surrogate import Estimate, Term, tie
 from ..logmean import softmax
 from ..tracing.traces import Index, Pair, Rescored, Route
+from ..training import TrainedLoss, gradient_step
 from .filtering import Filter, Filtered, Moment
 from .finite import check_kl_weight, first_not_finite
 from .protocol import Protocol, Sequences, naming, read_sequences
@@ -57,7 +57,7 @@ __all__ = ["FIVO_ELBO"]
 _ESTIMATORS = ("auto", "reparam", "dreg", "score")
 
 
-class FIVO_ELBO(ELBO):
+class FIVO_ELBO(TrainedLoss):
     r"""Filtering variational objective: a particle filter's estimate of log p(x) for every sequence.
 
     .. math::
@@ -159,7 +159,6 @@ class FIVO_ELBO(ELBO):
         self.resampling_gradient = resampling_gradient
         self.estimator = estimator
         self.kl_weight = kl_weight
-        #: Number of gradient steps taken, see :attr:`ImportanceWeightedELBO.steps`.
         self.steps = 0
         self._check()
 
@@ -218,6 +217,7 @@ class FIVO_ELBO(ELBO):
             self._check_finite(loss, filtered)
         return loss
 
+    @gradient_step
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, in nats, leaving gradients in the parameters' ``.grad``.
 
@@ -230,7 +230,7 @@ class FIVO_ELBO(ELBO):
             loss = compiled.loss.item()
             if math.isfinite(loss):
                 compiled.accumulate()
-                self.steps += 1
+                self._count()
                 return loss
             compiled.rewind()  # the eager step on the same noise says what is wrong, and where
         sequences = read_sequences(args, kwargs)
@@ -244,9 +244,10 @@ class FIVO_ELBO(ELBO):
         loss = estimate.loss.item()
         if not early:
             self._check_finite(loss, filtered)
-        self.steps += 1
+        self._count()
         return loss
 
+    @gradient_step
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, in nats, as a scalar whose ``.backward()`` gives the gradients.
 
@@ -257,7 +258,7 @@ class FIVO_ELBO(ELBO):
         compiled = self._compiled_step(model, guide, args, kwargs, kl_weight)
         if compiled is not None:
             if not is_validation_enabled() or math.isfinite(compiled.loss.item()):
-                self.steps += 1
+                self._count()
                 return compiled.differentiable()
             compiled.rewind()
         sequences = read_sequences(args, kwargs)
@@ -265,7 +266,7 @@ class FIVO_ELBO(ELBO):
         if is_validation_enabled():
             self._check_finite(estimate.loss.item(), filtered)
         if torch.is_grad_enabled():
-            self.steps += 1
+            self._count()
         return estimate.loss
 
     def _compiled_step(
