@@ -1,0 +1,1 @@
+"""Several processes on one task, on :mod:`torch.distributed` alone: who takes part, and how they agree."""
