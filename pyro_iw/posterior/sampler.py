@@ -19,16 +19,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
+from .._support.nested import leaves
 from .._support.progress import length_of, progress_bar
+from .._support.random_state import RandomState, fork_rng
 from .._support.warn import warn
 from ..bounds import Bound
+from ..compiling.evaluating import EvaluationCompiler
 from ..running import RunningBound, RunningGap, RunningLogMean, jackknife
 from ..tracing.counterparts import check_guide
 from ..tracing.latents import Latent, enumerated_sites, join, read_latents
@@ -39,6 +42,8 @@ from ..tracing.particles import Particles, collect
 from ..tracing.runner import Runner
 from ..tracing.sites import read_sites
 from ..tracing.traces import Pair, Traces, plate_nesting
+from .chunk_size import particles_that_fit
+from .compiled import CompiledChunks
 from .dead import check_finite, dead_site, warn_of_dead
 from .evidence import Evidence, LogMarginal
 from .hierarchical_samples import HierarchicalSamples
@@ -60,8 +65,9 @@ class ImportanceSampler:
             their own, given each particle of the global ones; see :class:`HierarchicalSamples`. Or a mapping
             from the names of several plates side by side to the number of local particles in each.
         num_local: number L of local particles of each particle, where ``local`` is a name; an integer >= 1.
-        chunk_size: number of particles in memory at once, each with all of its local ones; None for all; the
-            last chunk may be smaller.
+        chunk_size: number of particles in memory at once, each with all of its local ones; the last chunk may
+            be smaller. None for all; ``"auto"`` for as many as a tenth of the free memory holds, and on a CPU
+            64 MiB, see :mod:`~pyro_iw.posterior.chunk_size`.
         plates: name or names of the plates whose cells have a weight each; ``()`` for one joint weight; None
             for the plates common to all sample sites.
         jackknife: whether :meth:`log_marginal` corrects the leading term of the bias, 1/S, by
@@ -76,6 +82,12 @@ class ImportanceSampler:
             guide must broadcast over; otherwise one particle at a time.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
+        compile: compile what a chunk computes, for :meth:`log_marginal`, :meth:`evidence` and
+            :meth:`log_marginal_dataset`, see :mod:`~pyro_iw.compiling.evaluating`. The first chunk of arguments
+            of new shapes runs eagerly and the second takes some seconds to compile; from then on Pyro's
+            handlers no longer run, and the guide's networks of the data run once for all chunks. What cannot
+            be compiled runs eagerly, after a warning. Where a plate draws its minibatch, so does the first
+            chunk of every call.
         progress: whether to show a progress bar, if it takes more than two seconds.
 
     Raises:
@@ -98,19 +110,19 @@ class ImportanceSampler:
         *,
         local: str | Mapping[str, int] | None = None,
         num_local: int | None = None,
-        chunk_size: int | None = 100,
+        chunk_size: int | Literal["auto"] | None = 100,
         plates: str | Iterable[str] | None = None,
         jackknife: bool = False,
         check_support: bool = True,
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
+        compile: bool = False,
         progress: bool = True,
     ) -> None:
         self.model = model
         self.guide = guide
         self.num_particles = positive_integer("num_particles", num_particles)
-        chunk_size = self.num_particles if chunk_size is None else positive_integer("chunk_size", chunk_size)
-        self.chunk_size = min(chunk_size, self.num_particles)
+        self.chunk_size = _chunk_size(chunk_size, self.num_particles)
         self.plates = as_plate_names(plates)
         self.local = local_numbers(local, num_local)
         if self.local and plates is not None:
@@ -122,7 +134,11 @@ class ImportanceSampler:
         if jackknife and self.num_particles == 1:
             raise ValueError("jackknife=True leaves out one particle in turn, which needs num_particles > 1.")
         self.check_support = check_support
+        self.compile = compile
         self.progress = progress
+        self._compiler = EvaluationCompiler()
+        self._draws = False  # whether plates draw their minibatch
+        self._fits: dict[Any, int] = {}  # chunk sizes, by the shapes of arguments
         self._runner = Runner(
             vectorize_particles,
             max_plate_nesting,
@@ -259,7 +275,7 @@ class ImportanceSampler:
             self._runner.prepare(pair),
             plate_nesting(traces.pairs[-1].model),
             self._runner.vectorize,
-            self.chunk_size,
+            self._size_of_chunks(pair),
             minibatch,
             enumerated_sites(traces),
         )
@@ -283,51 +299,115 @@ class ImportanceSampler:
             for particles, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
                 yield particles
 
+    # ------------------------------------------------------------------------------------------------
+    # Chunks
+    # ------------------------------------------------------------------------------------------------
+
     def _stream(
         self, pair: Pair, bar: tqdm, running: RunningLogMean, bounds: RunningBound | None = None
     ) -> Tensor:
         """The log evidence of the cells, and on the way whatever else is to be added up."""
+        began = RandomState.now()
         kept = []
-        dead = None
-        for particles, traces in self._chunks(pair, bar):
-            log_w = total_log_weights(particles)
+        for log_w in self._log_weights(pair, bar):
             running.add(log_w)
             if bounds is not None:
                 bounds.add(log_w)
             if self.jackknife:
                 kept.append(log_w)
-            dead = dead or dead_site(particles)
-            del particles, traces  # or two chunks would be in memory while the next one runs
-        warn_of_dead(running.value, self.num_particles, dead)
+        # The one look at values: no chunk waits for the device.
+        if not bool(running.value.isfinite().all()):
+            self._explain(pair, began, running.value)
         value = jackknife(torch.cat(kept)) if self.jackknife else running.value
         return value.to(log_w.dtype)
 
-    def _chunks(
-        self, pair: Pair, bar: tqdm, minibatch: OneMinibatch | None = None
-    ) -> Iterator[tuple[Particles | TwoLevels, Traces]]:
-        minibatch = minibatch or OneMinibatch()
-        with torch.no_grad():
-            self._runner.prepare(pair)
-        left = self.num_particles
-        while left:
-            size = min(self.chunk_size, left)
-            # Never across a yield: whoever consumes this may leave it, or run under other settings.
-            with torch.no_grad(), minibatch:
-                traces = self._runner.run(pair, size)
-                particles: Particles | TwoLevels
-                if self.local:
-                    particles = collect_local(traces, self._warn_once)
-                else:
-                    particles = collect(
-                        traces, self.plates, is_linear=False, warn_once=self._warn_once, is_stratified=True
-                    )
-                if left == self.num_particles:
-                    check_proposal(particles, traces, self.check_support, self._warn_once)
-            check_finite(particles)
+    def _explain(self, pair: Pair, began: RandomState, value: Tensor) -> None:
+        """Run the same particles once more, and say at which site a weight is no number, or all are 0."""
+        ended = RandomState.now()
+        began.restore()
+        try:
+            dead = None
+            for particles, _ in self._chunks(pair):
+                dead = dead or dead_site(particles)
+        finally:
+            ended.restore()
+        if bool((value.isnan() | value.isposinf()).any()):
+            raise ValueError(
+                "Log-weights are NaN or +inf, but not when the same particles are drawn again from PyTorch's "
+                "global generator. Look for a NaN in the data or the parameters, or a scale of 0."
+            )
+        warn_of_dead(value, self.num_particles, dead)
+
+    def _log_weights(self, pair: Pair, bar: tqdm) -> Iterator[Tensor]:
+        """The log-weights of chunk by chunk, ``[chunk, *cells]``."""
+        minibatch = OneMinibatch()
+        compiled = None
+        if self.compile:
+            options = (self.plates, tuple(self.local.items()), self._runner.vectorize)
+            compiled = CompiledChunks(self._compiler, pair, self._particles_of, options, self._draws)
+        for start, size in self._plan(pair):
+            log_w = None if compiled is None else compiled.log_weights(size, minibatch)
+            if log_w is None:
+                particles, _ = self._chunk(pair, size, minibatch, is_first=not start)
+                log_w = total_log_weights(particles)
+                if not start:
+                    check_finite(particles)
+                    self._draws = self._draws or bool(minibatch.indices)
+                del particles, _  # or two chunks would be in memory while the next one runs
             bar.update(size)
-            left -= size
+            yield log_w
+
+    def _chunks(
+        self, pair: Pair, bar: tqdm | None = None, minibatch: OneMinibatch | None = None
+    ) -> Iterator[tuple[Particles | TwoLevels, Traces]]:
+        """The particles of chunk by chunk, with their traces."""
+        minibatch = minibatch or OneMinibatch()
+        for start, size in self._plan(pair):
+            particles, traces = self._chunk(pair, size, minibatch, is_first=not start)
+            check_finite(particles)
+            if bar is not None:
+                bar.update(size)
             yield particles, traces
             del particles, traces
+
+    def _plan(self, pair: Pair) -> list[tuple[int, int]]:
+        """The chunks, by the index of their first particle and their size."""
+        with torch.no_grad():
+            self._runner.prepare(pair)
+        chunk = self._size_of_chunks(pair)
+        return [
+            (start, min(chunk, self.num_particles - start)) for start in range(0, self.num_particles, chunk)
+        ]
+
+    def _size_of_chunks(self, pair: Pair) -> int:
+        if self.chunk_size != "auto":
+            return self.chunk_size
+        shapes = tuple(each.shape for each in leaves((pair.args, pair.kwargs)) if isinstance(each, Tensor))
+        if shapes not in self._fits:
+            with torch.no_grad(), fork_rng(), OneMinibatch():
+                self._fits[shapes] = particles_that_fit(
+                    lambda size: self._particles_of(pair, size), self.num_particles
+                )
+        return self._fits[shapes]
+
+    def _chunk(
+        self, pair: Pair, size: int, minibatch: OneMinibatch, is_first: bool
+    ) -> tuple[Particles | TwoLevels, Traces]:
+        # Never across a yield: whoever consumes the chunks may leave, or run under other settings.
+        with torch.no_grad(), minibatch:
+            particles, traces = self._particles_of(pair, size)
+            if is_first:
+                check_proposal(particles, traces, self.check_support, self._warn_once)
+        return particles, traces
+
+    def _particles_of(self, pair: Pair, size: int) -> tuple[Particles | TwoLevels, Traces]:
+        traces = self._runner.run(pair, size)
+        if self.local:
+            return collect_local(traces, self._warn_once), traces
+        particles = collect(
+            traces, self.plates, is_linear=False, warn_once=self._warn_once, is_stratified=True
+        )
+        return particles, traces
 
     def _bar(self, batches: int | None) -> tqdm:
         total = None if batches is None else batches * self.num_particles
@@ -338,9 +418,24 @@ class ImportanceSampler:
             self._warned.add(message)
             warn(message)
 
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled."""
+        return self._compiler.seconds
+
     def __repr__(self) -> str:
         local = f", local={self.local}" if self.local else ""
-        return f"ImportanceSampler(num_particles={self.num_particles}{local}, chunk_size={self.chunk_size})"
+        return f"ImportanceSampler(num_particles={self.num_particles}{local}, chunk_size={self.chunk_size!r})"
+
+
+def _chunk_size(chunk_size: Any, num_particles: int) -> Any:
+    if chunk_size is None:
+        return num_particles
+    if isinstance(chunk_size, str):
+        if chunk_size != "auto":
+            raise ValueError(f"chunk_size must be an integer >= 1, 'auto', or None for all, got {chunk_size!r}")
+        return chunk_size
+    return min(positive_integer("chunk_size", chunk_size), num_particles)
 
 
 def _check(traces: Traces, local: tuple[str, ...]) -> None:
