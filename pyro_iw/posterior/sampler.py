@@ -67,7 +67,7 @@ class ImportanceSampler:
         num_local: number L of local particles of each particle, where ``local`` is a name; an integer >= 1.
         chunk_size: number of particles in memory at once, each with all of its local ones; the last chunk may
             be smaller. None for all; ``"auto"`` for as many as a tenth of the free memory holds, and on a CPU
-            64 MiB, see :mod:`~pyro_iw.posterior.chunk_size`.
+            16 MiB, see :mod:`~pyro_iw.posterior.chunk_size`.
         plates: name or names of the plates whose cells have a weight each; ``()`` for one joint weight; None
             for the plates common to all sample sites.
         jackknife: whether :meth:`log_marginal` corrects the leading term of the bias, 1/S, by
