@@ -97,10 +97,16 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 # Modules that are reached as attributes without an import of their own.
-_MODULES = (
-    {home.partition(".")[0] for home in _HOMES}
-    | {"bound", "compiling", "logmean", "nn", "plots", "psis", "resampling", "running"}
-)
+_MODULES = {home.partition(".")[0] for home in _HOMES} | {
+    "bound",
+    "compiling",
+    "logmean",
+    "nn",
+    "plots",
+    "psis",
+    "resampling",
+    "running",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -43,13 +43,14 @@ from ..tracing.sites import read_sites
 from ..tracing.traces import Pair, Traces, plate_nesting
 from .annealing import Annealed, Annealing, temperatures
 from .dead import check_finite, dead_site, warn_of_dead
+from .evidence import LogMarginal
 from .hmc import Point, Tuning
+from .movable import Prior, check_pair
 from .predictive import Rerun
 from .progress_file import ProgressFile
 from .proposal import check_proposal
-from .evidence import LogMarginal
 from .samples import ImportanceSamples
-from .unconstrained import PairPath, Prior, check_pair
+from .unconstrained import PairPath
 
 __all__ = ["AnnealedImportanceSampler", "AnnealedSamples"]
 
@@ -115,9 +116,9 @@ class AnnealedImportanceSampler:
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
         compile: compile the densities and gradients that a chain moves by, see
-            :mod:`~pyro_iw.compiling.evaluating`: the guide's networks of the data then run once for all steps.
-            The second of them takes some seconds to compile; what cannot be compiled runs eagerly, after a
-            warning.
+            :mod:`~pyro_iw.compiling.evaluating`. The guide's networks of the data then run once for all of
+            its steps. The second step takes some seconds to compile; what cannot be compiled runs eagerly,
+            after a warning.
         progress: whether to show a progress bar, if it takes more than two seconds.
 
     Raises:

@@ -1,4 +1,4 @@
-r"""What an evaluation gives: the log evidence of cells or of a data set's points, and how well it is known."""
+r"""What an evaluation gives: the log evidence of cells, or of a data set's points, and its errors."""
 
 from __future__ import annotations
 

@@ -54,6 +54,7 @@ from .samples import ImportanceSamples
 
 __all__ = ["Evidence", "ImportanceSampler", "LogMarginal"]
 
+
 class ImportanceSampler:
     r"""Judges a model/guide pair by importance sampling, with the guide as proposal.
 
@@ -83,11 +84,11 @@ class ImportanceSampler:
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
         compile: compile what a chunk computes, for :meth:`log_marginal`, :meth:`evidence` and
-            :meth:`log_marginal_dataset`, see :mod:`~pyro_iw.compiling.evaluating`. The first chunk of arguments
-            of new shapes runs eagerly and the second takes some seconds to compile; from then on Pyro's
-            handlers no longer run, and the guide's networks of the data run once for all chunks. What cannot
-            be compiled runs eagerly, after a warning. Where a plate draws its minibatch, so does the first
-            chunk of every call.
+            :meth:`log_marginal_dataset`, see :mod:`~pyro_iw.compiling.evaluating`. The first chunk on
+            arguments of new shapes runs eagerly, and the second takes some seconds to compile. From then on
+            Pyro's handlers no longer run, and the guide's networks of the data run once for all chunks of a
+            call. What cannot be compiled runs eagerly, after a warning. Where a plate draws its minibatch,
+            the first chunk of every call runs eagerly, too.
         progress: whether to show a progress bar, if it takes more than two seconds.
 
     Raises:
@@ -433,7 +434,9 @@ def _chunk_size(chunk_size: Any, num_particles: int) -> Any:
         return num_particles
     if isinstance(chunk_size, str):
         if chunk_size != "auto":
-            raise ValueError(f"chunk_size must be an integer >= 1, 'auto', or None for all, got {chunk_size!r}")
+            raise ValueError(
+                f"chunk_size must be an integer >= 1, 'auto', or None for all, got {chunk_size!r}"
+            )
         return chunk_size
     return min(positive_integer("chunk_size", chunk_size), num_particles)
 
