@@ -1,9 +1,9 @@
 r"""How many particles to hold in memory at once, found by running a few of them.
 
-What a particle takes is the difference between a run of two particles and one of six, at the point of the run
-where it is largest, counted by the tensors that PyTorch's functions return. Memory that a function uses inside
-is not seen: the count is a lower bound, and the budget therefore a small part of what is free. On a CPU the
-budget is what runs fastest, about the size of its caches.
+What a particle takes is the difference between a run of two particles and one of six, at the point of the
+run where it is largest, counted by the tensors that PyTorch's functions return. Memory that a function uses
+inside is not seen: the count is a lower bound, and the budget therefore a small part of what is free. On a
+CPU the budget is what runs fastest, about the size of its caches.
 """
 
 from __future__ import annotations
