@@ -32,13 +32,14 @@ from .gradients.chunks import Chunks, estimate_in_chunks
 from .gradients.estimators import get_estimator
 from .gradients.over_values import suited_to
 from .gradients.surrogate import Estimate
+from .tracing.cells import weighted_plates
 from .tracing.counterparts import check_guide
 from .tracing.jumps import find_jumps
 from .tracing.masks import warn_of_masks
 from .tracing.minibatches import OneMinibatch
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
-from .tracing.sites import read_sites
+from .tracing.sites import Site, read_sites
 from .tracing.traces import Pair, Route, Traces, trace_pair
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ class ImportanceWeightedELBO(ELBO):
             look=partial(check_guide, strict=False),
             look_along=self._look_along,
             warn=self._warn_once,
+            kept=self._indices_apart,
         )
         self._warned: set[str] = set()
         self.compile = compile
@@ -359,6 +361,10 @@ class ImportanceWeightedELBO(ELBO):
     def _look_along(self, traces: Traces) -> list[str]:
         route = self._estimator.route(self.bound)
         return find_jumps(traces, has_paths=not route.stopped, is_linear=self._is_linear)
+
+    def _indices_apart(self, sites: list[Site]) -> list[str]:
+        """The plates whose indices have a weight each; log-weights that are only averaged may add up."""
+        return [] if self._is_linear else weighted_plates(sites, self.plates)
 
     def _check_pair(self, traces: Traces) -> None:
         """What a new pair's first run with one particle shows, masks included whatever the validation."""

@@ -21,6 +21,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from .._support.random_state import RandomState
 from .._support.warn import warn
 from ..compiling.evaluating import EvaluationCompiler
 from ..running import RunningLogMean
+from ..tracing.cells import weighted_plates
 from ..tracing.latents import Latent, enumerated_sites, read_latents
 from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
@@ -171,7 +173,12 @@ class AnnealedImportanceSampler:
         self.progress = progress
         self._compiler = EvaluationCompiler("leapfrog step")
         self._runner = Runner(
-            vectorize_particles, max_plate_nesting, check=read_sites, look=check_pair, warn=self._warn_once
+            vectorize_particles,
+            max_plate_nesting,
+            check=read_sites,
+            look=check_pair,
+            warn=self._warn_once,
+            kept=partial(weighted_plates, plates=self.plates),
         )
         self._warned: set[str] = set()
 

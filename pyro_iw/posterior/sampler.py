@@ -33,6 +33,7 @@ from .._support.warn import warn
 from ..bounds import Bound
 from ..compiling.evaluating import EvaluationCompiler
 from ..running import RunningBound, RunningGap, RunningLogMean, jackknife
+from ..tracing.cells import weighted_plates
 from ..tracing.counterparts import check_guide
 from ..tracing.latents import Latent, enumerated_sites, join, read_latents
 from ..tracing.levels import TwoLevels, check_local_plates
@@ -147,6 +148,7 @@ class ImportanceSampler:
             look=partial(check_guide, strict=True),
             warn=self._warn_once,
             local=self.local,
+            kept=partial(weighted_plates, plates=self.plates),
         )
         self._warned: set[str] = set()
 
