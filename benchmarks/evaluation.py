@@ -1,7 +1,7 @@
 """Time of log p by importance sampling, and of annealed chains: by hand, eager and compiled.
 
-The loop by hand draws the same number of particles in chunks, adds up their weights and runs the encoder once.
-Ratios are taken within a round. Try::
+The loop by hand draws as many particles, in chunks, adds up their weights and runs the encoder once. Ratios
+are taken within a round. Try::
 
     python benchmarks/evaluation.py
     python benchmarks/evaluation.py --models one-layer two-layer conv --sizes 20x5000 --chunk-size 50

@@ -82,9 +82,13 @@ def test_batch_norm_writes_in_train_mode_alone():
     assert "batch_norm" in str(rest.graph)
 
 
-def test_random_layers_stay():
+@pytest.mark.parametrize(
+    "layer",
+    [lambda h: torch.nn.functional.dropout(h, 0.5), lambda h: torch.bernoulli(h.sigmoid()), torch.rand_like],
+)
+def test_random_layers_stay(layer):
     def function(w, v, x):
-        return [torch.nn.functional.dropout(x @ w, 0.5) @ v]
+        return [layer(x @ w) @ v]
 
     once, rest, _ = split(function, [W, V, X])
     assert (products(once), products(rest)) == (1, 1)
