@@ -1,6 +1,6 @@
-r"""A compiled function of a pair: tensors without gradients, for evaluation, where :mod:`step` has a loss.
+r"""A compiled function of a pair for evaluation: tensors without gradients.
 
-What is recorded, guarded and refused is as there. What a function computes of inputs that stay the same from
+What is recorded, guarded and refused is as in :mod:`~pyro_iw.compiling.step`. What a function computes of inputs that stay the same from
 call to call is computed once, see :mod:`~pyro_iw.compiling.hoisting`: a guide's networks of the data run once
 for all chunks of particles, or for all steps of a chain.
 """
