@@ -1,8 +1,8 @@
 r"""A compiled function of a pair for evaluation: tensors without gradients.
 
 What is recorded, guarded and refused is as in :mod:`~pyro_iw.compiling.step`. What a function computes of
-inputs that stay the same from call to call is computed once, see :mod:`~pyro_iw.compiling.hoisting`: a guide's
-networks of the data run once for all chunks of particles, or for all steps of a chain.
+inputs that stay the same from call to call is computed once, see :mod:`~pyro_iw.compiling.hoisting`: a
+guide's networks of the data run once for all chunks of particles, or for all steps of a chain.
 """
 
 from __future__ import annotations
