@@ -31,7 +31,6 @@ class EvaluationCompiler(Compiler):
     def __init__(self, what: str = "chunk") -> None:
         super().__init__()
         self.what = what
-        self._varying = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
@@ -57,14 +56,10 @@ class EvaluationCompiler(Compiler):
             The function, or None if it has to run eagerly.
         """
 
-        def estimate(pair: Pair, _: Any) -> tuple[Any, list[Tensor]]:
-            return None, function(pair)
+        def make(tensors: list[Tensor]) -> Any:
+            from .evaluation import Evaluation  # as in Compiler.run
 
-        self._varying = varying
-        found = self.find(pair, 1.0, estimate, (*options, varying))
+            return Evaluation(pair, tensors, varying, function)
+
+        found = self.find(pair, make, (*options, varying))
         return None if found is None else found[0].start(found[1])
-
-    def _make(self, pair: Pair, tensors: list[Tensor], kl_weight: float, estimate: Callable) -> Any:
-        from .program import make_evaluation
-
-        return make_evaluation(pair, tensors, self._varying, estimate)

@@ -62,6 +62,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
 from .._support.warn import warn
+from ..gradients.chunks import InChunks
 from ..gradients.surrogate import Estimate
 from ..tracing.handlers import handlers_in_force
 from ..tracing.traces import Pair
@@ -99,7 +100,7 @@ class Compiler:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         # For a key met once: its pair's callables, for an id is good as long as its object.
-        self._programs: OrderedDict[Any, Program | tuple] = OrderedDict()
+        self._programs: OrderedDict[Any, Any] = OrderedDict()
         self._stale: dict[Any, int] = {}
         self._new: dict[Any, int] = {}
         self._refused: dict[Any, Any] = {}
@@ -122,6 +123,7 @@ class Compiler:
         kl_weight: float,
         estimate: Callable[[Pair, Any], tuple[Any, Estimate]],
         options: tuple = (),
+        chunks: InChunks | None = None,
     ) -> CompiledStep | None:
         """Run a compiled step, recording it if this is the second one of its kind.
 
@@ -130,24 +132,46 @@ class Compiler:
             kl_weight: the weight of the KL term.
             estimate: what a step computes, given a pair and a weight.
             options: what else that depends on, hashable.
+            chunks: how the step is taken chunk by chunk; all at once, if None.
 
         Returns:
             The step, or None if it has to run eagerly.
         """
-        found = self.find(pair, kl_weight, estimate, options)
+
+        def make(tensors: list[Tensor]) -> Program:
+            # Here and not above: a PyTorch that lacks what these stand on is to cost this loss its programs,
+            # and not the package its import.
+            from .chunked import ChunkedStep
+            from .program import WholeStep
+
+            varies = _kind(kl_weight) is None
+            if chunks is None:
+                return WholeStep(pair, tensors, kl_weight, varies, estimate)
+            return ChunkedStep(pair, tensors, kl_weight, varies, chunks)
+
+        found = self.find(pair, make, (_kind(kl_weight), options))
         return None if found is None else found[0].run(found[1], kl_weight)
 
     def find(
-        self, pair: Pair, kl_weight: float, estimate: Callable[[Pair, Any], tuple[Any, Any]], options: tuple
+        self, pair: Pair, make: Callable[[list[Tensor]], Any], options: tuple
     ) -> tuple[Any, list[Tensor]] | None:
-        """The program of a step and the tensors among its arguments; as :meth:`run`."""
+        """A program and the tensors among its pair's arguments.
+
+        Arguments:
+            pair: the pair and its arguments.
+            make: makes the program, given these tensors.
+            options: what else that depends on, hashable.
+
+        Returns:
+            Both, or None if what is wanted has to run eagerly.
+        """
         identity = _identity(pair)
         if identity in self._refused:
             return None
         tensors: list[Tensor] = []
         try:
             arguments = spec((pair.args, pair.kwargs), tensors)
-            key = (identity, arguments, _signature(tensors), _settings(), _kind(kl_weight), options)
+            key = (identity, arguments, _signature(tensors), _settings(), options)
             hash(key)
         except (Refused, TypeError) as error:
             self._refuse(identity, pair, str(error))
@@ -174,7 +198,7 @@ class Compiler:
                 start = time.perf_counter()
                 with warnings.catch_warnings(), announced(title):
                     warnings.simplefilter("ignore")  # the pair's own came from the eager step
-                    program = self._make(pair, tensors, kl_weight, estimate)
+                    program = make(tensors)
                 self.seconds[title] = time.perf_counter() - start
             except Exception as error:
                 reason = str(error) if isinstance(error, Refused) else _in_words(error)
@@ -182,7 +206,7 @@ class Compiler:
                 return None
             self._remember(key, program)
             return program, tensors
-        changed = program.guards.changed()
+        changed = program.changed()
         if changed is not None:
             self._remember(key, (pair.model, pair.guide))
             self._changed[key] = changed
@@ -192,13 +216,6 @@ class Compiler:
             return None
         self._programs.move_to_end(key)
         return program, tensors
-
-    def _make(self, pair: Pair, tensors: list[Tensor], kl_weight: float, estimate: Callable) -> Any:
-        # Here and not above: a PyTorch that lacks what these stand on is to cost this loss its programs, and
-        # not the package its import.
-        from .program import make_program
-
-        return make_program(pair, tensors, kl_weight, _kind(kl_weight) is None, estimate)
 
     def _remember(self, key: Any, program: Program | tuple) -> None:
         self._programs[key] = program

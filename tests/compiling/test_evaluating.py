@@ -13,7 +13,7 @@ from torch import nn
 from helpers.cases import CASES, DataPlate, ScaledPerCell
 from helpers.compiled import DATA, Configured, SmallVAE, binary, guide_of, model_of
 from pyro_iw import IWAE_ELBO, AnnealedImportanceSampler, ImportanceSampler
-from pyro_iw.compiling.program import Evaluation
+from pyro_iw.compiling.evaluation import Evaluation
 from pyro_iw.posterior.sandwich import sandwich
 
 
