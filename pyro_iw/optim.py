@@ -19,9 +19,6 @@ from torch import Tensor
 
 __all__ = ["FusedOptim", "full_state", "replace_state", "waiting_state"]
 
-# The devices for which every release of PyTorch from 2.4 on has fused kernels.
-_FUSED_DEVICES = ("cpu", "cuda")
-
 
 class FusedOptim(PyroOptim):
     """One :class:`torch.optim.Optimizer` over all parameters, in place of :class:`~pyro.optim.PyroOptim`.
@@ -74,6 +71,8 @@ class FusedOptim(PyroOptim):
         # PyTorch's own leave their groups alone; others may count steps in there, of each parameter by
         # itself.
         self._shares_groups = getattr(optim_constructor, "__module__", "").startswith("torch.optim")
+        # By device and dtype, whether a fused step has been found to run there.
+        self._fuses: dict[tuple[str, torch.dtype], bool] = {}
         self._known: set[Tensor] = set()
         # Those that have had a gradient, which Pyro would fill with zeros.
         self._moved: set[Tensor] = set()
@@ -164,8 +163,21 @@ class FusedOptim(PyroOptim):
         options = dict(self._get_optim_args(param))
         chosen = any(options.get(name) is not None for name in ("fused", "foreach"))
         if self._has_fused and not chosen and not options.get("differentiable"):
-            options["fused"] = param.is_floating_point() and param.device.type in _FUSED_DEVICES
+            kind = param.device.type, param.dtype
+            if kind not in self._fuses:
+                self._fuses[kind] = self._can_fuse(param, options)
+            options["fused"] = self._fuses[kind]
         return options
+
+    def _can_fuse(self, param: Tensor, options: dict[str, Any]) -> bool:
+        """Whether there is a fused kernel for such a parameter; PyTorch says so when a step is taken."""
+        trial = torch.zeros(1, dtype=param.dtype, device=param.device, requires_grad=True)
+        trial.grad = torch.zeros_like(trial)
+        try:
+            self._make([trial], **options, fused=True).step()
+        except (RuntimeError, NotImplementedError):
+            return False
+        return True
 
     def get_state(self) -> dict[str, Any]:
         """State dicts by parameter name, each as that parameter's own optimiser would give it."""

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._support.devices import wide
 from .bounds import IWAE, PIWAE, Bound
 from .logmean import exclusive_logsumexp, logmeanexp
 
@@ -19,6 +20,8 @@ __all__ = ["RunningBound", "RunningGap", "RunningLogMean", "jackknife"]
 
 class RunningLogMean:
     r"""Log of a mean weight and the effective number of particles, added up chunk by chunk in float64.
+
+    (In float32 on a device without it, as everything here.)
 
     Example:
         >>> running = RunningLogMean()
@@ -34,9 +37,11 @@ class RunningLogMean:
 
     def add(self, log_w: Tensor) -> None:
         """Add log-weights of shape ``[chunk, *cells]``."""
-        log_w = log_w.double()
-        self._first = torch.logaddexp(self._first.to(log_w.device), log_w.logsumexp(0))
-        self._second = torch.logaddexp(self._second.to(log_w.device), (2 * log_w).logsumexp(0))
+        log_w = wide(log_w)
+        first, second = log_w.logsumexp(0), (2 * log_w).logsumexp(0)
+        is_new = self.count == 0
+        self._first = first if is_new else torch.logaddexp(self._first, first)
+        self._second = second if is_new else torch.logaddexp(self._second, second)
         self.count += len(log_w)
 
     @property
@@ -79,7 +84,10 @@ class RunningBound:
         self.bound = bound
         self.groups = 0
         self._rest: Tensor | None = None
-        self._mean = self._squares = self._infinite = torch.tensor(0.0, dtype=torch.float64)
+        self._mean: Tensor
+        self._squares: Tensor
+        self._infinite: Tensor
+        self._begin(torch.tensor(0.0, dtype=torch.float64))
 
     def add(self, log_w: Tensor) -> None:
         """Add log-weights of shape ``[chunk, *cells]``."""
@@ -92,20 +100,26 @@ class RunningBound:
             return
         # To a bound, groups are so many more cells.
         groups = log_w[:whole].reshape(-1, self.bound.M, self.bound.K, *log_w.shape[1:]).movedim(0, -1)
-        values = self.bound.value(groups).double()
+        values = wide(self.bound.value(groups))
+        if self.groups == 0:
+            self._begin(values.new_zeros(()))
         # Deviations from a mean of -inf are NaN, so that such values are added up on their own.
         finite = values.isfinite()
-        self._infinite = self._infinite.to(values.device) + values.masked_fill(finite, 0.0).sum(-1)
+        self._infinite = self._infinite + values.masked_fill(finite, 0.0).sum(-1)
         self._take(values.masked_fill(~finite, 0.0), groups)
+
+    def _begin(self, zero: Tensor) -> None:
+        """Take the place of the first values' sums, on their device."""
+        self._mean = self._squares = self._infinite = zero
 
     def _take(self, values: Tensor, groups: Tensor) -> None:
         """Add finite values ``[*cells, new]`` of groups of log-weights ``[M, K, *cells, new]``."""
         new = values.shape[-1]
         total = self.groups + new
-        deviation = values.mean(-1) - self._mean.to(values.device)
+        deviation = values.mean(-1) - self._mean
         spread = (values - values.mean(-1, keepdim=True)).square().sum(-1)
-        self._squares = self._squares.to(values.device) + spread + deviation**2 * (self.groups * new / total)
-        self._mean = self._mean.to(values.device) + deviation * (new / total)
+        self._squares = self._squares + spread + deviation**2 * (self.groups * new / total)
+        self._mean = self._mean + deviation * (new / total)
         self.groups = total
 
     @property
@@ -147,31 +161,31 @@ class RunningGap(RunningBound):
         0.024
     """
 
-    def __init__(self, bound: Bound) -> None:
-        super().__init__(bound)
+    def _begin(self, zero: Tensor) -> None:
+        super()._begin(zero)
         # Mean weights of the groups are kept relative to exp(_top), the largest of them so far.
-        self._top = torch.tensor(-math.inf, dtype=torch.float64)
-        self._weight = self._weight_squares = self._products = torch.tensor(0.0, dtype=torch.float64)
+        self._top = zero - math.inf
+        self._weight = self._weight_squares = self._products = zero
 
     def _take(self, values: Tensor, groups: Tensor) -> None:
-        logs = logmeanexp(groups.double(), (0, 1))
-        top = torch.maximum(self._top.to(logs.device), logs.amax(-1))
+        logs = logmeanexp(wide(groups), (0, 1))
+        top = torch.maximum(self._top, logs.amax(-1))
         base = top.masked_fill(top.isneginf(), 0.0)
-        shrink = (self._top.to(logs.device) - base).exp()  # 0 at first
+        shrink = (self._top - base).exp()  # 0 at first
         weights = (logs - base.unsqueeze(-1)).exp()
         new = weights.shape[-1]
         total = self.groups + new
-        old = self._weight.to(logs.device) * shrink
+        old = self._weight * shrink
         apart = weights.mean(-1) - old
         centred = weights - weights.mean(-1, keepdim=True)
         between = self.groups * new / total
         self._products = (
-            self._products.to(logs.device) * shrink
+            self._products * shrink
             + (centred * values).sum(-1)
-            + apart * (values.mean(-1) - self._mean.to(logs.device)) * between
+            + apart * (values.mean(-1) - self._mean) * between
         )
         self._weight_squares = (
-            self._weight_squares.to(logs.device) * shrink**2 + centred.square().sum(-1) + apart**2 * between
+            self._weight_squares * shrink**2 + centred.square().sum(-1) + apart**2 * between
         )
         self._weight, self._top = old + apart * (new / total), top
         super()._take(values, groups)
@@ -202,7 +216,7 @@ class RunningGap(RunningBound):
 
 def jackknife(log_w: Tensor) -> Tensor:
     """Leave-one-out correction of the log mean weight over dim 0, in float64."""
-    log_w = log_w.double()
+    log_w = wide(log_w)
     size = len(log_w)
     without = exclusive_logsumexp(log_w, 0) - math.log(size - 1)
     value = logmeanexp(log_w, 0)

@@ -11,23 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .devices import rng_states, set_rng_state
+
 __all__ = ["RandomState", "fork_rng"]
 
 
 class RandomState(NamedTuple):
-    """PyTorch's state on the CPU and on the CUDA devices in use, NumPy's and Python's."""
+    """PyTorch's state on the CPU and on the devices of the accelerator in use, NumPy's and Python's."""
 
     cpu: Tensor
-    cuda: list[Tensor]
+    devices: list[Tensor]
     numpy: Any
     python: Any
 
     @classmethod
     def now(cls) -> RandomState:
         """The present state."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         numpy, python = np.random.get_state(), random.getstate()  # noqa: NPY002 - the state models may use
-        return cls(torch.get_rng_state(), cuda, numpy, python)
+        return cls(torch.get_rng_state(), rng_states(), numpy, python)
 
     def sharing(self, before: RandomState) -> RandomState:
         """The same state; what it has in common with an earlier one is held in memory once."""
@@ -38,8 +39,8 @@ class RandomState(NamedTuple):
     def restore(self) -> None:
         """Make it the present state."""
         torch.set_rng_state(self.cpu.clone())  # which does not heed where in its storage a view begins
-        for device, state in enumerate(self.cuda):
-            torch.cuda.set_rng_state(state, device)
+        for device, state in enumerate(self.devices):
+            set_rng_state(state, device)
         np.random.set_state(self.numpy)  # noqa: NPY002
         random.setstate(self.python)
 

@@ -61,6 +61,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
+from .._support.devices import autocast_dtype, autocast_types
 from .._support.warn import warn
 from ..gradients.chunks import InChunks
 from ..gradients.surrogate import Estimate
@@ -253,14 +254,9 @@ def _settings() -> tuple:
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
         torch.is_inference_mode_enabled(),
-        _autocast("cpu"),
-        _autocast("cuda"),
+        tuple([(kind, autocast_dtype(kind)) for kind in autocast_types()]),
         torch.get_default_device(),
     )
-
-
-def _autocast(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _kind(kl_weight: float) -> float | None:

@@ -25,6 +25,7 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
+from .._support.devices import autocast_dtype
 from .._support.nested import leaves, map_leaves
 from .._support.random_state import RandomState
 from ..bounds import Bound
@@ -351,14 +352,15 @@ class _Surroundings:
     def __init__(self, kind: str) -> None:
         self._handlers = handlers_in_force()
         self._cache = torch.is_autocast_cache_enabled()
-        self._autocast = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in {kind, "cpu"}
-        ]
+        self._autocast = [(kind, autocast_dtype(kind)) for kind in {kind, "cpu"}]
 
     @contextmanager
     def again(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(under_handlers(self._handlers))
-            for autocast in self._autocast:
-                stack.enter_context(torch.autocast(*autocast, cache_enabled=self._cache))
+            for kind, dtype in self._autocast:
+                if dtype is not None:
+                    stack.enter_context(torch.autocast(kind, dtype, cache_enabled=self._cache))
+                elif autocast_dtype(kind) is not None:
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             yield

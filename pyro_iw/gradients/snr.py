@@ -23,6 +23,7 @@ from pyro.infer.elbo import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from .._support.devices import wide, wide_dtype
 from .._support.progress import progress_bar
 from .._support.warn import warn
 from ..tracing.messages import guide_messenger
@@ -163,7 +164,7 @@ def gradient_snr(
 
 
 class _Moments:
-    """Running mean and variance (Welford, 1962) in float64.
+    """Running mean and variance (Welford, 1962) in float64, where the device has it.
 
     Arguments:
         like: a tensor of the shape of what is added.
@@ -171,15 +172,15 @@ class _Moments:
     """
 
     def __init__(self, like: Tensor, count: int) -> None:
-        self.mean = torch.zeros_like(like, dtype=torch.float64)
+        self.mean = torch.zeros_like(like, dtype=wide_dtype(like.device))
         self.squares = torch.zeros_like(self.mean)
         self.count = count
 
     def add(self, value: Tensor) -> None:
         self.count += 1
-        deviation = value.double() - self.mean
+        deviation = wide(value) - self.mean
         self.mean += deviation / self.count
-        self.squares += deviation * (value.double() - self.mean)
+        self.squares += deviation * (wide(value) - self.mean)
 
     def variance(self) -> Tensor:
         """The unbiased one."""

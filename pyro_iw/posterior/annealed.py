@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
+from .._support.devices import wide
 from .._support.progress import length_of, progress_bar
 from .._support.random_state import RandomState
 from .._support.warn import warn
@@ -290,8 +291,8 @@ class AnnealedImportanceSampler:
         _check_same_density(path.at(coordinates), particles)
         scaled = [site for site in particles.sites if isinstance(site.scale, Tensor) or site.scale != 1]
         tempered = list(dict.fromkeys(site.name for site in scaled))
-        log_weights = particles.log_weights
-        return Start(pair, path, minibatch, coordinates, log_weights, dead_site(particles), tempered)
+        dead = dead_site(particles) if check_finite(particles) else None
+        return Start(pair, path, minibatch, coordinates, particles.log_weights, dead, tempered)
 
     def tune(self, start: Start, bar: tqdm) -> Annealing:
         """Find the settings of the transitions."""
@@ -337,7 +338,7 @@ class AnnealedImportanceSampler:
             particles, traces, _ = start.path.run(annealed.point.coordinates)
         alive = annealed.log_w > -math.inf
         log_p = particles.log_p.masked_fill(~alive, -math.inf)
-        log_q = (particles.log_p.double() - annealed.log_w).to(log_p.dtype).masked_fill(~alive, 0.0)
+        log_q = (wide(particles.log_p) - annealed.log_w).to(log_p.dtype).masked_fill(~alive, 0.0)
         rerun = Rerun(
             start.pair,
             self._runner.prepare(start.pair),
@@ -427,7 +428,7 @@ def _check_same_density(point: Point, particles: Particles) -> None:
     finite = one.isfinite() & other.isfinite()
     moved = finite & ~torch.isclose(one, other, rtol=1e-2, atol=1e-2)
     # A few draws may lie where a bijection saturates.
-    if bool(moved.double().mean() > 0.1):
+    if bool(wide(moved).mean() > 0.1):
         worst = (one - other).abs().masked_fill(~moved, 0.0).max().item()
         raise ValueError(
             f"The log-weights of {int(moved.sum())} of {moved.numel()} draws change (by up to {worst:.3g}) "

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .._support.devices import wide
+
 __all__ = ["Evidence", "LogMarginal"]
 
 _NO_BOUND = "minus_kl compares with a bound: pass bound= to log_marginal_dataset."
@@ -55,19 +57,19 @@ class LogMarginal:
     @property
     def mean(self) -> float:
         """Mean over the datapoints, in nats; its negative is the held-out NLL."""
-        return self.values.double().mean().item()
+        return wide(self.values).mean().item()
 
     @property
     def monte_carlo_error(self) -> float:
         """Standard error of :attr:`mean` for these very datapoints, from the finite number of particles."""
-        return self.monte_carlo_errors.double().square().sum().sqrt().item() / len(self.values)
+        return wide(self.monte_carlo_errors).square().sum().sqrt().item() / len(self.values)
 
     @property
     def sampling_error(self) -> float:
         """Standard error of :attr:`mean` as an estimate for the population; NaN for a single datapoint."""
         if len(self.values) == 1:
             return math.nan
-        return self.values.double().std().item() / math.sqrt(len(self.values))
+        return wide(self.values).std().item() / math.sqrt(len(self.values))
 
     @property
     def minus_kl(self) -> float:
@@ -83,7 +85,7 @@ class LogMarginal:
         if self.bounds is None:
             raise ValueError(_NO_BOUND)
         # Both are -inf where no particle has positive density.
-        gaps = (self.bounds.double() - self.values.double()).masked_fill(self.bounds.isneginf(), -math.inf)
+        gaps = (wide(self.bounds) - wide(self.values)).masked_fill(self.bounds.isneginf(), -math.inf)
         return gaps.mean().item()
 
     @property
@@ -95,7 +97,7 @@ class LogMarginal:
         """
         if self.minus_kl_errors is None:
             raise ValueError(_NO_BOUND)
-        return self.minus_kl_errors.double().square().sum().sqrt().item() / len(self.values)
+        return wide(self.minus_kl_errors).square().sum().sqrt().item() / len(self.values)
 
     def __repr__(self) -> str:
         return (

@@ -266,13 +266,11 @@ class ImportanceSampler:
         minibatch = OneMinibatch()
         chunks: list[Any] = []
         latents: list[dict[str, Latent]] = []
-        dead = None
         with self._bar(1) as bar:
-            for particles, traces in self._chunks(pair, bar, minibatch):
+            for particles, traces, dead in self._chunks(pair, bar, minibatch):  # noqa: B007
                 _refuse_values(particles)
                 chunks.append(particles)
                 latents.append(read_local_latents(traces) if self.local else read_latents(traces))
-                dead = dead or dead_site(particles)
         rerun = Rerun(
             pair,
             self._runner.prepare(pair),
@@ -289,7 +287,8 @@ class ImportanceSampler:
         if self.local:
             local = join_local(chunks)
             samples = HierarchicalSamples(joined, log_p, log_q, particles.plates, rerun, local)
-        warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
+        if dead is not None:
+            warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
         return samples
 
     def particles(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -299,7 +298,7 @@ class ImportanceSampler:
         Arguments and errors are those of :meth:`log_marginal`.
         """
         with self._bar(1) as bar:
-            for particles, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
+            for particles, _, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
                 yield particles
 
     # ------------------------------------------------------------------------------------------------
@@ -329,9 +328,8 @@ class ImportanceSampler:
         ended = RandomState.now()
         began.restore()
         try:
-            dead = None
-            for particles, _ in self._chunks(pair):
-                dead = dead or dead_site(particles)
+            for _, _, dead in self._chunks(pair):  # noqa: B007
+                pass
         finally:
             ended.restore()
         if bool((value.isnan() | value.isposinf()).any()):
@@ -339,7 +337,7 @@ class ImportanceSampler:
                 "Log-weights are NaN or +inf, but not when the same particles are drawn again from PyTorch's "
                 "global generator. Look for a NaN in the data or the parameters, or a scale of 0."
             )
-        warn_of_dead(value, self.num_particles, dead)
+        warn_of_dead(value, self.num_particles, dead or "unknown")
 
     def _log_weights(self, pair: Pair, bar: tqdm) -> Iterator[Tensor]:
         """The log-weights of chunk by chunk, ``[chunk, *cells]``."""
@@ -362,15 +360,17 @@ class ImportanceSampler:
 
     def _chunks(
         self, pair: Pair, bar: tqdm | None = None, minibatch: OneMinibatch | None = None
-    ) -> Iterator[tuple[Particles | TwoLevels, Traces]]:
-        """The particles of chunk by chunk, with their traces."""
+    ) -> Iterator[tuple[Particles | TwoLevels, Traces, str | None]]:
+        """The chunks, each with the first site at which a particle of it or of those before is dead."""
+        dead = None
         minibatch = minibatch or OneMinibatch()
         for start, size in self._plan(pair):
             particles, traces = self._chunk(pair, size, minibatch, is_first=not start)
-            check_finite(particles)
+            if check_finite(particles) and dead is None:
+                dead = dead_site(particles)
             if bar is not None:
                 bar.update(size)
-            yield particles, traces
+            yield particles, traces, dead
             del particles, traces
 
     def _plan(self, pair: Pair) -> list[tuple[int, int]]:
