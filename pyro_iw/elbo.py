@@ -277,6 +277,11 @@ class ImportanceWeightedELBO(TrainedLoss):
         """Forget all compiled steps, and try again to compile what could not be."""
         self._compiler.forget()
 
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled; empty without ``compile=True``."""
+        return self._compiler.seconds
+
     def particles(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Particles:
         """Draw S = M K particles and return their log-weights, of shape ``[S, *cells]``, in nats.
 

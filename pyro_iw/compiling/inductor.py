@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .private import compile_graph, library, schema_of
+from .private import cached_on_disk, compile_graph, library, schema_of
 
 __all__ = ["DECOMPOSITIONS", "inductor"]
 
@@ -38,7 +38,7 @@ def inductor(graph: Any, inputs: list[Tensor]) -> Callable[[list[Tensor]], Seque
     options: dict[str, Any] = {"fallback_random": True}
     if any(tensor.device.type == "cuda" for tensor in inputs):
         options["triton.cudagraphs"] = True
-    with torch.no_grad():
+    with torch.no_grad(), cached_on_disk():
         compiled: Any = compile_graph(graph, list(inputs), options=options)
     return lambda args: compiled(*args)[:count]
 
