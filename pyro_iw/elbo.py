@@ -18,7 +18,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
 import torch
-from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
@@ -44,6 +43,7 @@ from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import Site, read_sites
 from .tracing.traces import Pair, Route, Traces, trace_pair
+from .training import TrainedLoss, gradient_step
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,7 +71,7 @@ class Keywords(TypedDict, total=False):
     particle_group: ProcessGroup | DeviceMesh | None
 
 
-class ImportanceWeightedELBO(ELBO):
+class ImportanceWeightedELBO(TrainedLoss):
     r"""Base class: any :class:`~pyro_iw.bounds.Bound` as a Pyro loss.
 
     Use it directly for a bound of your own. Log-weights are averaged per *cell* of the plates common to all
@@ -187,8 +187,6 @@ class ImportanceWeightedELBO(ELBO):
         self.kl_weight = kl_weight
         self.chunk_size = chunk_size
         self.backward_particles = backward_particles
-        #: Number of gradient steps taken, which is calls of ``loss_and_grads`` and, with gradients enabled,
-        #: of ``differentiable_loss``. Set it to go on with a ``kl_weight`` schedule.
         self.steps = 0
         self._estimator = get_estimator(estimator)
         self._runner = Runner(
@@ -228,6 +226,7 @@ class ImportanceWeightedELBO(ELBO):
             self._check_finite(loss, particles, estimate)
         return loss
 
+    @gradient_step
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, in nats, leaving gradients in the parameters' ``.grad``.
 
@@ -245,7 +244,7 @@ class ImportanceWeightedELBO(ELBO):
             loss = compiled.loss.item()
             if math.isfinite(loss):
                 compiled.accumulate()
-                self.steps += 1
+                self._count()
                 return loss
             self._rewind(compiled)  # the eager step on the same noise says what is wrong, and where
         particles, estimate = self._estimate(pair, kl_weight)
@@ -260,9 +259,10 @@ class ImportanceWeightedELBO(ELBO):
         if not early:
             loss = estimate.loss.item()
             self._check_finite(loss, particles, estimate)
-        self.steps += 1
+        self._count()
         return loss
 
+    @gradient_step
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, in nats, as a scalar whose ``.backward()`` gives the estimator's gradients.
 
@@ -277,14 +277,14 @@ class ImportanceWeightedELBO(ELBO):
         compiled = self._compiled_step(pair, kl_weight)
         if compiled is not None:
             if not is_validation_enabled() or math.isfinite(compiled.loss.item()):
-                self.steps += 1
+                self._count()
                 return compiled.differentiable()
             self._rewind(compiled)
         particles, estimate = self._estimate(pair, kl_weight)
         if is_validation_enabled():
             self._check_finite(estimate.loss.item(), particles, estimate)
         if torch.is_grad_enabled():
-            self.steps += 1
+            self._count()
         return estimate.loss
 
     def _compiled_step(self, pair: Pair, kl_weight: float) -> CompiledStep | None:
@@ -324,6 +324,11 @@ class ImportanceWeightedELBO(ELBO):
     def recompile(self) -> None:
         """Forget all compiled steps, and try again to compile what could not be."""
         self._compiler.forget()
+
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled; empty without ``compile=True``."""
+        return self._compiler.seconds
 
     def particles(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Particles:
         """Draw S = M K particles and return their log-weights, of shape ``[S, *cells]``, in nats.

@@ -35,6 +35,7 @@ from .._support.devices import wide
 from .._support.progress import length_of, progress_bar
 from .._support.random_state import RandomState
 from .._support.warn import warn
+from ..compiling.evaluating import EvaluationCompiler
 from ..running import RunningLogMean
 from ..tracing.cells import weighted_plates
 from ..tracing.latents import Latent, enumerated_sites, read_latents
@@ -45,13 +46,14 @@ from ..tracing.sites import read_sites
 from ..tracing.traces import Pair, Traces, plate_nesting
 from .annealing import Annealed, Annealing, temperatures
 from .dead import check_finite, dead_site, warn_of_dead
+from .evidence import LogMarginal
 from .hmc import Point, Tuning
+from .movable import Prior, check_pair
 from .predictive import Rerun
 from .progress_file import ProgressFile
 from .proposal import check_proposal
-from .sampler import LogMarginal
 from .samples import ImportanceSamples
-from .unconstrained import PairPath, Prior, check_pair
+from .unconstrained import PairPath
 
 __all__ = ["AnnealedImportanceSampler", "AnnealedSamples"]
 
@@ -116,6 +118,10 @@ class AnnealedImportanceSampler:
             and guide must broadcast over; otherwise one chain at a time.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
+        compile: compile the densities and gradients that a chain moves by, see
+            :mod:`~pyro_iw.compiling.evaluating`. The guide's networks of the data then run once for all of
+            its steps. The second step takes some seconds to compile; what cannot be compiled runs eagerly,
+            after a warning.
         progress: whether to show a progress bar, if it takes more than two seconds.
 
     Raises:
@@ -146,6 +152,7 @@ class AnnealedImportanceSampler:
         check_support: bool = True,
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
+        compile: bool = False,
         progress: bool = True,
     ) -> None:
         self.model = model
@@ -163,7 +170,9 @@ class AnnealedImportanceSampler:
         self.num_adaptation = positive_integer("num_adaptation", num_adaptation)
         self.plates = as_plate_names(plates)
         self.check_support = check_support
+        self.compile = compile
         self.progress = progress
+        self._compiler = EvaluationCompiler("leapfrog step")
         self._runner = Runner(
             vectorize_particles,
             max_plate_nesting,
@@ -276,7 +285,8 @@ class AnnealedImportanceSampler:
         traces, particles = self._draw(pair, minibatch)
         with torch.no_grad():
             check_proposal(particles, traces, self.check_support, self._warn_once)
-            path = PairPath(pair, traces, particles, minibatch, self.plates, self._warn_once)
+            compiler = self._compiler if self.compile else None
+            path = PairPath(pair, traces, particles, minibatch, self.plates, self._warn_once, compiler)
             coordinates = path.coordinates(traces)
         _check_same_density(path.at(coordinates), particles)
         scaled = [site for site in particles.sites if isinstance(site.scale, Tensor) or site.scale != 1]
@@ -375,6 +385,11 @@ class AnnealedImportanceSampler:
         if message not in self._warned:
             self._warned.add(message)
             warn(message)
+
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled."""
+        return self._compiler.seconds
 
     def __repr__(self) -> str:
         schedule = self.schedule if isinstance(self.schedule, str) else "given"

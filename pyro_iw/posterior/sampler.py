@@ -18,19 +18,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
-from .._support.devices import wide
+from .._support.nested import leaves
 from .._support.progress import length_of, progress_bar
+from .._support.random_state import RandomState, fork_rng
 from .._support.warn import warn
 from ..bounds import Bound
+from ..compiling.evaluating import EvaluationCompiler
 from ..running import RunningBound, RunningGap, RunningLogMean, jackknife
 from ..tracing.cells import weighted_plates
 from ..tracing.counterparts import check_guide
@@ -42,7 +43,10 @@ from ..tracing.particles import Particles, collect
 from ..tracing.runner import Runner
 from ..tracing.sites import read_sites
 from ..tracing.traces import Pair, Traces, plate_nesting
+from .chunk_size import particles_that_fit
+from .compiled import CompiledChunks
 from .dead import check_finite, dead_site, warn_of_dead
+from .evidence import Evidence, LogMarginal
 from .hierarchical_samples import HierarchicalSamples
 from .local_weights import collect_local, join_local, local_numbers, total_log_weights
 from .predictive import Rerun
@@ -50,99 +54,6 @@ from .proposal import check_proposal
 from .samples import ImportanceSamples
 
 __all__ = ["Evidence", "ImportanceSampler", "LogMarginal"]
-
-_NO_BOUND = "minus_kl compares with a bound: pass bound= to log_marginal_dataset."
-
-
-class Evidence(NamedTuple):
-    """The log evidence of every cell, and how well it is known.
-
-    Attributes:
-        log_marginal: :math:`\\log \\hat p(x)` in nats, of shape ``[*cells]``.
-        monte_carlo_error: its standard error from the finite number of particles (delta method), likewise.
-        ess: effective number of particles, likewise.
-    """
-
-    log_marginal: Tensor
-    monte_carlo_error: Tensor
-    ess: Tensor
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LogMarginal:
-    """The log evidence of every datapoint of a data set.
-
-    Attributes:
-        values: :math:`\\log \\hat p(x_n)` in nats, of shape ``[N]``.
-        monte_carlo_errors: standard error of each from the finite number of particles (delta method),
-            ``[N]``. It says nothing of mass that no particle has reached, and with ``jackknife`` it is that
-            of the values before their correction, whose error is larger.
-        ess: effective number of particles of each, ``[N]``.
-        num_particles: number S of particles.
-        bounds: another bound on the same particles, where it was asked for, of shape ``[N]``.
-        minus_kl_errors: standard error of each difference ``bounds - values``, whose two sides vary together,
-            from the finite number of particles, ``[N]``. NaN where these make fewer than 3 groups of the
-            bound (0 for IWAE of all of them). With ``jackknife`` it is that of the difference before the
-            correction.
-    """
-
-    values: Tensor
-    monte_carlo_errors: Tensor
-    ess: Tensor
-    num_particles: int
-    bounds: Tensor | None = None
-    minus_kl_errors: Tensor | None = None
-
-    @property
-    def mean(self) -> float:
-        """Mean over the datapoints, in nats; its negative is the held-out NLL."""
-        return wide(self.values).mean().item()
-
-    @property
-    def monte_carlo_error(self) -> float:
-        """Standard error of :attr:`mean` for these very datapoints, from the finite number of particles."""
-        return wide(self.monte_carlo_errors).square().sum().sqrt().item() / len(self.values)
-
-    @property
-    def sampling_error(self) -> float:
-        """Standard error of :attr:`mean` as an estimate for the population; NaN for a single datapoint."""
-        if len(self.values) == 1:
-            return math.nan
-        return wide(self.values).std().item() / math.sqrt(len(self.values))
-
-    @property
-    def minus_kl(self) -> float:
-        r"""Mean of :attr:`bounds` less :attr:`values`, in nats: how far the guide is from the posterior.
-
-        For the ELBO this is :math:`-\mathrm{KL}(q \,\|\, p)` up to the bias of the values; for IWAE-64 the
-        column "-KL" of Rainforth et al. (2018), the divergence of the guide that IWAE-64 implies. It is -inf
-        where a bound is.
-
-        Raises:
-            ValueError: if no bound was asked for.
-        """
-        if self.bounds is None:
-            raise ValueError(_NO_BOUND)
-        # Both are -inf where no particle has positive density.
-        gaps = (wide(self.bounds) - wide(self.values)).masked_fill(self.bounds.isneginf(), -math.inf)
-        return gaps.mean().item()
-
-    @property
-    def minus_kl_error(self) -> float:
-        """Standard error of :attr:`minus_kl` for these very datapoints, from the finite number of particles.
-
-        Raises:
-            ValueError: if no bound was asked for.
-        """
-        if self.minus_kl_errors is None:
-            raise ValueError(_NO_BOUND)
-        return wide(self.minus_kl_errors).square().sum().sqrt().item() / len(self.values)
-
-    def __repr__(self) -> str:
-        return (
-            f"LogMarginal(mean={self.mean:.4f}, monte_carlo_error={self.monte_carlo_error:.2g}, "
-            f"N={len(self.values)}, num_particles={self.num_particles})"
-        )
 
 
 class ImportanceSampler:
@@ -156,8 +67,9 @@ class ImportanceSampler:
             their own, given each particle of the global ones; see :class:`HierarchicalSamples`. Or a mapping
             from the names of several plates side by side to the number of local particles in each.
         num_local: number L of local particles of each particle, where ``local`` is a name; an integer >= 1.
-        chunk_size: number of particles in memory at once, each with all of its local ones; None for all; the
-            last chunk may be smaller.
+        chunk_size: number of particles in memory at once, each with all of its local ones; the last chunk may
+            be smaller. None for all; ``"auto"`` for as many as a tenth of the free memory holds, and on a CPU
+            16 MiB, see :mod:`~pyro_iw.posterior.chunk_size`.
         plates: name or names of the plates whose cells have a weight each; ``()`` for one joint weight; None
             for the plates common to all sample sites.
         jackknife: whether :meth:`log_marginal` corrects the leading term of the bias, 1/S, by
@@ -172,6 +84,12 @@ class ImportanceSampler:
             guide must broadcast over; otherwise one particle at a time.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
+        compile: compile what a chunk computes, for :meth:`log_marginal`, :meth:`evidence` and
+            :meth:`log_marginal_dataset`, see :mod:`~pyro_iw.compiling.evaluating`. The first chunk on
+            arguments of new shapes runs eagerly, and the second takes some seconds to compile. From then on
+            Pyro's handlers no longer run, and the guide's networks of the data run once for all chunks of a
+            call. What cannot be compiled runs eagerly, after a warning. Where a plate draws its minibatch,
+            the first chunk of every call runs eagerly, too.
         progress: whether to show a progress bar, if it takes more than two seconds.
 
     Raises:
@@ -194,19 +112,19 @@ class ImportanceSampler:
         *,
         local: str | Mapping[str, int] | None = None,
         num_local: int | None = None,
-        chunk_size: int | None = 100,
+        chunk_size: int | Literal["auto"] | None = 100,
         plates: str | Iterable[str] | None = None,
         jackknife: bool = False,
         check_support: bool = True,
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
+        compile: bool = False,
         progress: bool = True,
     ) -> None:
         self.model = model
         self.guide = guide
         self.num_particles = positive_integer("num_particles", num_particles)
-        chunk_size = self.num_particles if chunk_size is None else positive_integer("chunk_size", chunk_size)
-        self.chunk_size = min(chunk_size, self.num_particles)
+        self.chunk_size = _chunk_size(chunk_size, self.num_particles)
         self.plates = as_plate_names(plates)
         self.local = local_numbers(local, num_local)
         if self.local and plates is not None:
@@ -218,7 +136,11 @@ class ImportanceSampler:
         if jackknife and self.num_particles == 1:
             raise ValueError("jackknife=True leaves out one particle in turn, which needs num_particles > 1.")
         self.check_support = check_support
+        self.compile = compile
         self.progress = progress
+        self._compiler = EvaluationCompiler()
+        self._draws = False  # whether plates draw their minibatch
+        self._fits: dict[Any, int] = {}  # chunk sizes, by the shapes of arguments
         self._runner = Runner(
             vectorize_particles,
             max_plate_nesting,
@@ -354,7 +276,7 @@ class ImportanceSampler:
             self._runner.prepare(pair),
             plate_nesting(traces.pairs[-1].model),
             self._runner.vectorize,
-            self.chunk_size,
+            self._size_of_chunks(pair),
             minibatch,
             enumerated_sites(traces),
         )
@@ -379,53 +301,116 @@ class ImportanceSampler:
             for particles, _, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
                 yield particles
 
+    # ------------------------------------------------------------------------------------------------
+    # Chunks
+    # ------------------------------------------------------------------------------------------------
+
     def _stream(
         self, pair: Pair, bar: tqdm, running: RunningLogMean, bounds: RunningBound | None = None
     ) -> Tensor:
         """The log evidence of the cells, and on the way whatever else is to be added up."""
+        began = RandomState.now()
         kept = []
-        for particles, traces, dead in self._chunks(pair, bar):  # noqa: B007
-            log_w = total_log_weights(particles)
+        for log_w in self._log_weights(pair, bar):
             running.add(log_w)
             if bounds is not None:
                 bounds.add(log_w)
             if self.jackknife:
                 kept.append(log_w)
-            del particles, traces  # or two chunks would be in memory while the next one runs
-        if dead is not None:
-            warn_of_dead(running.value, self.num_particles, dead)
+        # The one look at values: no chunk waits for the device.
+        if not bool(running.value.isfinite().all()):
+            self._explain(pair, began, running.value)
         value = jackknife(torch.cat(kept)) if self.jackknife else running.value
         return value.to(log_w.dtype)
 
+    def _explain(self, pair: Pair, began: RandomState, value: Tensor) -> None:
+        """Run the same particles once more, and say at which site a weight is no number, or all are 0."""
+        ended = RandomState.now()
+        began.restore()
+        try:
+            for _, _, dead in self._chunks(pair):  # noqa: B007
+                pass
+        finally:
+            ended.restore()
+        if bool((value.isnan() | value.isposinf()).any()):
+            raise ValueError(
+                "Log-weights are NaN or +inf, but not when the same particles are drawn again from PyTorch's "
+                "global generator. Look for a NaN in the data or the parameters, or a scale of 0."
+            )
+        warn_of_dead(value, self.num_particles, dead or "unknown")
+
+    def _log_weights(self, pair: Pair, bar: tqdm) -> Iterator[Tensor]:
+        """The log-weights of chunk by chunk, ``[chunk, *cells]``."""
+        minibatch = OneMinibatch()
+        compiled = None
+        if self.compile:
+            options = (self.plates, tuple(self.local.items()), self._runner.vectorize)
+            compiled = CompiledChunks(self._compiler, pair, self._particles_of, options, self._draws)
+        for start, size in self._plan(pair):
+            log_w = None if compiled is None else compiled.log_weights(size, minibatch)
+            if log_w is None:
+                particles, _ = self._chunk(pair, size, minibatch, is_first=not start)
+                log_w = total_log_weights(particles)
+                if not start:
+                    check_finite(particles)
+                    self._draws = self._draws or bool(minibatch.indices)
+                del particles, _  # or two chunks would be in memory while the next one runs
+            bar.update(size)
+            yield log_w
+
     def _chunks(
-        self, pair: Pair, bar: tqdm, minibatch: OneMinibatch | None = None
+        self, pair: Pair, bar: tqdm | None = None, minibatch: OneMinibatch | None = None
     ) -> Iterator[tuple[Particles | TwoLevels, Traces, str | None]]:
         """The chunks, each with the first site at which a particle of it or of those before is dead."""
         dead = None
         minibatch = minibatch or OneMinibatch()
-        with torch.no_grad():
-            self._runner.prepare(pair)
-        left = self.num_particles
-        while left:
-            size = min(self.chunk_size, left)
-            # Never across a yield: whoever consumes this may leave it, or run under other settings.
-            with torch.no_grad(), minibatch:
-                traces = self._runner.run(pair, size)
-                particles: Particles | TwoLevels
-                if self.local:
-                    particles = collect_local(traces, self._warn_once)
-                else:
-                    particles = collect(
-                        traces, self.plates, is_linear=False, warn_once=self._warn_once, is_stratified=True
-                    )
-                if left == self.num_particles:
-                    check_proposal(particles, traces, self.check_support, self._warn_once)
+        for start, size in self._plan(pair):
+            particles, traces = self._chunk(pair, size, minibatch, is_first=not start)
             if check_finite(particles) and dead is None:
                 dead = dead_site(particles)
-            bar.update(size)
-            left -= size
+            if bar is not None:
+                bar.update(size)
             yield particles, traces, dead
             del particles, traces
+
+    def _plan(self, pair: Pair) -> list[tuple[int, int]]:
+        """The chunks, by the index of their first particle and their size."""
+        with torch.no_grad():
+            self._runner.prepare(pair)
+        chunk = self._size_of_chunks(pair)
+        return [
+            (start, min(chunk, self.num_particles - start)) for start in range(0, self.num_particles, chunk)
+        ]
+
+    def _size_of_chunks(self, pair: Pair) -> int:
+        if self.chunk_size != "auto":
+            return self.chunk_size
+        shapes = tuple(each.shape for each in leaves((pair.args, pair.kwargs)) if isinstance(each, Tensor))
+        if shapes not in self._fits:
+            with torch.no_grad(), fork_rng(), OneMinibatch():
+                self._fits[shapes] = particles_that_fit(
+                    lambda size: self._particles_of(pair, size), self.num_particles
+                )
+        return self._fits[shapes]
+
+    def _chunk(
+        self, pair: Pair, size: int, minibatch: OneMinibatch, is_first: bool
+    ) -> tuple[Particles | TwoLevels, Traces]:
+        # Never across a yield: whoever consumes the chunks may leave, or run under other settings.
+        with torch.no_grad(), minibatch:
+            particles, traces = self._particles_of(pair, size)
+            if is_first:
+                check_proposal(particles, traces, self.check_support, self._warn_once)
+        return particles, traces
+
+    def _particles_of(self, pair: Pair, size: int) -> tuple[Particles | TwoLevels, Traces]:
+        traces = self._runner.run(pair, size)
+        if self.local:
+            return collect_local(traces, self._warn_once), traces
+        particles = collect(
+            traces, self.plates, is_linear=False, warn_once=self._warn_once, is_stratified=True
+        )
+        return particles, traces
 
     def _bar(self, batches: int | None) -> tqdm:
         total = None if batches is None else batches * self.num_particles
@@ -436,9 +421,26 @@ class ImportanceSampler:
             self._warned.add(message)
             warn(message)
 
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled."""
+        return self._compiler.seconds
+
     def __repr__(self) -> str:
         local = f", local={self.local}" if self.local else ""
-        return f"ImportanceSampler(num_particles={self.num_particles}{local}, chunk_size={self.chunk_size})"
+        return f"ImportanceSampler(num_particles={self.num_particles}{local}, chunk_size={self.chunk_size!r})"
+
+
+def _chunk_size(chunk_size: Any, num_particles: int) -> Any:
+    if chunk_size is None:
+        return num_particles
+    if isinstance(chunk_size, str):
+        if chunk_size != "auto":
+            raise ValueError(
+                f"chunk_size must be an integer >= 1, 'auto', or None for all, got {chunk_size!r}"
+            )
+        return chunk_size
+    return min(positive_integer("chunk_size", chunk_size), num_particles)
 
 
 def _check(traces: Traces, local: tuple[str, ...]) -> None:

@@ -164,6 +164,17 @@ class Group:
             return tensor.detach().unsqueeze(0)
         return self._gather(tensor, self.process_group)
 
+    def hear(self, words: Any) -> list[Any]:
+        """What every rank has to say, objects that can be pickled, in their order; for what is rare."""
+        if self.size == 1:
+            return [words]
+        said_by: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(said_by, words, group=self._words)
+        except RuntimeError as error:
+            raise RankError(self._who_is_missing(error)) from error
+        return said_by
+
     def _meet(
         self,
         subject: str,
