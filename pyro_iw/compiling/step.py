@@ -53,7 +53,8 @@ import time
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,7 @@ from .._support.devices import autocast_dtype, autocast_types
 from .._support.warn import warn
 from ..gradients.chunks import InChunks
 from ..gradients.surrogate import Estimate
+from ..ranks.particles import ParticleGroup
 from ..tracing.handlers import handlers_in_force
 from ..tracing.traces import Pair
 from .announce import announced
@@ -73,7 +75,7 @@ from .arguments import Refused, spec
 if TYPE_CHECKING:
     from .program import CompiledStep, Program
 
-__all__ = ["Compiler"]
+__all__ = ["Compiler", "without_others"]
 
 #: Programs kept, the least recently used leaves first.
 _CAPACITY = 8
@@ -125,6 +127,7 @@ class Compiler:
         estimate: Callable[[Pair, Any], tuple[Any, Estimate]],
         options: tuple = (),
         chunks: InChunks | None = None,
+        recording: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> CompiledStep | None:
         """Run a compiled step, recording it if this is the second one of its kind.
 
@@ -134,6 +137,7 @@ class Compiler:
             estimate: what a step computes, given a pair and a weight.
             options: what else that depends on, hashable.
             chunks: how the step is taken chunk by chunk; all at once, if None.
+            recording: what a step is recorded within.
 
         Returns:
             The step, or None if it has to run eagerly.
@@ -146,9 +150,10 @@ class Compiler:
             from .program import WholeStep
 
             varies = _kind(kl_weight) is None
-            if chunks is None:
-                return WholeStep(pair, tensors, kl_weight, varies, estimate)
-            return ChunkedStep(pair, tensors, kl_weight, varies, chunks)
+            with recording():
+                if chunks is None:
+                    return WholeStep(pair, tensors, kl_weight, varies, estimate)
+                return ChunkedStep(pair, tensors, kl_weight, varies, chunks)
 
         found = self.find(pair, make, (_kind(kl_weight), options))
         return None if found is None else found[0].run(found[1], kl_weight)
@@ -231,6 +236,15 @@ class Compiler:
         if not self._warned:
             self._warned = True
             warn(f"compile=True is left aside and the {self.what} runs eagerly: {reason}.", RuntimeWarning)
+
+
+@contextmanager
+def without_others(ranks: ParticleGroup) -> Iterator[None]:
+    """Steps inside are taken without the other ranks of a group, to be recorded."""
+    from .exchanging import recorded  # not before it is needed, see Compiler.run
+
+    with ranks.recording(recorded):
+        yield
 
 
 def _identity(pair: Pair) -> Any:

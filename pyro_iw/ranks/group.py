@@ -17,13 +17,15 @@ import datetime
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
+
+if TYPE_CHECKING:  # a PyTorch may be built without
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["WORDS", "Group", "RankError"]
 
@@ -249,6 +251,9 @@ def _as_process_group(name: str, group: Any) -> ProcessGroup:
             f"{name} needs processes that know of one another. Start the script by torchrun, and call "
             "torch.distributed.init_process_group first."
         )
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             names = group.mesh_dim_names or ()

@@ -102,6 +102,8 @@ class FIVO_ELBO(TrainedLoss):
         compile: compile gradient steps, as of :class:`ImportanceWeightedELBO`: one program of all T steps for
             each T, whose compilation takes time in proportion to T. What cannot be compiled runs eagerly,
             after a warning.
+        particle_group: refused: unlike those of :class:`ImportanceWeightedELBO`, the particles of a filter
+            cannot be divided among ranks.
 
     Raises:
         ValueError: if an argument is out of range, or two do not go together.
@@ -136,7 +138,14 @@ class FIVO_ELBO(TrainedLoss):
         max_plate_nesting: float = math.inf,
         retain_graph: bool | None = None,
         compile: bool = False,
+        particle_group: None = None,
     ) -> None:
+        if particle_group is not None:
+            raise ValueError(
+                "FIVO_ELBO resamples its particles from one another at every step, so that they cannot be "
+                "divided among the ranks of a particle_group. Divide the sequences: every rank its own, and "
+                "gradients averaged over all ranks."
+            )
         K = positive_integer("K", K)
         super().__init__(num_particles=K, max_plate_nesting=max_plate_nesting, vectorize_particles=True)
         self.K = K
