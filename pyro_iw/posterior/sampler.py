@@ -17,22 +17,24 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
 from .._support.progress import length_of, progress_bar
 from .._support.warn import warn
 from ..bounds import Bound
+from ..ranks.group import Group
 from ..running import RunningBound, RunningGap, RunningLogMean, jackknife
 from ..tracing.counterparts import check_guide
-from ..tracing.latents import Latent, enumerated_sites, join, read_latents
+from ..tracing.latents import enumerated_sites, join, read_latents
 from ..tracing.levels import TwoLevels, check_local_plates
 from ..tracing.local_latents import read_local_latents
 from ..tracing.minibatches import OneMinibatch
@@ -43,13 +45,14 @@ from ..tracing.traces import Pair, Traces, plate_nesting
 from .dead import check_finite, dead_site, warn_of_dead
 from .hierarchical_samples import HierarchicalSamples
 from .local_weights import collect_local, join_local, local_numbers, total_log_weights
+from .log_marginal import LogMarginal
+from .over_data import evaluate_over_ranks
+from .over_particles import Kept, ParticleRanks, Sums, chunk_sizes
 from .predictive import Rerun
 from .proposal import check_proposal
 from .samples import ImportanceSamples
 
 __all__ = ["Evidence", "ImportanceSampler", "LogMarginal"]
-
-_NO_BOUND = "minus_kl compares with a bound: pass bound= to log_marginal_dataset."
 
 
 class Evidence(NamedTuple):
@@ -64,83 +67,6 @@ class Evidence(NamedTuple):
     log_marginal: Tensor
     monte_carlo_error: Tensor
     ess: Tensor
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LogMarginal:
-    """The log evidence of every datapoint of a data set.
-
-    Attributes:
-        values: :math:`\\log \\hat p(x_n)` in nats, of shape ``[N]``.
-        monte_carlo_errors: standard error of each from the finite number of particles (delta method),
-            ``[N]``. It says nothing of mass that no particle has reached, and with ``jackknife`` it is that
-            of the values before their correction, whose error is larger.
-        ess: effective number of particles of each, ``[N]``.
-        num_particles: number S of particles.
-        bounds: another bound on the same particles, where it was asked for, of shape ``[N]``.
-        minus_kl_errors: standard error of each difference ``bounds - values``, whose two sides vary together,
-            from the finite number of particles, ``[N]``. NaN where these make fewer than 3 groups of the
-            bound (0 for IWAE of all of them). With ``jackknife`` it is that of the difference before the
-            correction.
-    """
-
-    values: Tensor
-    monte_carlo_errors: Tensor
-    ess: Tensor
-    num_particles: int
-    bounds: Tensor | None = None
-    minus_kl_errors: Tensor | None = None
-
-    @property
-    def mean(self) -> float:
-        """Mean over the datapoints, in nats; its negative is the held-out NLL."""
-        return self.values.double().mean().item()
-
-    @property
-    def monte_carlo_error(self) -> float:
-        """Standard error of :attr:`mean` for these very datapoints, from the finite number of particles."""
-        return self.monte_carlo_errors.double().square().sum().sqrt().item() / len(self.values)
-
-    @property
-    def sampling_error(self) -> float:
-        """Standard error of :attr:`mean` as an estimate for the population; NaN for a single datapoint."""
-        if len(self.values) == 1:
-            return math.nan
-        return self.values.double().std().item() / math.sqrt(len(self.values))
-
-    @property
-    def minus_kl(self) -> float:
-        r"""Mean of :attr:`bounds` less :attr:`values`, in nats: how far the guide is from the posterior.
-
-        For the ELBO this is :math:`-\mathrm{KL}(q \,\|\, p)` up to the bias of the values; for IWAE-64 the
-        column "-KL" of Rainforth et al. (2018), the divergence of the guide that IWAE-64 implies. It is -inf
-        where a bound is.
-
-        Raises:
-            ValueError: if no bound was asked for.
-        """
-        if self.bounds is None:
-            raise ValueError(_NO_BOUND)
-        # Both are -inf where no particle has positive density.
-        gaps = (self.bounds.double() - self.values.double()).masked_fill(self.bounds.isneginf(), -math.inf)
-        return gaps.mean().item()
-
-    @property
-    def minus_kl_error(self) -> float:
-        """Standard error of :attr:`minus_kl` for these very datapoints, from the finite number of particles.
-
-        Raises:
-            ValueError: if no bound was asked for.
-        """
-        if self.minus_kl_errors is None:
-            raise ValueError(_NO_BOUND)
-        return self.minus_kl_errors.double().square().sum().sqrt().item() / len(self.values)
-
-    def __repr__(self) -> str:
-        return (
-            f"LogMarginal(mean={self.mean:.4f}, monte_carlo_error={self.monte_carlo_error:.2g}, "
-            f"N={len(self.values)}, num_particles={self.num_particles})"
-        )
 
 
 class ImportanceSampler:
@@ -170,6 +96,10 @@ class ImportanceSampler:
             guide must broadcast over; otherwise one particle at a time.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
+        particle_group: ranks that share the particles, a process group or a mesh of one dimension: each draws
+            its share of the S (see :mod:`~pyro_iw.posterior.over_particles`), all of them call the same
+            methods on the same arguments, and every one gets the whole. For one seed of the group's first
+            rank that is the same, but for rounding, on P ranks of whatever number with P chunks or more.
         progress: whether to show a progress bar, if it takes more than two seconds.
 
     Raises:
@@ -198,6 +128,7 @@ class ImportanceSampler:
         check_support: bool = True,
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
+        particle_group: ProcessGroup | DeviceMesh | None = None,
         progress: bool = True,
     ) -> None:
         self.model = model
@@ -226,6 +157,9 @@ class ImportanceSampler:
             local=self.local,
         )
         self._warned: set[str] = set()
+        self._ranks = None
+        if particle_group is not None:
+            self._ranks = ParticleRanks(particle_group, self.num_particles, self.chunk_size)
 
     def log_marginal(self, *args: Any, **kwargs: Any) -> Tensor:
         """The log evidence of every cell, of shape ``[*cells]``, in nats; a scalar where there is one weight.
@@ -274,6 +208,9 @@ class ImportanceSampler:
         loader: Iterable[Any],
         to_args: Callable[[Any], Any] | None = None,
         bound: Bound | None = None,
+        *,
+        data_group: ProcessGroup | DeviceMesh | None = None,
+        indices: Sequence[int] | Tensor | None = None,
     ) -> LogMarginal:
         """The log evidence of every datapoint of a data set.
 
@@ -284,10 +221,17 @@ class ImportanceSampler:
             to_args: turns what the loader gives into one of these, where a batch holds more than the model
                 takes, or has to move to another device.
             bound: a bound to evaluate on the same particles, in groups of its M K, for ``minus_kl``.
+            data_group: ranks of which each has a loader with a part of the data set, a process group or a
+                mesh of one dimension. Each of them gets the whole, in the order of the indices.
+            indices: which datapoints this rank's loader gives, in its order; of one that occurs more than
+                once the first value counts. None for those of the loader's ``DistributedSampler``, whose
+                padding so counts once; without one the parts come one after the other.
 
         Raises:
             ValueError: if there is no batch, the bound takes more particles than there are, or the pair does
-                not have one weight for each index of exactly one plate; and as :meth:`log_marginal`.
+                not have one weight for each index of exactly one plate; if the parts leave a datapoint out,
+                or are the same on all ranks; and as :meth:`log_marginal`.
+            RankError: if another rank has failed, or evaluates something else; naming it.
 
         Example:
             >>> loader = torch.utils.data.DataLoader(data, batch_size=2)
@@ -302,11 +246,22 @@ class ImportanceSampler:
             raise ValueError(
                 f"{bound!r} takes {bound.num_particles} particles, but num_particles={self.num_particles}."
             )
-        parts: list[list[Tensor]] = []
         check_loader(loader)
-        with self._bar(length_of(loader)) as bar:
-            for batch in loader:
-                args, kwargs = read_batch(batch, to_args)
+        evaluate = partial(self._evaluate, to_args=to_args, bound=bound)
+        return evaluate_over_ranks(evaluate, loader, data_group, indices)
+
+    def _evaluate(
+        self,
+        loader: Iterable[Any],
+        group: Group | None,
+        to_args: Callable[[Any], Any] | None,
+        bound: Bound | None,
+    ) -> LogMarginal | None:
+        """The log evidence of what a loader gives; None if that is nothing."""
+        parts: list[list[Tensor]] = []
+        given = (read_batch(batch, to_args) for batch in loader)
+        with self._bar(length_of(loader), group) as bar:
+            for args, kwargs in given if self._ranks is None else self._ranks.in_step(given):
                 running = RunningLogMean()
                 bounds = None if bound is None else RunningGap(bound)
                 value = self._stream(Pair(self.model, self.guide, args, kwargs), bar, running, bounds)
@@ -328,9 +283,11 @@ class ImportanceSampler:
                     columns += [bounds.value.to(value), bounds.gap_error(running)]
                 parts.append(columns)
         if not parts:
-            raise ValueError("The loader gave no batch, so there is nothing to evaluate.")
+            return None
         values, errors, ess, *bounds_values = (torch.cat(column) for column in zip(*parts, strict=True))
-        return LogMarginal(values, errors, ess, self.num_particles, *bounds_values)
+        value_of_bound, gap_errors = bounds_values or (None, None)
+        words = f"importance sampling, local={self.local}, jackknife={self.jackknife}, bound={bound!r}"
+        return LogMarginal(values, errors, ess, self.num_particles, value_of_bound, gap_errors, words)
 
     def __call__(self, *args: Any, **kwargs: Any) -> ImportanceSamples:
         """Draw S particles and keep them, with their densities.
@@ -339,33 +296,41 @@ class ImportanceSampler:
         """
         pair = Pair(self.model, self.guide, args, kwargs)
         minibatch = OneMinibatch()
-        chunks: list[Any] = []
-        latents: list[dict[str, Latent]] = []
-        dead = None
         with self._bar(1) as bar:
-            for particles, traces in self._chunks(pair, bar, minibatch):
-                _refuse_values(particles)
-                chunks.append(particles)
-                latents.append(read_local_latents(traces) if self.local else read_latents(traces))
-                dead = dead or dead_site(particles)
+            if self._ranks is None:
+                kept = self._keep(self._chunks(pair, bar, minibatch))
+            else:
+                kept, minibatch = self._ranks.keep(repr(self), partial(self._chunks, pair, bar), self._keep)
         rerun = Rerun(
             pair,
             self._runner.prepare(pair),
-            plate_nesting(traces.pairs[-1].model),
+            plate_nesting(kept.traces.pairs[-1].model),
             self._runner.vectorize,
             self.chunk_size,
             minibatch,
-            enumerated_sites(traces),
+            enumerated_sites(kept.traces),
         )
-        tops: list[Particles] = [chunk.top for chunk in chunks] if self.local else chunks
-        joined = join(latents, self.num_particles)
-        log_p, log_q = (torch.cat([getattr(top, name) for top in tops]) for name in ("log_p", "log_q"))
-        samples = ImportanceSamples(joined, log_p, log_q, particles.plates, rerun)
+        samples = ImportanceSamples(kept.latents, kept.log_p, kept.log_q, kept.particles.plates, rerun)
         if self.local:
-            local = join_local(chunks)
-            samples = HierarchicalSamples(joined, log_p, log_q, particles.plates, rerun, local)
-        warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
+            samples = HierarchicalSamples(
+                kept.latents, kept.log_p, kept.log_q, kept.particles.plates, rerun, kept.local
+            )
+        warn_of_dead(samples.log_weights.amax(0), self.num_particles, kept.dead)
         return samples
+
+    def _keep(self, drawn: Iterable[tuple[Any, Traces]]) -> Kept:
+        """Particles that come in chunks, side by side."""
+        chunks, latents = [], []
+        dead = None
+        for particles, traces in drawn:
+            _refuse_values(particles)
+            chunks.append(particles)
+            latents.append(read_local_latents(traces) if self.local else read_latents(traces))
+            dead = dead or dead_site(particles)
+        tops: list[Particles] = [chunk.top for chunk in chunks] if self.local else chunks
+        log_p, log_q = (torch.cat([getattr(top, name) for top in tops]) for name in ("log_p", "log_q"))
+        local = join_local(chunks) if self.local else {}
+        return Kept(join(latents, len(log_p)), log_p, log_q, local, traces, particles, dead)
 
     def particles(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """The particles chunk by chunk, for an estimate of your own in the memory of one chunk:
@@ -373,6 +338,12 @@ class ImportanceSampler:
 
         Arguments and errors are those of :meth:`log_marginal`.
         """
+        if self._ranks is not None:
+            raise ValueError(
+                "particles() gives chunk by chunk what this process draws, which with particle_group= is a "
+                "share of the particles alone. Take a sampler without particle_group=, which draws all of "
+                "them here, or call this one, whose ImportanceSamples are the whole."
+            )
         with self._bar(1) as bar:
             for particles, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
                 yield particles
@@ -381,9 +352,22 @@ class ImportanceSampler:
         self, pair: Pair, bar: tqdm, running: RunningLogMean, bounds: RunningBound | None = None
     ) -> Tensor:
         """The log evidence of the cells, and on the way whatever else is to be added up."""
+        if self._ranks is None:
+            found = self._add_up(self._chunks(pair, bar), running, bounds)
+        else:
+            draw = partial(self._chunks, pair, bar)
+            found = self._ranks.add_up(repr(self), draw, self._add_up, running, bounds, self.jackknife)
+        warn_of_dead(running.value, self.num_particles, found.dead)
+        value = running.value if found.log_w is None else jackknife(found.log_w)
+        return value.to(found.like.dtype)
+
+    def _add_up(
+        self, drawn: Iterable[tuple[Any, Traces]], running: RunningLogMean, bounds: RunningBound | None
+    ) -> Sums:
+        """Add up particles that come in chunks."""
         kept = []
         dead = None
-        for particles, traces in self._chunks(pair, bar):
+        for particles, traces in drawn:
             log_w = total_log_weights(particles)
             running.add(log_w)
             if bounds is not None:
@@ -392,19 +376,20 @@ class ImportanceSampler:
                 kept.append(log_w)
             dead = dead or dead_site(particles)
             del particles, traces  # or two chunks would be in memory while the next one runs
-        warn_of_dead(running.value, self.num_particles, dead)
-        value = jackknife(torch.cat(kept)) if self.jackknife else running.value
-        return value.to(log_w.dtype)
+        return Sums(torch.cat(kept) if kept else None, dead, log_w)
 
     def _chunks(
-        self, pair: Pair, bar: tqdm, minibatch: OneMinibatch | None = None
+        self,
+        pair: Pair,
+        bar: tqdm,
+        minibatch: OneMinibatch | None = None,
+        sizes: Iterable[int] | None = None,
     ) -> Iterator[tuple[Particles | TwoLevels, Traces]]:
         minibatch = minibatch or OneMinibatch()
         with torch.no_grad():
             self._runner.prepare(pair)
-        left = self.num_particles
-        while left:
-            size = min(self.chunk_size, left)
+        is_first = True
+        for size in chunk_sizes(self.num_particles, self.chunk_size) if sizes is None else sizes:
             # Never across a yield: whoever consumes this may leave it, or run under other settings.
             with torch.no_grad(), minibatch:
                 traces = self._runner.run(pair, size)
@@ -415,17 +400,20 @@ class ImportanceSampler:
                     particles = collect(
                         traces, self.plates, is_linear=False, warn_once=self._warn_once, is_stratified=True
                     )
-                if left == self.num_particles:
+                if is_first:
                     check_proposal(particles, traces, self.check_support, self._warn_once)
+                    is_first = False
             check_finite(particles)
             bar.update(size)
-            left -= size
             yield particles, traces
             del particles, traces
 
-    def _bar(self, batches: int | None) -> tqdm:
-        total = None if batches is None else batches * self.num_particles
-        return progress_bar(show=self.progress, total=total, desc="particles", unit_scale=True)
+    def _bar(self, batches: int | None, group: Group | None = None) -> tqdm:
+        share = self.num_particles if self._ranks is None else self._ranks.share + 1
+        groups = [group, None if self._ranks is None else self._ranks.group]
+        show = self.progress and all(ranks is None or ranks.rank == 0 for ranks in groups)
+        total = None if batches is None else batches * share
+        return progress_bar(show=show, total=total, desc="particles", unit_scale=True)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
