@@ -231,8 +231,8 @@ class ParticleRanks:
             f"particle_group: rank(s) {', '.join(str(ranks[i]) for i in others)} give the same draw of the "
             f"guide other log-weights than rank {ranks[0]} (by up to {worst:.3g} nats), so they have other "
             "data or other parameters. All ranks of a particle group evaluate the same batches; split the "
-            "data over data_group= alone (a DistributedSampler's rank and num_replicas are those in it). Give "
-            "all ranks the same parameters: load one checkpoint, or broadcast them."
+            "data over data_group= alone (a DistributedSampler's rank and num_replicas are those in it). "
+            "Give all ranks the same parameters: load one checkpoint, or broadcast them."
         )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .group import Group
@@ -29,9 +29,11 @@ def tell(group: Group, said: Any) -> list[Any]:
     """What every rank says, by rank: small things that can be pickled, tensors among them on the CPU."""
     if group.size == 1:
         return [said]
-    answers: list[Any] = [None] * group.size
-    dist.all_gather_object(answers, said, group=group._words)
-    return answers
+    mine = torch.frombuffer(bytearray(pickle.dumps(said)), dtype=torch.uint8)
+    sizes = group._gather(torch.tensor([len(mine)]), group._words)[:, 0].tolist()
+    padded = torch.nn.functional.pad(mine, (0, max(sizes) - len(mine)))
+    answers = group._gather(padded, group._words)
+    return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(answers, sizes, strict=True)]
 
 
 def gather_rows(group: Group, rows: Tensor) -> Tensor:
