@@ -13,6 +13,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
@@ -22,26 +23,31 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from ._support.arguments import as_plate_names, positive_integer
-from ._support.nested import leaves
-from ._support.random_state import RandomState
+from ._support.random_state import RandomState, set_back
 from ._support.warn import warn
 from .bounds import Bound
 from .compiling.step import Compiler
 from .gradients.backward_subset import estimate_from_subset
 from .gradients.chunks import Chunks, estimate_in_chunks
 from .gradients.estimators import get_estimator
+from .gradients.not_finite import explain_not_finite
+from .gradients.over_ranks import SeededDraw, over_ranks
 from .gradients.over_values import suited_to
 from .gradients.surrogate import Estimate
+from .ranks.particles import ParticleGroup
 from .tracing.counterparts import check_guide
 from .tracing.jumps import find_jumps
 from .tracing.masks import warn_of_masks
-from .tracing.minibatches import OneMinibatch
+from .tracing.minibatches import DrawnApart, OneMinibatch
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import read_sites
 from .tracing.traces import Pair, Route, Traces, trace_pair
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .compiling.program import CompiledStep
 
 __all__ = ["ImportanceWeightedELBO", "Keywords"]
@@ -61,6 +67,7 @@ class Keywords(TypedDict, total=False):
     retain_graph: bool | None
     compile: bool
     stratified: bool
+    particle_group: ProcessGroup | DeviceMesh | None
 
 
 class ImportanceWeightedELBO(ELBO):
@@ -107,9 +114,17 @@ class ImportanceWeightedELBO(ELBO):
             :math:`\sum_y p_\theta(x, y, z_y) / q_\phi(z_y \mid y, x)`. The bound is tighter than
             :math:`\sum_y q_\phi(y \mid x) V(\ell_y)`, the default, but does not train
             :math:`q_\phi(y \mid x)`, which drops out of it.
+        particle_group: the P ranks, each a process of its own, that the M K particles are divided among: a
+            process group of :mod:`torch.distributed` or a mesh of one dimension, ``mesh["particles"]``; M and
+            K stay those of all. The ranks of a group have the same datapoints and other noise. The loss is
+            the whole bound on each of them. Gradients are to be *averaged* over all ranks, as
+            ``DistributedDataParallel(loss(model, guide))`` and ``FusedOptim(..., process_group=...)`` do. See
+            :mod:`~pyro_iw.ranks.particles`.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or P does not divide M K.
+        RankError: in a step, on every rank, if one of a particle group fails, does not come, has other data,
+            parameters or shapes than the others, or the same noise; naming the rank.
 
     Example:
         >>> class Median(pyro_iw.Bound):  # the middle of M independent IWAE bounds
@@ -134,6 +149,7 @@ class ImportanceWeightedELBO(ELBO):
         retain_graph: bool | None = None,
         compile: bool = False,
         stratified: bool = False,
+        particle_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         if not isinstance(bound, Bound):
             raise ValueError(f"bound must be a pyro_iw.Bound, got {bound!r}")
@@ -190,6 +206,10 @@ class ImportanceWeightedELBO(ELBO):
         self.compile = compile
         self.stratified = stratified
         self._compiler = Compiler()
+        self.particle_group = particle_group
+        self._ranks = None if particle_group is None else ParticleGroup(particle_group, bound)
+        #: Gives the plates of a step that came to nothing the minibatches that they had.
+        self._minibatches: AbstractContextManager[Any] = nullcontext()
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, in nats, without gradients.
@@ -203,7 +223,7 @@ class ImportanceWeightedELBO(ELBO):
         Raises:
             ValueError: if a log-weight is NaN or +inf, naming the site.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self._step(1.0):
             particles, estimate = self._estimate(Pair(model, guide, args, kwargs), kl_weight=1.0)
             loss = estimate.loss.item()
             self._check_finite(loss, particles, estimate)
@@ -216,8 +236,11 @@ class ImportanceWeightedELBO(ELBO):
         cover a site of the guide. ``.grad`` is untouched by an error, except that on an accelerator with
         Pyro's validation off, NaN and +inf are found only after the backward pass: zero it then.
         """
-        pair = Pair(model, guide, args, kwargs)
         kl_weight = self._next_kl_weight()
+        with self._step(kl_weight):
+            return self._loss_and_grads(Pair(model, guide, args, kwargs), kl_weight)
+
+    def _loss_and_grads(self, pair: Pair, kl_weight: float) -> float:
         compiled = self._compiled_step(pair, kl_weight)
         if compiled is not None:
             loss = compiled.loss.item()
@@ -225,7 +248,7 @@ class ImportanceWeightedELBO(ELBO):
                 compiled.accumulate()
                 self.steps += 1
                 return loss
-            compiled.rewind()  # the eager step on the same noise says what is wrong, and where
+            self._rewind(compiled)  # the eager step on the same noise says what is wrong, and where
         particles, estimate = self._estimate(pair, kl_weight)
         # Before the backward pass, so that .grad stays clean; on an accelerator that means to wait for
         # the device in mid-step, which is a price for validation alone.
@@ -247,14 +270,17 @@ class ImportanceWeightedELBO(ELBO):
         Arguments and errors are those of :meth:`loss_and_grads`; NaN and +inf are looked for only where
         Pyro's validation is on. It can be differentiated once.
         """
-        pair = Pair(model, guide, args, kwargs)
         kl_weight = self._next_kl_weight()
+        with self._step(kl_weight):
+            return self._differentiable_loss(Pair(model, guide, args, kwargs), kl_weight)
+
+    def _differentiable_loss(self, pair: Pair, kl_weight: float) -> Tensor:
         compiled = self._compiled_step(pair, kl_weight)
         if compiled is not None:
             if not is_validation_enabled() or math.isfinite(compiled.loss.item()):
                 self.steps += 1
                 return compiled.differentiable()
-            compiled.rewind()
+            self._rewind(compiled)
         particles, estimate = self._estimate(pair, kl_weight)
         if is_validation_enabled():
             self._check_finite(estimate.loss.item(), particles, estimate)
@@ -272,7 +298,31 @@ class ImportanceWeightedELBO(ELBO):
             for name, value in vars(bound).items()
         )
         options = (attributes, self.plates, self.backward_particles, self.stratified)
-        return self._compiler.run(pair, kl_weight, self._estimate, options)
+        if self._ranks is not None:
+            self._ranks.ready()
+        return self._compiler.run(pair, kl_weight, self._estimate_recorded, options)
+
+    def _estimate_recorded(self, pair: Pair, kl_weight: float) -> tuple[Particles | Chunks, Estimate]:
+        """What a step computes, for it to be recorded: without the other ranks."""
+        if self._ranks is None:
+            return self._estimate(pair, kl_weight)
+        from .compiling.exchanging import recorded
+
+        with self._ranks.recording(recorded):
+            return self._estimate(pair, kl_weight)
+
+    def _rewind(self, compiled: CompiledStep) -> None:
+        compiled.rewind()
+        if self._ranks is not None:
+            self._ranks.repeat()
+
+    def _step(self, kl_weight: float) -> AbstractContextManager[None]:
+        """A step, in which the ranks of a particle group take part together."""
+        if self._ranks is None:
+            return nullcontext()
+        kind = "a gradient step" if torch.is_grad_enabled() else "a loss"
+        weight = None if isinstance(kl_weight, Tensor) else float(kl_weight)
+        return self._ranks.step(kind, str(self._bounds), self.estimator, self.plates, weight)
 
     def recompile(self) -> None:
         """Forget all compiled steps, and try again to compile what could not be."""
@@ -301,19 +351,32 @@ class ImportanceWeightedELBO(ELBO):
         route = self._estimator.route(self.bound) if gradients else None
         if route is not None:
             route = route._replace(per_value=not (self.stratified or self._is_linear))
-        if _is_less(self.chunk_size, self.num_particles):
-            draw = partial(self._draw, kl_weight)
-            return estimate_in_chunks(draw, pair, self._estimator, self.bound, route, self.chunk_size)
-        if route is not None and _is_less(self.backward_particles, self.num_particles):
-            collect = partial(self._collect, kl_weight)
-            return estimate_from_subset(
-                self._runner, collect, pair, self._estimator, self.bound, route, self.backward_particles
-            )
-        particles, _ = self._draw(kl_weight, pair, self.num_particles, route)
-        estimator = suited_to(self._estimator, particles)
-        if gradients:
-            estimator.check(particles, self.bound)
-        return particles, estimator.estimate(particles, self.bound, route)
+        begin = None
+        draw, number, chosen = partial(self._draw, kl_weight), self.num_particles, None
+        if route is not None and _is_less(self.backward_particles, number):
+            chosen = self.backward_particles
+        estimator: Any = self._estimator
+        with ExitStack() as stack:
+            if self._ranks is not None:
+                estimator, number = over_ranks(estimator, self._ranks, chosen), self._ranks.own
+                self._ranks.ready()
+                self._minibatches = stack.enter_context(DrawnApart(self._ranks.minibatch))
+                if _is_less(self.chunk_size, self.num_particles):
+                    stack.enter_context(set_back())
+                    draw, begin = SeededDraw(draw, self._ranks), RandomState.now
+            if _is_less(self.chunk_size, number):
+                return estimate_in_chunks(draw, pair, estimator, self.bound, route, number, self.chunk_size)
+            if _is_less(chosen, number):
+                assert route is not None
+                collect = partial(self._collect, kl_weight)
+                return estimate_from_subset(
+                    self._runner, collect, pair, estimator, self.bound, route, number, chosen
+                )
+            particles, _ = draw(pair, number, route, None, begin)
+            estimator = suited_to(estimator, particles)
+            if gradients:
+                estimator.check(particles, self.bound)
+            return particles, estimator.estimate(particles, self.bound, route)
 
     def _draw(
         self,
@@ -322,10 +385,10 @@ class ImportanceWeightedELBO(ELBO):
         num_particles: int,
         route: Route | None = None,
         minibatch: OneMinibatch | None = None,
-        note_state: bool = False,
+        begin: Callable[[], RandomState] | None = None,
     ) -> tuple[Particles, RandomState | None]:
         """Particles, and the random state that they were drawn from, as of :meth:`Runner.run`."""
-        traces = self._runner.run(pair, num_particles, route, minibatch, note_state)
+        traces = self._runner.run(pair, num_particles, route, minibatch, begin)
         return self._collect(kl_weight, traces), traces.began
 
     @property
@@ -368,35 +431,9 @@ class ImportanceWeightedELBO(ELBO):
         """Warn of a bound of -inf, refuse NaN and +inf; name the site each arose at."""
         if math.isfinite(loss):
             return
-        log_w = torch.cat([part.reshape(-1) for part in leaves(particles.log_weights)])
-        bound = estimate.bound
-        bad = log_w.isnan() | log_w.isposinf()
-        if bool(bad.any()):
-            site = (
-                particles.first_site(torch.isnan)
-                or particles.first_site(torch.isposinf)
-                or particles.first_site(torch.isneginf, role="guide")
-            )
-            kind = "NaN" if bool(log_w.isnan().any()) else "+inf"
-            raise ValueError(
-                f"{int(bad.sum())} of {log_w.numel()} log-weights are {kind} (first at site {site}). No "
-                "gradient step should be taken on them: look for a NaN in the data or the parameters, a "
-                "scale of 0, or too large a learning rate."
-            )
-        bad = bound.isnan() | bound.isposinf()
-        if bool(bad.any()):
-            raise ValueError(
-                f"{self.bound!r} is NaN or +inf in {int(bad.sum())} of {bound.numel()} cell(s), though no "
-                "log-weight is: look at its value()."
-            )
-        if bool(bound.isneginf().any()):
-            site = particles.first_site(torch.isneginf) or particles.first_site(torch.isposinf, "guide")
-            warn(
-                f"The bound is -inf in {int(bound.isneginf().sum())} of {bound.numel()} cell(s), where "
-                f"{int(log_w.isneginf().sum())} particles have zero density (first at site {site}). Those "
-                "particles give no gradient.",
-                RuntimeWarning,
-            )
+        with self._minibatches:
+            others = (lambda: None) if self._ranks is None else self._ranks.refuse_others
+            explain_not_finite(self.bound, particles, estimate, others)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -421,6 +458,7 @@ class ImportanceWeightedELBO(ELBO):
             "retain_graph",
             "compile",
             "stratified",
+            "particle_group",
         )
         values = {name: getattr(self, name) for name in names}
         return "".join(

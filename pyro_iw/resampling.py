@@ -50,8 +50,13 @@ def systematic(weights: Tensor, num_samples: int) -> Tensor:
                 [2, 1],
                 [2, 1]])
     """
-    count = positive_integer("num_samples", num_samples)
     offsets = torch.rand((1, *weights.shape[1:]), dtype=torch.float64, device=weights.device)
+    return systematic_at(weights, num_samples, offsets)
+
+
+def systematic_at(weights: Tensor, num_samples: int, offsets: Tensor) -> Tensor:
+    """:func:`systematic`, given the offsets u in [0, 1), of shape ``[1, *cells]`` and in float64."""
+    count = positive_integer("num_samples", num_samples)
     steps = torch.arange(count, dtype=torch.float64, device=weights.device)
     return _invert(weights, (offsets + steps.reshape(-1, *[1] * (weights.dim() - 1))) / count)
 

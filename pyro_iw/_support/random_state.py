@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RandomState", "fork_rng"]
+__all__ = ["RandomState", "fork_rng", "set_back"]
 
 
 class RandomState(NamedTuple):
@@ -29,6 +29,14 @@ class RandomState(NamedTuple):
         numpy, python = np.random.get_state(), random.getstate()  # noqa: NPY002 - the state models may use
         return cls(torch.get_rng_state(), cuda, numpy, python)
 
+    @classmethod
+    def seeded(cls, seed: int) -> RandomState:
+        """The state that comes of a seed, which is the present one from here on."""
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        return cls.now()
+
     def sharing(self, before: RandomState) -> RandomState:
         """The same state; what it has in common with an earlier one is held in memory once."""
         python = before.python if before.python == self.python else self.python
@@ -45,11 +53,18 @@ class RandomState(NamedTuple):
 
 
 @contextmanager
-def fork_rng() -> Iterator[None]:
-    """Random draws from a stream apart, which leave the states of all generators as they were."""
+def set_back() -> Iterator[None]:
+    """Leave the states of all generators as they were."""
     state = RandomState.now()
     try:
-        torch.manual_seed(int(torch.randint(2**62, ())))
         yield
     finally:
         state.restore()
+
+
+@contextmanager
+def fork_rng() -> Iterator[None]:
+    """Random draws from a stream apart, which leave the states of all generators as they were."""
+    with set_back():
+        torch.manual_seed(int(torch.randint(2**62, ())))
+        yield

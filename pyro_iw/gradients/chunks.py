@@ -42,10 +42,11 @@ from .surrogate import Estimate, Weights, refuse_second_derivative
 
 __all__ = ["Chunks", "Draw", "estimate_in_chunks"]
 
-#: Draws a number of particles of a pair by a route, as part of a minibatch if one is given, and notes the
-#: random state that they were drawn from if the last argument asks for it.
+#: Draws a number of particles of a pair by a route, as part of a minibatch if one is given, from the random
+#: state that the last argument gives, if there is one.
 Draw = Callable[
-    [Pair, int, "Route | None", "OneMinibatch | None", bool], "tuple[Particles, RandomState | None]"
+    [Pair, int, "Route | None", "OneMinibatch | None", "Callable[[], RandomState] | None"],
+    "tuple[Particles, RandomState | None]",
 ]
 
 
@@ -121,7 +122,7 @@ class Chunks:
         """The log-weights of a chunk. Nothing else of it outlives this call."""
         known = dict(minibatch.indices)
         torch.clear_autocast_cache()  # of casts that belong to another chunk's graph
-        particles, state = self._draw(self._pair, stop - start, self._route, minibatch, True)
+        particles, state = self._draw(self._pair, stop - start, self._route, minibatch, RandomState.now)
         assert state is not None
         if self._chunks:
             state = state.sharing(self._chunks[-1].random_state)
@@ -156,7 +157,7 @@ class Chunks:
                     with OneMinibatch(chunk.minibatch):
                         # Never by a name here, which would keep it alive beside the next.
                         if visit(
-                            chunk.particles, self._draw(self._pair, chunk.size, self._route, None, False)[0]
+                            chunk.particles, self._draw(self._pair, chunk.size, self._route, None, None)[0]
                         ):
                             break
         finally:
@@ -177,7 +178,13 @@ class Chunks:
 
 
 def estimate_in_chunks(
-    draw: Draw, pair: Pair, estimator: Estimator, bound: Bound, route: Route | None, chunk_size: int
+    draw: Draw,
+    pair: Pair,
+    estimator: Estimator,
+    bound: Bound,
+    route: Route | None,
+    num_particles: int,
+    chunk_size: int,
 ) -> tuple[Chunks, Estimate]:
     """The loss of S particles, whose gradient is taken chunk by chunk in its backward pass.
 
@@ -185,8 +192,9 @@ def estimate_in_chunks(
         draw: draws the particles of a chunk.
         pair: the pair and its arguments.
         estimator: the estimator.
-        bound: the bound, which gives the number S.
+        bound: the bound.
         route: how latent values travel, as the estimator wants it; None where gradients are disabled.
+        num_particles: the number S of particles.
         chunk_size: the number of particles in a chunk.
 
     Raises:
@@ -194,7 +202,7 @@ def estimate_in_chunks(
             comes into model or guide other than as an argument.
     """
     if not torch.is_grad_enabled():
-        chunks = Chunks(draw, pair, route, bound.num_particles, chunk_size)
+        chunks = Chunks(draw, pair, route, num_particles, chunk_size)
         return chunks, suited_to(estimator, chunks).evaluate(bound, chunks.log_weights, chunks.scale)
     pair, sources, cut = _cut_arguments(pair)
     # The first pass runs with gradients too: what the estimator has to check and which tensors the gradient
@@ -210,7 +218,7 @@ def estimate_in_chunks(
         graph.start()
         return draw(*args)
 
-    chunks = Chunks(draw_watched, pair, route, bound.num_particles, chunk_size, look)
+    chunks = Chunks(draw_watched, pair, route, num_particles, chunk_size, look)
     estimator = suited_to(estimator, chunks)
     estimate = estimator.evaluate(bound, chunks.log_weights, chunks.scale)
     if not graph.leaves:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["OneMinibatch", "SameMinibatch"]
+__all__ = ["DrawnApart", "OneMinibatch", "SameMinibatch"]
 
 
 class OneMinibatch(Messenger):
@@ -45,6 +45,26 @@ class OneMinibatch(Messenger):
         if site_is_subsample(msg) and (_is_minibatch(msg) or len(msg["value"]) < msg["fn"].size):
             self.indices.setdefault(msg["name"], msg["value"])
             self._full_sizes.setdefault(msg["name"], msg["fn"].size)
+
+
+class DrawnApart(OneMinibatch):
+    """Draws the subsamples that it gives to every run inside it, in the place of the plates.
+
+    Arguments:
+        draw: draws a number of indices, given the plate's full size and a device.
+    """
+
+    def __init__(self, draw: Callable[[int, int, torch.device], Tensor]) -> None:
+        super().__init__()
+        self._draw = draw
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if site_is_subsample(msg) and msg["value"] is None and _is_minibatch(msg):
+            plate = msg["fn"]
+            indices = self._draw(plate.size, plate.subsample_size, torch.device(plate.device))
+            msg["value"] = indices.cuda() if plate.use_cuda else indices
+            msg["done"] = True
 
 
 def _is_minibatch(msg: Any) -> bool:

@@ -1,0 +1,194 @@
+r"""Estimators of particles that are divided among ranks: weights from all, a gradient from one's own.
+
+Between the two steps of an :class:`~pyro_iw.gradients.estimator.Estimator` there is one exchange: of what the
+weights follow from, the statistics of S / P particles on each of P ranks. Bound and weights are then computed
+on every rank for all S particles, and each keeps its own block of the weights, times P; see
+:mod:`~pyro_iw.ranks.particles` for why.
+
+**Particles chosen by weight** (``backward_particles``) are drawn from all S by the uniforms of the group's
+first rank, which come with its log-weights: the gradient is that of one process. Since all k' may fall to one
+rank, each runs its model again on k' particles, those it was not given with weight 0.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._support.nested import leaves, map_leaves
+from .._support.random_state import RandomState
+from ..bounds import Bound
+from ..ranks.particles import ParticleGroup, digest
+from ..resampling import systematic_at
+from ..tracing.minibatches import OneMinibatch
+from ..tracing.traces import Pair, Route
+from .chunks import Draw
+from .estimator import Estimator
+from .graph import leaves_below
+from .refusals import refuse_choice_of_values
+from .surrogate import Estimate, Weights
+
+__all__ = ["OverRanks", "SeededDraw", "over_ranks"]
+
+
+class OverRanks(Estimator):
+    """An estimator for this rank's share of the particles.
+
+    Arguments:
+        inner: that of one process, of one level or two.
+        ranks: the share.
+        chosen: the number k' of particles that the model's gradient comes from; None for all.
+    """
+
+    def __init__(self, inner: Any, ranks: ParticleGroup, chosen: int | None = None) -> None:
+        self.inner = inner
+        self.ranks = ranks
+        self.chosen = chosen
+        self._everything: Any = None  # the statistics of all particles
+        self._offsets: Tensor | None = None
+
+    def wrapped(self, wrap: Callable[[Any], Any]) -> OverRanks:
+        return OverRanks(wrap(self.inner), self.ranks, self.chosen)
+
+    def route(self, bound: Bound) -> Route:
+        return self.inner.route(bound)
+
+    def check(self, particles: Any, bound: Bound) -> None:
+        self.inner.check(particles, bound)
+        if self.chosen is not None:
+            refuse_choice_of_values(particles.enumerated)
+        if self.ranks.is_due and not self.ranks.is_recording:
+            self.ranks.parameters = [weakref.ref(leaf) for leaf in leaves_below(*self.densities(particles))]
+            self.ranks.note(observed=digest(_observed(particles)))
+
+    def guide_weights(
+        self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.inner.guide_weights(bound, log_w, b, log_q_weight)
+
+    def densities(self, particles: Any) -> list[Tensor]:
+        return self.inner.densities(particles)
+
+    def guide_terms(self, particles: Any, weights: Weights) -> list:
+        return self.inner.guide_terms(particles, weights)
+
+    def estimate(self, particles: Any, bound: Bound, route: Route | None = None) -> Estimate:
+        log_w = map_leaves(Tensor.detach, particles.statistics)
+        estimate = self.evaluate(bound, log_w, particles.scale)
+        if not torch.is_grad_enabled():
+            return estimate
+        weights: Any = self.weights(bound, log_w, particles.log_q_weight, particles.scale)
+        if self.chosen is not None:
+            weights, _ = self.choose(weights, _crosses(route), self.chosen)
+        return estimate._replace(loss=self.attach(estimate.loss, particles, weights, route))
+
+    def evaluate(self, bound: Bound, log_w: Any, scale: Any) -> Estimate:
+        """The bound and the loss of all ranks' particles; arguments as of :meth:`Estimator.evaluate`."""
+        self._everything = self._gather(log_w)
+        return self.inner.evaluate(bound, self._everything, scale)
+
+    def _gather(self, own: Any) -> Any:
+        """Statistics of all particles, of the shapes of these but for the first dim."""
+        parts = list(leaves(own))
+        if self.chosen is not None:
+            cells = own.shape[1:]
+            parts.append(torch.rand((1, *cells), dtype=torch.float64, device=own.device))
+        flat = [part.reshape(-1) for part in parts]
+        everything = self.ranks.exchange(flat[0] if len(flat) == 1 else torch.cat(flat))
+        pieces = iter(everything.split([len(part) for part in flat], 1))
+
+        def joined(part: Tensor) -> Tensor:
+            rows = next(pieces).reshape(self.ranks.size * part.shape[0], *part.shape[1:])
+            return rows.to(part.dtype)
+
+        result = map_leaves(joined, own)
+        if self.chosen is not None:
+            self._offsets = joined(parts[-1])[:1]
+        return result
+
+    def weights(self, bound: Bound, log_w: Any, log_q_weight: Any, scale: Any) -> Weights:
+        """The weights of this rank's particles, times P; ``log_w`` is what :meth:`evaluate` was given."""
+        self._weights: Any = self.inner.weights(bound, self._everything, log_q_weight, scale)
+        return map_leaves(self._averaged, self._weights.of(self.ranks.block))
+
+    def _averaged(self, weights: Tensor) -> Tensor:
+        return self.ranks.size * weights
+
+    def attach(self, loss: Tensor, particles: Any, weights: Any, route: Route | None = None) -> Tensor:
+        return self.inner.attach(loss, particles, weights, route)
+
+    def choose(self, weights: Weights, crosses: bool, count: int) -> tuple[Weights, Tensor]:
+        """Draw k' of all particles, in each cell; see :meth:`Estimator.choose`.
+
+        Returns:
+            The weights of those that are this rank's, and their places among its own. Particles that were
+            not drawn come with weights 0, to fill the k'; or all S / P come in their order, if those are no
+            more.
+        """
+        block, every = self.ranks.block, self._weights
+        path = every.path if crosses else every.model
+        total = every.model.abs() + path.abs()
+        assert self._offsets is not None
+        indices = systematic_at(total, count, self._offsets)
+        once = torch.ones_like(total[:1]).expand(indices.shape)
+        times = torch.zeros_like(total).scatter_add(0, indices, once)
+        mean, own = total.sum(0) / count, times[block]
+        if count < len(own):
+            places = own.topk(count, 0).indices
+        else:
+            places = torch.arange(len(own), device=own.device)
+            places = places.reshape(-1, *[1] * (own.dim() - 1)).expand(own.shape)
+        model, path = (
+            self._averaged(torch.where(own > 0, w[block] / total[block], 0.0) * own * mean).gather(0, places)
+            for w in (every.model, path)
+        )
+        return weights._replace(model=model, path=path), places
+
+
+def over_ranks(estimator: Any, ranks: ParticleGroup, chosen: int | None = None) -> Any:
+    """The estimator for this rank's share, or itself where it has all particles; see :class:`OverRanks`."""
+    return estimator if ranks.size == 1 else OverRanks(estimator, ranks, chosen)
+
+
+class SeededDraw:
+    """Draws chunks, one after another, each from a seed of its own that the group's first rank has drawn.
+
+    So the particles do not depend on the number of ranks, where chunks do not cross from one to the next.
+
+    Arguments:
+        draw: draws the particles of a chunk.
+        ranks: the share of this rank.
+    """
+
+    def __init__(self, draw: Draw, ranks: ParticleGroup) -> None:
+        self._draw = draw
+        self._ranks = ranks
+        self._start = 0
+
+    def __call__(
+        self,
+        pair: Pair,
+        num_particles: int,
+        route: Route | None,
+        minibatch: OneMinibatch | None,
+        begin: Callable[[], RandomState] | None,
+    ) -> tuple[Any, RandomState | None]:
+        """Draw a chunk; without ``begin``, from the present random state, as one that was drawn before."""
+        if begin is not None:
+            begin = partial(RandomState.seeded, self._ranks.chunk_seed(self._start))
+            self._start += num_particles
+        return self._draw(pair, num_particles, route, minibatch, begin)
+
+
+def _crosses(route: Route | None) -> bool:
+    return route is not None and route.through is not None
+
+
+def _observed(particles: Any) -> list[Tensor]:
+    """Values that the model observes, of those that are the same for all particles."""
+    return [value for level in getattr(particles, "levels", [particles]) for value in level.observed]
