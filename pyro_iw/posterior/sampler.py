@@ -292,6 +292,10 @@ class ImportanceSampler:
     def __call__(self, *args: Any, **kwargs: Any) -> ImportanceSamples:
         """Draw S particles and keep them, with their densities.
 
+        With ``particle_group`` every rank ends with all of them, and may do what it likes with them by
+        itself. That takes as much memory on each rank as one process would need, S times the latents of all
+        cells, and three times that of one site while it travels; all other methods hold a chunk.
+
         Arguments and errors are those of :meth:`log_marginal`.
         """
         pair = Pair(self.model, self.guide, args, kwargs)
