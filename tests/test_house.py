@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "optim": {"_support", "ranks"},
     "tracing": {"_support", "maths"},
     "gradients": {"_support", "maths", "ranks", "tracing"},
-    "posterior": {"_support", "maths", "ranks", "tracing"},
+    "posterior": {"_support", "maths", "ranks", "tracing", "compiling"},
     "adversarial": {"_support", "maths", "ranks", "tracing", "optim"},
     "sequences": {"_support", "maths", "tracing", "gradients", "compiling"},
     "compiling": {"_support", "maths", "ranks", "tracing", "gradients"},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .exchanging import OPERATION
-from .private import compile_graph, library
+from .private import cached_on_disk, compile_graph, library
 
 __all__ = ["DECOMPOSITIONS", "inductor"]
 
@@ -39,7 +39,7 @@ def inductor(graph: Any, inputs: list[Tensor]) -> Callable[[list[Tensor]], Seque
     # A CUDA graph replays kernels, and not what ranks say to one another on the CPU.
     if not exchanges and any(tensor.device.type == "cuda" for tensor in inputs):
         options["triton.cudagraphs"] = True
-    with torch.no_grad():
+    with torch.no_grad(), cached_on_disk():
         compiled: Any = compile_graph(graph, list(inputs), options=options)
     return lambda args: compiled(*args)
 

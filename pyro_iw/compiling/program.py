@@ -17,10 +17,11 @@ from ..tracing.handlers import handlers_in_force
 from ..tracing.traces import Pair
 from . import inductor
 from .arguments import Refused
+from .hoisting import take_out_constants
 from .private import add_each, params_of_store
 from .recording import Recorded, record
 
-__all__ = ["CompiledStep", "Program", "make_program"]
+__all__ = ["CompiledStep", "Evaluation", "Program", "make_evaluation", "make_program"]
 
 
 class Program:
@@ -146,6 +147,55 @@ class CompiledStep:
         self._undo()
 
 
+class Evaluation:
+    """A compiled function without gradients, in two parts.
+
+    Arguments:
+        once: what is the same from call to call, as a graph of all inputs; None if nothing is.
+        function: the rest, compiled, of these inputs and the results of the first part.
+        recorded: the inputs that are held by reference, and what else it depends on.
+        varying: how many of the arguments are others in each call, the last ones.
+    """
+
+    def __init__(
+        self,
+        once: Callable[..., Sequence[Tensor]] | None,
+        function: Callable[[list[Tensor]], Sequence[Tensor]],
+        recorded: Recorded,
+        varying: int,
+    ) -> None:
+        self.once = once
+        self.function = function
+        self.fixed = recorded.fixed
+        self.guards = recorded.guards
+        self.varying = varying
+        self.on_gpu = any(tensor.device.type == "cuda" for tensor in self.fixed)
+
+    def start(self, args: list[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        """Compute what is the same in all calls.
+
+        Arguments:
+            args: all arguments, of the first call.
+
+        Returns:
+            A function of those that vary.
+        """
+        inputs = [*self.fixed, *args]
+        with torch.no_grad():
+            once = [] if self.once is None else list(self.once(*inputs))
+        same = inputs[: len(inputs) - self.varying]
+
+        def evaluate(varying: Sequence[Tensor]) -> Sequence[Tensor]:
+            with torch.no_grad():
+                if not self.on_gpu:
+                    return self.function([*same, *varying, *once])
+                torch.compiler.cudagraph_mark_step_begin()
+                # The next replay of a CUDA graph writes over what this one returns.
+                return [out.clone() for out in self.function([*same, *varying, *once])]
+
+        return evaluate
+
+
 class _Attached(torch.autograd.Function):
     """A loss whose gradients with respect to some leaves are known."""
 
@@ -192,6 +242,27 @@ def make_program(
     plain = [tensor.detach() for tensor in example]
     function = inductor.inductor(recorded.graph, plain)
     return Program(function, recorded, args, weight)
+
+
+def make_evaluation(
+    pair: Pair, args: list[Tensor], varying: int, estimate: Callable[[Pair, Any], tuple[Any, list[Tensor]]]
+) -> Evaluation:
+    """Record a function without gradients and compile it.
+
+    Arguments:
+        pair: the pair and the function's arguments.
+        args: the tensors among those, in order.
+        varying: how many of the last of them are others in each call.
+        estimate: what the function computes, given a pair.
+
+    Raises:
+        Refused: if a recording would freeze what may change from call to call.
+    """
+    recorded = record(pair, args, 1.0, estimate)
+    plain = [tensor.detach() for tensor in (*recorded.fixed, *args)]
+    once, results = take_out_constants(recorded.graph, plain, varying)
+    function = inductor.inductor(recorded.graph, [*plain, *results])
+    return Evaluation(once, function, recorded, varying)
 
 
 def _message(site: Any) -> tuple[dict[str, Any], Any]:

@@ -37,7 +37,8 @@ class Recorded(NamedTuple):
 
     Attributes:
         graph: its inputs are ``fixed``, the step's arguments and, if there is one, the weight; its outputs
-            the loss and the gradients of ``leaves`` and then of ``leaf_args``.
+            the loss and the gradients of ``leaves`` and then of ``leaf_args``, or the tensors that are
+            computed instead.
         fixed: tensors that the step reads, by reference.
         leaves: those of them that get gradients.
         leaf_args: indices of the arguments that do.
@@ -77,7 +78,9 @@ class _Weight:
 class _Recording:
     """One run of a step under ``make_fx``."""
 
-    def __init__(self, pair: Pair, estimate: Callable[[Pair, Any], tuple[Any, Estimate]]) -> None:
+    def __init__(
+        self, pair: Pair, estimate: Callable[[Pair, Any], tuple[Any, Estimate | list[Tensor]]]
+    ) -> None:
         self.pair = pair
         self.estimate = estimate
         self.leaves: list[Tensor] = []
@@ -96,6 +99,8 @@ class _Recording:
             with poutine.trace(param_only=True) as capture:
                 _, estimate = self.estimate(pair, beta)
             self.params = [site for site in capture.trace.nodes.values() if site["type"] == "param"]
+            if isinstance(estimate, list):
+                return [tensor.detach() for tensor in estimate]
             loss = estimate.loss
             # Those that are arguments come last, in their order.
             place = {id(arg): index for index, arg in enumerate(fresh)}
@@ -114,7 +119,7 @@ def record(
     pair: Pair,
     args: list[Tensor],
     kl_weight: float | Tensor,
-    estimate: Callable[[Pair, Any], tuple[Any, Estimate]],
+    estimate: Callable[[Pair, Any], tuple[Any, Estimate | list[Tensor]]],
 ) -> Recorded:
     """Record a step twice and compare.
 
@@ -122,7 +127,7 @@ def record(
         pair: the pair and its arguments.
         args: the tensors among those, in order.
         kl_weight: the weight of the KL term; an input of the graph if it is a tensor.
-        estimate: what a step computes, given a pair and a weight.
+        estimate: what a step computes, given a pair and a weight: a loss to be differentiated, or tensors.
 
     Raises:
         Refused: if a recording would freeze what may change from step to step.

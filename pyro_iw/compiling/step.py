@@ -49,6 +49,7 @@ and not in those after it.
 
 from __future__ import annotations
 
+import time
 import types
 import warnings
 from collections import OrderedDict
@@ -83,13 +84,20 @@ _NOVELTIES = 64
 class Compiler:
     """Compiled gradient steps of the pairs that a loss meets, by what each was recorded for.
 
+    Attributes:
+        seconds: how long each compilation took, by what was compiled in words.
+
     Example:
         >>> loss = IWAE_ELBO(K=5, compile=True)
         >>> svi = SVI(model, guide, Adam({"lr": 1e-3}), loss=loss)
         >>> first = svi.step(data)  # eager; the second step is recorded and compiled, a matter of seconds
     """
 
+    #: What is compiled, in a word.
+    what = "step"
+
     def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
         # For a key met once: its pair's callables, for an id is good as long as its object.
         self._programs: OrderedDict[Any, Program | tuple] = OrderedDict()
         self._stale: dict[Any, int] = {}
@@ -126,6 +134,13 @@ class Compiler:
         Returns:
             The step, or None if it has to run eagerly.
         """
+        found = self.find(pair, kl_weight, estimate, options)
+        return None if found is None else found[0].run(found[1], kl_weight)
+
+    def find(
+        self, pair: Pair, kl_weight: float, estimate: Callable[[Pair, Any], tuple[Any, Any]], options: tuple
+    ) -> tuple[Any, list[Tensor]] | None:
+        """The program of a step and the tensors among its arguments; as :meth:`run`."""
         identity = _identity(pair)
         if identity in self._refused:
             return None
@@ -155,20 +170,18 @@ class Compiler:
         program = self._programs[key]
         if isinstance(program, tuple):
             try:
-                # Here and not above: a PyTorch that lacks what these stand on is to cost this loss its
-                # programs, and not the package its import.
-                from .program import make_program
-
-                with warnings.catch_warnings():
+                title = _title(self.what, pair, tensors, self._changed.pop(key, None))
+                start = time.perf_counter()
+                with warnings.catch_warnings(), announced(title):
                     warnings.simplefilter("ignore")  # the pair's own came from the eager step
-                    with announced(_title(pair, tensors, self._changed.pop(key, None))):
-                        program = make_program(pair, tensors, kl_weight, _kind(kl_weight) is None, estimate)
+                    program = self._make(pair, tensors, kl_weight, estimate)
+                self.seconds[title] = time.perf_counter() - start
             except Exception as error:
                 reason = str(error) if isinstance(error, Refused) else _in_words(error)
                 self._refuse(identity, pair, reason)
                 return None
             self._remember(key, program)
-            return program.run(tensors, kl_weight)
+            return program, tensors
         changed = program.guards.changed()
         if changed is not None:
             self._remember(key, (pair.model, pair.guide))
@@ -178,7 +191,14 @@ class Compiler:
                 self._refuse(identity, pair, f"{changed} keeps changing; a tensor could, in place")
             return None
         self._programs.move_to_end(key)
-        return program.run(tensors, kl_weight)
+        return program, tensors
+
+    def _make(self, pair: Pair, tensors: list[Tensor], kl_weight: float, estimate: Callable) -> Any:
+        # Here and not above: a PyTorch that lacks what these stand on is to cost this loss its programs, and
+        # not the package its import.
+        from .program import make_program
+
+        return make_program(pair, tensors, kl_weight, _kind(kl_weight) is None, estimate)
 
     def _remember(self, key: Any, program: Program | tuple) -> None:
         self._programs[key] = program
@@ -192,7 +212,7 @@ class Compiler:
             del self._programs[key]
         if not self._warned:
             self._warned = True
-            warn(f"compile=True is left aside and the step runs eagerly: {reason}.", RuntimeWarning)
+            warn(f"compile=True is left aside and the {self.what} runs eagerly: {reason}.", RuntimeWarning)
 
 
 def _identity(pair: Pair) -> Any:
@@ -231,11 +251,11 @@ def _kind(kl_weight: float) -> float | None:
     return float(kl_weight) if kl_weight == 0 or kl_weight == 1 else None
 
 
-def _title(pair: Pair, tensors: Sequence[Tensor], changed: str | None) -> str:
-    """A step in words: the model, its tensors' dtypes and shapes, and what made it necessary again."""
+def _title(what: str, pair: Pair, tensors: Sequence[Tensor], changed: str | None) -> str:
+    """What is compiled in words: the model, its tensors' dtypes and shapes, and what made it necessary again."""
     name = getattr(pair.model, "__qualname__", type(pair.model).__name__).rpartition(".<locals>.")[2]
     given = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
-    return f"a step of {name}({given})" + ("" if changed is None else f" again, for {changed} has changed")
+    return f"a {what} of {name}({given})" + ("" if changed is None else f" again, for {changed} has changed")
 
 
 def _in_words(error: Exception) -> str:

@@ -36,6 +36,7 @@ from .._support.arguments import as_plate_names, check_loader, positive_integer,
 from .._support.progress import length_of, progress_bar
 from .._support.random_state import RandomState
 from .._support.warn import warn
+from ..compiling.evaluating import EvaluationCompiler
 from ..ranks.group import Group
 from ..running import RunningLogMean
 from ..tracing.latents import Latent, enumerated_sites, read_latents
@@ -46,8 +47,8 @@ from ..tracing.sites import read_sites
 from ..tracing.traces import Pair, Traces, plate_nesting
 from .annealing import Annealed, Annealing, temperatures
 from .dead import check_finite, dead_site, warn_of_dead
+from .evidence import LogMarginal
 from .hmc import Point, Tuning
-from .log_marginal import LogMarginal
 from .over_data import evaluate_over_ranks
 from .predictive import Rerun
 from .progress_file import ProgressFile
@@ -118,6 +119,10 @@ class AnnealedImportanceSampler:
             and guide must broadcast over; otherwise one chain at a time.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
+        compile: compile the densities and gradients that a chain moves by, see
+            :mod:`~pyro_iw.compiling.evaluating`: the guide's networks of the data then run once for all steps.
+            The second of them takes some seconds to compile; what cannot be compiled runs eagerly, after a
+            warning.
         progress: whether to show a progress bar, if it takes more than two seconds.
 
     Raises:
@@ -148,6 +153,7 @@ class AnnealedImportanceSampler:
         check_support: bool = True,
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
+        compile: bool = False,
         progress: bool = True,
     ) -> None:
         self.model = model
@@ -165,7 +171,9 @@ class AnnealedImportanceSampler:
         self.num_adaptation = positive_integer("num_adaptation", num_adaptation)
         self.plates = as_plate_names(plates)
         self.check_support = check_support
+        self.compile = compile
         self.progress = progress
+        self._compiler = EvaluationCompiler("leapfrog step")
         self._runner = Runner(
             vectorize_particles, max_plate_nesting, check=read_sites, look=check_pair, warn=self._warn_once
         )
@@ -293,7 +301,8 @@ class AnnealedImportanceSampler:
         traces, particles = self._draw(pair, minibatch)
         with torch.no_grad():
             check_proposal(particles, traces, self.check_support, self._warn_once)
-            path = PairPath(pair, traces, particles, minibatch, self.plates, self._warn_once)
+            compiler = self._compiler if self.compile else None
+            path = PairPath(pair, traces, particles, minibatch, self.plates, self._warn_once, compiler)
             coordinates = path.coordinates(traces)
         _check_same_density(path.at(coordinates), particles)
         scaled = [site for site in particles.sites if isinstance(site.scale, Tensor) or site.scale != 1]
@@ -393,6 +402,11 @@ class AnnealedImportanceSampler:
         if message not in self._warned:
             self._warned.add(message)
             warn(message)
+
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled."""
+        return self._compiler.seconds
 
     def __repr__(self) -> str:
         schedule = self.schedule if isinstance(self.schedule, str) else "given"

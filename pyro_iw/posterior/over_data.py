@@ -22,7 +22,7 @@ from torch.utils.data import DistributedSampler
 from .._support.random_state import RandomState
 from ..ranks.exchange import seed_of, tell
 from ..ranks.group import Group
-from .log_marginal import LogMarginal
+from .evidence import LogMarginal
 
 __all__ = ["NO_BATCH", "evaluate_over_ranks"]
 

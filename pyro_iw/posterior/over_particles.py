@@ -13,7 +13,7 @@ they do not evaluate the same data with the same parameters; its minibatch is th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,18 +21,20 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from tqdm import tqdm
 
 from .._support.random_state import RandomState
 from ..bounds import Bound
 from ..ranks.exchange import gather_rows, seed_of, tell
 from ..ranks.group import Group, RankError
 from ..running import RunningBound, RunningLogMean
-from ..tracing.latents import Latent
 from ..tracing.minibatches import OneMinibatch
 from ..tracing.traces import Traces
-from .local_weights import LocalWeights, total_log_weights
+from .dead import dead_site, warn_of_dead
+from .keeping import Kept
+from .local_weights import total_log_weights
 
-__all__ = ["Kept", "ParticleRanks", "Sums", "chunk_sizes"]
+__all__ = ["ParticleRanks", "Sums", "add_up", "chunk_sizes", "explain"]
 
 _NO_BATCH = object()
 
@@ -45,56 +47,11 @@ class Sums(NamedTuple):
 
     Attributes:
         log_w: log-weights ``[S, *cells]``, where they are to be kept.
-        dead: the first site at which a particle has zero density.
         like: of the dtype and on the device of the log-weights.
     """
 
     log_w: Tensor | None
-    dead: str | None
     like: Tensor
-
-
-class Kept(NamedTuple):
-    """Particles, kept with their densities.
-
-    Attributes:
-        latents: by site, ``[S, *batch, *event]``.
-        log_p: ``[S, *cells]``.
-        log_q: likewise.
-        local: the local particles by their plate.
-        traces: those of one of the runs.
-        particles: what was read off those.
-        dead: as in :class:`Sums`.
-    """
-
-    latents: dict[str, Latent]
-    log_p: Tensor
-    log_q: Tensor
-    local: dict[str, LocalWeights]
-    traces: Traces
-    particles: Any
-    dead: str | None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Kept:
-        """The same with a function applied to all that has a row for each particle."""
-        return self._replace(
-            latents={
-                name: latent._replace(values=function(latent.values)) for name, latent in self.latents.items()
-            },
-            log_p=function(self.log_p),
-            log_q=function(self.log_q),
-            local={
-                name: level._replace(log_p=function(level.log_p), log_q=function(level.log_q))
-                for name, level in self.local.items()
-            },
-        )
-
-    def shapes(self) -> dict[str, tuple]:
-        """Of one row of everything that has one for each particle."""
-        found = {f"latent site {name!r}": latent.values for name, latent in self.latents.items()}
-        found["log_p"] = self.log_p
-        found |= {f"plate {name!r}": level.log_p for name, level in self.local.items()}
-        return {name: (tuple(values.shape[1:]), str(values.dtype)) for name, values in found.items()}
 
 
 def chunk_sizes(num_particles: int, chunk_size: int) -> list[int]:
@@ -103,26 +60,75 @@ def chunk_sizes(num_particles: int, chunk_size: int) -> list[int]:
     return [chunk_size] * whole + [rest] * (rest > 0)
 
 
+def add_up(drawn: Iterable[Tensor], running: RunningLogMean, bounds: Any | None, keeps_weights: bool) -> Sums:
+    """Add up log-weights that come in chunks ``[chunk, *cells]``."""
+    kept = []
+    for log_w in drawn:
+        running.add(log_w)
+        if bounds is not None:
+            bounds.add(log_w)
+        if keeps_weights:
+            kept.append(log_w)
+    return Sums(torch.cat(kept) if kept else None, log_w)
+
+
+def explain(
+    drawn: Iterable[tuple[Any, Traces]], value: Tensor, num_particles: int, dead: str | None = None
+) -> None:
+    """Say at which site a weight is no number, or all are 0.
+
+    Arguments:
+        drawn: the same particles once more, in chunks with their traces.
+        value: their log evidence, not all of it finite.
+        num_particles: how many they are.
+        dead: the first site of zero density, where it is known.
+
+    Raises:
+        ValueError: if a log-weight is NaN or +inf.
+    """
+    for particles, _ in drawn:
+        dead = dead or dead_site(particles)
+    if bool((value.isnan() | value.isposinf()).any()):
+        raise ValueError(
+            "Log-weights are NaN or +inf, but not when the same particles are drawn again from PyTorch's "
+            "global generator. Look for a NaN in the data or the parameters, or a scale of 0."
+        )
+    warn_of_dead(value, num_particles, dead)
+
+
+class _Share(NamedTuple):
+    """A rank's share of an evaluation.
+
+    Attributes:
+        seed: that of the evaluation.
+        first: the index of its first chunk.
+        sizes: those of its chunks.
+        begin: the number of particles before.
+    """
+
+    seed: int
+    first: int
+    sizes: list[int]
+    begin: int
+
+    def plan(self) -> Iterator[int]:
+        """The sizes of the chunks, each after its stream has begun."""
+        for index, size in enumerate(self.sizes, self.first):
+            torch.manual_seed(seed_of(self.seed, "chunk", index))
+            yield size
+
+
 class ParticleRanks:
     """The ranks that share the particles of a sampler.
 
     Arguments:
         group: a process group, or a mesh of one dimension.
         num_particles: the number S of particles of all ranks together.
-        chunk_size: the number of particles that are in memory at once.
     """
 
-    def __init__(self, group: ProcessGroup | DeviceMesh, num_particles: int, chunk_size: int) -> None:
+    def __init__(self, group: ProcessGroup | DeviceMesh, num_particles: int) -> None:
         self.group = Group("particle_group", group)
-        size, rank = self.group.size, self.group.rank
-        # No larger than a share, or ranks would have nothing to do.
-        self.sizes = chunk_sizes(num_particles, min(chunk_size, math.ceil(num_particles / size)))
-        self.first, self.last = (len(self.sizes) * end // size for end in (rank, rank + 1))
-
-    @property
-    def share(self) -> int:
-        """The number of this rank's particles."""
-        return sum(self.sizes[self.first : self.last])
+        self.num_particles = num_particles
 
     def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
         """A loader's batches, as long as all ranks have one."""
@@ -137,8 +143,9 @@ class ParticleRanks:
     def add_up(
         self,
         settings: str,
+        size_of_chunks: Callable[[], int],
         draw: Callable,
-        run: Callable[..., Sums],
+        weigh: Callable,
         running: RunningLogMean,
         bounds: RunningBound | None,
         keeps_weights: bool,
@@ -147,74 +154,99 @@ class ParticleRanks:
 
         Arguments:
             settings: what is to be the same on all ranks, in words.
-            draw: gives chunks of particles with their traces, of given sizes.
-            run: adds up such chunks, one after the other, in the two that follow it.
+            size_of_chunks: finds the number of particles that this rank has room for.
+            draw: gives chunks of particles with their traces, of given sizes and with a minibatch.
+            weigh: gives their log-weights alone.
             running: what to add up.
             bounds: likewise.
-            keeps_weights: whether ``run`` keeps the log-weights.
+            keeps_weights: whether to keep the log-weights.
+
+        Warns and raises as :func:`explain`.
         """
         mine = RunningLogMean()
-        aligned = None if bounds is None else _Aligned(bounds, sum(self.sizes[: self.first]))
-        with self._stream(settings, draw) as (seed, minibatch, first):
+        with self._stream(settings, size_of_chunks, draw) as (share, minibatch, first):
             like = total_log_weights(first[0])
+            aligned = None if bounds is None else _Aligned(bounds, share.begin)
             with self.group.meeting("particle_group, the particles"):
-                found = Sums(like[:0] if keeps_weights else None, None, like)
-                if self.first < self.last:
-                    found = run(draw(minibatch, self._seeded(seed)), mine, aligned)
-            told = tell(self.group, (_portable(mine), aligned and aligned.portable(), found.dead))
-            for others, other_bounds, _ in told:
+                found = Sums(like[:0] if keeps_weights else None, like)
+                if share.sizes:
+                    found = add_up(weigh(share.plan(), minibatch), mine, aligned, keeps_weights)
+            told = tell(self.group, (_portable(mine), aligned and aligned.portable()))
+            for others, other_bounds in told:
                 running.merge(_unpacked(RunningLogMean(), others, like.device))
                 if bounds is not None:
                     bounds.merge(_unpacked(type(bounds)(bounds.bound), other_bounds[0], like.device))
             if bounds is not None:
-                ends = torch.cat([end for _, other_bounds, _ in told for end in other_bounds[1]])
+                ends = torch.cat([end for _, other_bounds in told for end in other_bounds[1]])
                 bounds.add(ends.to(like.device))
+            if not bool(running.value.isfinite().all()):
+                with self.group.meeting("particle_group, the particles"):
+                    dead = dead_site(first[0])
+                    for particles, _ in draw(share.plan(), minibatch):
+                        dead = dead or dead_site(particles)
+                explain([], running.value, self.num_particles, _first_of(tell(self.group, dead)))
             log_w = None if found.log_w is None else gather_rows(self.group, found.log_w)
-        return Sums(log_w, _first_of([dead for *_, dead in told]), like)
+        return Sums(log_w, like)
 
-    def keep(self, settings: str, draw: Callable, run: Callable[..., Kept]) -> tuple[Kept, OneMinibatch]:
+    def keep(
+        self,
+        settings: str,
+        size_of_chunks: Callable[[], int],
+        draw: Callable,
+        run: Callable[..., Kept],
+        bar: tqdm,
+    ) -> tuple[Kept, OneMinibatch]:
         """Draw this rank's share of the particles, and keep those of all ranks.
 
         Arguments:
             settings: as in :meth:`add_up`.
-            draw: as in :meth:`add_up`.
+            size_of_chunks: likewise.
+            draw: likewise.
             run: keeps such chunks.
+            bar: a progress bar.
         """
-        with self._stream(settings, draw) as (seed, minibatch, first):
+        with self._stream(settings, size_of_chunks, draw) as (share, minibatch, first):
             with self.group.meeting("particle_group, the particles") as brought:
-                if self.first < self.last:
-                    mine = run(draw(minibatch, self._seeded(seed)))
+                if share.sizes:
+                    mine = run(draw(share.plan(), minibatch, bar))
                 else:
                     mine = run([first]).map(lambda rows: rows[:0])._replace(dead=None)
                 brought.append(mine.shapes())
             whole = mine.map(lambda rows: gather_rows(self.group, rows))
             return whole._replace(dead=_first_of(tell(self.group, mine.dead))), minibatch
 
-    def _seeded(self, seed: int) -> Iterator[int]:
-        """The sizes of this rank's chunks, each after its stream has begun."""
-        for index in range(self.first, self.last):
-            torch.manual_seed(seed_of(seed, "chunk", index))
-            yield self.sizes[index]
-
     @contextmanager
-    def _stream(self, settings: str, draw: Callable) -> Iterator[tuple[int, OneMinibatch, Any]]:
-        """The seed of an evaluation, its minibatch and its first particle, which all ranks share."""
+    def _stream(
+        self, settings: str, size_of_chunks: Callable[[], int], draw: Callable
+    ) -> Iterator[tuple[_Share, OneMinibatch, Any]]:
+        """This rank's share of an evaluation; its minibatch and first particle, which all ranks have."""
         own = int(torch.randint(2**62, ()))
         state = RandomState.now()
         try:
             with self.group.meeting("particle_group, the sampler") as brought:
+                room = size_of_chunks()
                 brought.append(settings)
-            seed = tell(self.group, own)[0]
+            told = tell(self.group, (own, room))
+            seed = told[0][0]
+            share = self._share(seed, min(room for _, room in told))
             minibatch = OneMinibatch()
             with self.group.meeting("particle_group, the cells of the first particle") as brought:
                 torch.manual_seed(seed_of(seed, "all ranks"))
-                first = next(iter(draw(minibatch, [1])))
+                first = next(iter(draw([1], minibatch)))
                 log_w = total_log_weights(first[0])
                 brought += [tuple(log_w.shape[1:]), str(log_w.dtype)]
             self._compare(log_w)
-            yield seed, minibatch, first
+            yield share, minibatch, first
         finally:
             state.restore()
+
+    def _share(self, seed: int, chunk_size: int) -> _Share:
+        """This rank's share of the chunks."""
+        size, rank = self.group.size, self.group.rank
+        # No larger than a share, or ranks would have nothing to do.
+        sizes = chunk_sizes(self.num_particles, min(chunk_size, math.ceil(self.num_particles / size)))
+        first, last = (len(sizes) * end // size for end in (rank, rank + 1))
+        return _Share(seed, first, sizes[first:last], sum(sizes[:first]))
 
     def _compare(self, log_w: Tensor) -> None:
         """Refuse ranks that evaluate something else than the first one."""

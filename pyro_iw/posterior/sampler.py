@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,45 +28,35 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
+from .._support.nested import leaves
 from .._support.progress import length_of, progress_bar
+from .._support.random_state import RandomState, fork_rng
 from .._support.warn import warn
 from ..bounds import Bound
+from ..compiling.evaluating import EvaluationCompiler
 from ..ranks.group import Group
 from ..running import RunningBound, RunningGap, RunningLogMean, jackknife
 from ..tracing.counterparts import check_guide
-from ..tracing.latents import enumerated_sites, join, read_latents
+from ..tracing.latents import enumerated_sites
 from ..tracing.levels import TwoLevels, check_local_plates
-from ..tracing.local_latents import read_local_latents
 from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
 from ..tracing.runner import Runner
 from ..tracing.sites import read_sites
 from ..tracing.traces import Pair, Traces, plate_nesting
-from .dead import check_finite, dead_site, warn_of_dead
-from .hierarchical_samples import HierarchicalSamples
-from .local_weights import collect_local, join_local, local_numbers, total_log_weights
-from .log_marginal import LogMarginal
+from .chunk_size import particles_that_fit
+from .compiled import CompiledChunks
+from .dead import check_finite, warn_of_dead
+from .evidence import Evidence, LogMarginal
+from .keeping import keep
+from .local_weights import collect_local, local_numbers, total_log_weights
 from .over_data import evaluate_over_ranks
-from .over_particles import Kept, ParticleRanks, Sums, chunk_sizes
+from .over_particles import ParticleRanks, add_up, chunk_sizes, explain
 from .predictive import Rerun
 from .proposal import check_proposal
 from .samples import ImportanceSamples
 
 __all__ = ["Evidence", "ImportanceSampler", "LogMarginal"]
-
-
-class Evidence(NamedTuple):
-    """The log evidence of every cell, and how well it is known.
-
-    Attributes:
-        log_marginal: :math:`\\log \\hat p(x)` in nats, of shape ``[*cells]``.
-        monte_carlo_error: its standard error from the finite number of particles (delta method), likewise.
-        ess: effective number of particles, likewise.
-    """
-
-    log_marginal: Tensor
-    monte_carlo_error: Tensor
-    ess: Tensor
 
 
 class ImportanceSampler:
@@ -80,8 +70,9 @@ class ImportanceSampler:
             their own, given each particle of the global ones; see :class:`HierarchicalSamples`. Or a mapping
             from the names of several plates side by side to the number of local particles in each.
         num_local: number L of local particles of each particle, where ``local`` is a name; an integer >= 1.
-        chunk_size: number of particles in memory at once, each with all of its local ones; None for all; the
-            last chunk may be smaller.
+        chunk_size: number of particles in memory at once, each with all of its local ones; the last chunk may
+            be smaller. None for all; ``"auto"`` for as many as a tenth of the free memory holds, and on a CPU
+            16 MiB, see :mod:`~pyro_iw.posterior.chunk_size`.
         plates: name or names of the plates whose cells have a weight each; ``()`` for one joint weight; None
             for the plates common to all sample sites.
         jackknife: whether :meth:`log_marginal` corrects the leading term of the bias, 1/S, by
@@ -100,6 +91,12 @@ class ImportanceSampler:
             its share of the S (see :mod:`~pyro_iw.posterior.over_particles`), all of them call the same
             methods on the same arguments, and every one gets the whole. For one seed of the group's first
             rank that is the same, but for rounding, on P ranks of whatever number with P chunks or more.
+        compile: compile what a chunk computes, for :meth:`log_marginal`, :meth:`evidence` and
+            :meth:`log_marginal_dataset`, see :mod:`~pyro_iw.compiling.evaluating`. The first chunk of arguments
+            of new shapes runs eagerly and the second takes some seconds to compile; from then on Pyro's
+            handlers no longer run, and the guide's networks of the data run once for all chunks. What cannot
+            be compiled runs eagerly, after a warning. Where a plate draws its minibatch, so does the first
+            chunk of every call.
         progress: whether to show a progress bar, if it takes more than two seconds.
 
     Raises:
@@ -122,20 +119,20 @@ class ImportanceSampler:
         *,
         local: str | Mapping[str, int] | None = None,
         num_local: int | None = None,
-        chunk_size: int | None = 100,
+        chunk_size: int | Literal["auto"] | None = 100,
         plates: str | Iterable[str] | None = None,
         jackknife: bool = False,
         check_support: bool = True,
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
         particle_group: ProcessGroup | DeviceMesh | None = None,
+        compile: bool = False,
         progress: bool = True,
     ) -> None:
         self.model = model
         self.guide = guide
         self.num_particles = positive_integer("num_particles", num_particles)
-        chunk_size = self.num_particles if chunk_size is None else positive_integer("chunk_size", chunk_size)
-        self.chunk_size = min(chunk_size, self.num_particles)
+        self.chunk_size = _chunk_size(chunk_size, self.num_particles)
         self.plates = as_plate_names(plates)
         self.local = local_numbers(local, num_local)
         if self.local and plates is not None:
@@ -147,7 +144,11 @@ class ImportanceSampler:
         if jackknife and self.num_particles == 1:
             raise ValueError("jackknife=True leaves out one particle in turn, which needs num_particles > 1.")
         self.check_support = check_support
+        self.compile = compile
         self.progress = progress
+        self._compiler = EvaluationCompiler()
+        self._draws = False  # whether plates draw their minibatch
+        self._fits: dict[Any, int] = {}  # chunk sizes, by the shapes of arguments
         self._runner = Runner(
             vectorize_particles,
             max_plate_nesting,
@@ -159,7 +160,7 @@ class ImportanceSampler:
         self._warned: set[str] = set()
         self._ranks = None
         if particle_group is not None:
-            self._ranks = ParticleRanks(particle_group, self.num_particles, self.chunk_size)
+            self._ranks = ParticleRanks(particle_group, self.num_particles)
 
     def log_marginal(self, *args: Any, **kwargs: Any) -> Tensor:
         """The log evidence of every cell, of shape ``[*cells]``, in nats; a scalar where there is one weight.
@@ -302,39 +303,22 @@ class ImportanceSampler:
         minibatch = OneMinibatch()
         with self._bar(1) as bar:
             if self._ranks is None:
-                kept = self._keep(self._chunks(pair, bar, minibatch))
+                kept = keep(self._chunks(pair, self._plan(pair), minibatch, bar))
             else:
-                kept, minibatch = self._ranks.keep(repr(self), partial(self._chunks, pair, bar), self._keep)
+                draw, size_of_chunks = partial(self._chunks, pair), partial(self._size_of_chunks, pair)
+                kept, minibatch = self._ranks.keep(repr(self), size_of_chunks, draw, keep, bar)
         rerun = Rerun(
             pair,
             self._runner.prepare(pair),
             plate_nesting(kept.traces.pairs[-1].model),
             self._runner.vectorize,
-            self.chunk_size,
+            self._size_of_chunks(pair),
             minibatch,
             enumerated_sites(kept.traces),
         )
-        samples = ImportanceSamples(kept.latents, kept.log_p, kept.log_q, kept.particles.plates, rerun)
-        if self.local:
-            samples = HierarchicalSamples(
-                kept.latents, kept.log_p, kept.log_q, kept.particles.plates, rerun, kept.local
-            )
+        samples = kept.as_samples(rerun)
         warn_of_dead(samples.log_weights.amax(0), self.num_particles, kept.dead)
         return samples
-
-    def _keep(self, drawn: Iterable[tuple[Any, Traces]]) -> Kept:
-        """Particles that come in chunks, side by side."""
-        chunks, latents = [], []
-        dead = None
-        for particles, traces in drawn:
-            _refuse_values(particles)
-            chunks.append(particles)
-            latents.append(read_local_latents(traces) if self.local else read_latents(traces))
-            dead = dead or dead_site(particles)
-        tops: list[Particles] = [chunk.top for chunk in chunks] if self.local else chunks
-        log_p, log_q = (torch.cat([getattr(top, name) for top in tops]) for name in ("log_p", "log_q"))
-        local = join_local(chunks) if self.local else {}
-        return Kept(join(latents, len(log_p)), log_p, log_q, local, traces, particles, dead)
 
     def particles(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """The particles chunk by chunk, for an estimate of your own in the memory of one chunk:
@@ -349,72 +333,114 @@ class ImportanceSampler:
                 "them here, or call this one, whose ImportanceSamples are the whole."
             )
         with self._bar(1) as bar:
-            for particles, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
+            pair = Pair(self.model, self.guide, args, kwargs)
+            for particles, _ in self._chunks(pair, self._plan(pair), OneMinibatch(), bar):
                 yield particles
+
+    # ------------------------------------------------------------------------------------------------
+    # Chunks
+    # ------------------------------------------------------------------------------------------------
 
     def _stream(
         self, pair: Pair, bar: tqdm, running: RunningLogMean, bounds: RunningBound | None = None
     ) -> Tensor:
         """The log evidence of the cells, and on the way whatever else is to be added up."""
+        draw, weigh = partial(self._chunks, pair), partial(self._log_weights, pair, bar)
         if self._ranks is None:
-            found = self._add_up(self._chunks(pair, bar), running, bounds)
+            began = RandomState.now()
+            found = add_up(weigh(self._plan(pair), OneMinibatch()), running, bounds, self.jackknife)
+            # The one look at values: no chunk waits for the device.
+            if not bool(running.value.isfinite().all()):
+                ended = RandomState.now()
+                began.restore()
+                try:
+                    explain(draw(self._plan(pair), OneMinibatch()), running.value, self.num_particles)
+                finally:
+                    ended.restore()
         else:
-            draw = partial(self._chunks, pair, bar)
-            found = self._ranks.add_up(repr(self), draw, self._add_up, running, bounds, self.jackknife)
-        warn_of_dead(running.value, self.num_particles, found.dead)
+            found = self._ranks.add_up(
+                repr(self), partial(self._size_of_chunks, pair), draw, weigh, running, bounds, self.jackknife
+            )
         value = running.value if found.log_w is None else jackknife(found.log_w)
         return value.to(found.like.dtype)
 
-    def _add_up(
-        self, drawn: Iterable[tuple[Any, Traces]], running: RunningLogMean, bounds: RunningBound | None
-    ) -> Sums:
-        """Add up particles that come in chunks."""
-        kept = []
-        dead = None
-        for particles, traces in drawn:
-            log_w = total_log_weights(particles)
-            running.add(log_w)
-            if bounds is not None:
-                bounds.add(log_w)
-            if self.jackknife:
-                kept.append(log_w)
-            dead = dead or dead_site(particles)
-            del particles, traces  # or two chunks would be in memory while the next one runs
-        return Sums(torch.cat(kept) if kept else None, dead, log_w)
+    def _log_weights(
+        self, pair: Pair, bar: tqdm, plan: Iterable[int], minibatch: OneMinibatch
+    ) -> Iterator[Tensor]:
+        """The log-weights of chunk by chunk, ``[chunk, *cells]``."""
+        compiled = None
+        if self.compile:
+            options = (self.plates, tuple(self.local.items()), self._runner.vectorize)
+            compiled = CompiledChunks(self._compiler, pair, self._particles_of, options, self._draws)
+        is_first = True
+        for size in plan:
+            log_w = None if compiled is None else compiled.log_weights(size, minibatch)
+            if log_w is None:
+                particles, _ = self._chunk(pair, size, minibatch, is_first)
+                log_w = total_log_weights(particles)
+                if is_first:
+                    check_finite(particles)
+                    self._draws = self._draws or bool(minibatch.indices)
+                del particles, _  # or two chunks would be in memory while the next one runs
+            is_first = False
+            bar.update(size)
+            yield log_w
 
     def _chunks(
-        self,
-        pair: Pair,
-        bar: tqdm,
-        minibatch: OneMinibatch | None = None,
-        sizes: Iterable[int] | None = None,
+        self, pair: Pair, plan: Iterable[int], minibatch: OneMinibatch, bar: tqdm | None = None
     ) -> Iterator[tuple[Particles | TwoLevels, Traces]]:
-        minibatch = minibatch or OneMinibatch()
-        with torch.no_grad():
-            self._runner.prepare(pair)
+        """The particles of chunk by chunk, with their traces."""
         is_first = True
-        for size in chunk_sizes(self.num_particles, self.chunk_size) if sizes is None else sizes:
-            # Never across a yield: whoever consumes this may leave it, or run under other settings.
-            with torch.no_grad(), minibatch:
-                traces = self._runner.run(pair, size)
-                particles: Particles | TwoLevels
-                if self.local:
-                    particles = collect_local(traces, self._warn_once)
-                else:
-                    particles = collect(
-                        traces, self.plates, is_linear=False, warn_once=self._warn_once, is_stratified=True
-                    )
-                if is_first:
-                    check_proposal(particles, traces, self.check_support, self._warn_once)
-                    is_first = False
+        for size in plan:
+            particles, traces = self._chunk(pair, size, minibatch, is_first)
+            is_first = False
             check_finite(particles)
-            bar.update(size)
+            if bar is not None:
+                bar.update(size)
             yield particles, traces
             del particles, traces
 
+    def _plan(self, pair: Pair) -> list[int]:
+        """The sizes of chunks."""
+        return chunk_sizes(self.num_particles, self._size_of_chunks(pair))
+
+    def _size_of_chunks(self, pair: Pair) -> int:
+        with torch.no_grad():
+            self._runner.prepare(pair)
+        if self.chunk_size != "auto":
+            return self.chunk_size
+        shapes = tuple(each.shape for each in leaves((pair.args, pair.kwargs)) if isinstance(each, Tensor))
+        if shapes not in self._fits:
+            with torch.no_grad(), fork_rng(), OneMinibatch():
+                self._fits[shapes] = particles_that_fit(
+                    lambda size: self._particles_of(pair, size), self.num_particles
+                )
+        return self._fits[shapes]
+
+    def _chunk(
+        self, pair: Pair, size: int, minibatch: OneMinibatch, is_first: bool
+    ) -> tuple[Particles | TwoLevels, Traces]:
+        # Never across a yield: whoever consumes the chunks may leave, or run under other settings.
+        with torch.no_grad(), minibatch:
+            particles, traces = self._particles_of(pair, size)
+            if is_first:
+                check_proposal(particles, traces, self.check_support, self._warn_once)
+        return particles, traces
+
+    def _particles_of(self, pair: Pair, size: int) -> tuple[Particles | TwoLevels, Traces]:
+        traces = self._runner.run(pair, size)
+        if self.local:
+            return collect_local(traces, self._warn_once), traces
+        particles = collect(
+            traces, self.plates, is_linear=False, warn_once=self._warn_once, is_stratified=True
+        )
+        return particles, traces
+
     def _bar(self, batches: int | None, group: Group | None = None) -> tqdm:
-        share = self.num_particles if self._ranks is None else self._ranks.share + 1
-        groups = [group, None if self._ranks is None else self._ranks.group]
+        share, groups = self.num_particles, [group]
+        if self._ranks is not None:
+            share = math.ceil(share / self._ranks.group.size)
+            groups.append(self._ranks.group)
         show = self.progress and all(ranks is None or ranks.rank == 0 for ranks in groups)
         total = None if batches is None else batches * share
         return progress_bar(show=show, total=total, desc="particles", unit_scale=True)
@@ -424,9 +450,26 @@ class ImportanceSampler:
             self._warned.add(message)
             warn(message)
 
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled."""
+        return self._compiler.seconds
+
     def __repr__(self) -> str:
         local = f", local={self.local}" if self.local else ""
-        return f"ImportanceSampler(num_particles={self.num_particles}{local}, chunk_size={self.chunk_size})"
+        return f"ImportanceSampler(num_particles={self.num_particles}{local}, chunk_size={self.chunk_size!r})"
+
+
+def _chunk_size(chunk_size: Any, num_particles: int) -> Any:
+    if chunk_size is None:
+        return num_particles
+    if isinstance(chunk_size, str):
+        if chunk_size != "auto":
+            raise ValueError(
+                f"chunk_size must be an integer >= 1, 'auto', or None for all, got {chunk_size!r}"
+            )
+        return chunk_size
+    return min(positive_integer("chunk_size", chunk_size), num_particles)
 
 
 def _check(traces: Traces, local: tuple[str, ...]) -> None:
@@ -434,15 +477,3 @@ def _check(traces: Traces, local: tuple[str, ...]) -> None:
     sites = read_sites(traces)
     if local:
         check_local_plates(sites, local)
-
-
-def _refuse_values(particles: Particles | TwoLevels) -> None:
-    """Refuse particles that stand for all values of a site, and so are no draws of the latents."""
-    names = ", ".join(dict.fromkeys(repr(site.name) for site in particles.enumerated))
-    if names:
-        raise NotImplementedError(
-            f"Site(s) {names} are enumerated in the guide, so a particle holds all of their values, and "
-            "there are no draws to keep. log_marginal sums over the values; for draws sample them in the "
-            "guide (without infer={'enumerate': 'parallel'}), or leave them out of the guide and enumerate "
-            "them in the model."
-        )

@@ -12,6 +12,7 @@ so that :math:`\int f_1 = E_q[w]`, which is what the sampler estimates: :math:`p
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent, biject_to
 
+from ..compiling.evaluating import Evaluate, EvaluationCompiler
 from ..tracing.change_of_variables import change_of_variables, deltas, points
 from ..tracing.counterparts import check_guide, pattern_of
 from ..tracing.latents import own_frames, place
@@ -219,6 +221,7 @@ class PairPath:
         minibatch: the subsample of that run.
         plates: names of the plates to keep, as in :func:`~pyro_iw.tracing.particles.collect`.
         warn_once: called with a message.
+        compiler: compiles :meth:`at`, on what is given to a path; None for not at all.
 
     Raises:
         ValueError: if a latent site is not there for every particle, the prior of one depends on a site that
@@ -233,8 +236,12 @@ class PairPath:
         minibatch: OneMinibatch,
         plates: Sequence[str] | None,
         warn_once: Callable[[str], None],
+        compiler: EvaluationCompiler | None = None,
     ) -> None:
         self.pair = pair
+        self._compiler = compiler
+        self._compiled: Evaluate | None = None
+        self._options = (traces.num_particles, traces.particle_dim, traces.enum_dim, plates)
         self.num_chains = traces.num_particles
         self.frames = particles.plates
         self._from_prior = isinstance(pair.guide, Prior)
@@ -415,6 +422,25 @@ class PairPath:
 
         Values are not validated: a trajectory may leave what floating point can hold, and is then rejected.
         """
+        if self._compiler is not None:
+            coordinates = [u.contiguous() for u in coordinates]
+            if self._compiled is None:
+                self._compiled = self._compiler.start(
+                    self.pair._replace(args=self._inputs(coordinates), kwargs={}),
+                    self._densities_of,
+                    self._options,
+                    len(coordinates),
+                )
+            if self._compiled is not None:
+                log_q, log_w, *grads = self._compiled(coordinates)
+                half = len(coordinates)
+                return Point(list(coordinates), log_q, log_w, grads[:half], grads[half:])
+        log_q, log_w, *grads = self._densities(coordinates)
+        half = len(coordinates)
+        return Point([u.detach() for u in coordinates], log_q, log_w, grads[:half], grads[half:])
+
+    def _densities(self, coordinates: Sequence[Tensor]) -> list[Tensor]:
+        """log q and log w, of shape ``[S, *cells]``, and the gradients of one and the other."""
         leaves = [u.detach().requires_grad_() for u in coordinates]
         with torch.enable_grad(), pyro.validation_enabled(False):
             particles, _, log_det = self.run(leaves)
@@ -422,13 +448,20 @@ class PairPath:
             drawn = [_as_drawn(site) for site in particles.guide_sites if site.name in own and site.is_latent]
             log_q = particles.log_prob(drawn, masked=False) + log_det
             log_w = particles.log_weights
-        return Point(
-            [leaf.detach() for leaf in leaves],
-            log_q.detach(),
-            log_w.detach(),
-            _gradient(log_q, leaves),
-            _gradient(log_w, leaves),
-        )
+        return [log_q.detach(), log_w.detach(), *_gradient(log_q, leaves), *_gradient(log_w, leaves)]
+
+    def _inputs(self, coordinates: Sequence[Tensor]) -> tuple:
+        """All tensors that the densities depend on but for parameters, those that vary last."""
+        indices = {name: torch.as_tensor(value) for name, value in self._minibatch.indices.items()}
+        return self.pair.args, self.pair.kwargs, indices, list(coordinates)
+
+    def _densities_of(self, given: Pair) -> list[Tensor]:
+        """:meth:`_densities` as a function of :meth:`_inputs`."""
+        args, kwargs, indices, coordinates = given.args
+        path = copy.copy(self)
+        path.pair = given._replace(args=args, kwargs=kwargs)
+        path._minibatch = self._minibatch.with_indices(indices)
+        return path._densities(coordinates)
 
 
 def _gradient(density: Tensor, leaves: list[Tensor]) -> list[Tensor]:

@@ -32,6 +32,12 @@ class OneMinibatch(Messenger):
         self.indices: dict[str, Any] = dict(indices or {})
         self._full_sizes: dict[str, int] = {}
 
+    def with_indices(self, indices: Mapping[str, Any]) -> OneMinibatch:
+        """The same plates, with these for their subsamples."""
+        other = OneMinibatch(indices)
+        other._full_sizes.update(self._full_sizes)
+        return other
+
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         if not site_is_subsample(msg) or msg["value"] is not None or name not in self.indices:

@@ -1,18 +1,34 @@
-"""The log evidence of a data set, datapoint by datapoint, and how parts of it become the whole."""
+r"""What an evaluation gives: the log evidence of cells or of a data set's points, how well it is known, and
+how parts of a data set become the whole.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["LogMarginal"]
+__all__ = ["Evidence", "LogMarginal"]
 
 _NO_BOUND = "minus_kl compares with a bound: pass bound= to log_marginal_dataset."
+
+
+class Evidence(NamedTuple):
+    """The log evidence of every cell, and how well it is known.
+
+    Attributes:
+        log_marginal: :math:`\\log \\hat p(x)` in nats, of shape ``[*cells]``.
+        monte_carlo_error: its standard error from the finite number of particles (delta method), likewise.
+        ess: effective number of particles, likewise.
+    """
+
+    log_marginal: Tensor
+    monte_carlo_error: Tensor
+    ess: Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
