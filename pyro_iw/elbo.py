@@ -28,7 +28,7 @@ from ._support.warn import warn
 from .bounds import Bound
 from .compiling.step import Compiler
 from .gradients.backward_subset import estimate_from_subset
-from .gradients.chunks import Chunks, estimate_in_chunks
+from .gradients.chunks import Chunks, Draw, estimate_in_chunks
 from .gradients.estimators import get_estimator
 from .gradients.not_finite import explain_not_finite
 from .gradients.over_ranks import SeededDraw, over_ranks
@@ -42,7 +42,7 @@ from .tracing.minibatches import DrawnApart, OneMinibatch
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import read_sites
-from .tracing.traces import Pair, Route, Traces, trace_pair
+from .tracing.traces import PARTICLE_PLATE, Pair, Route, Traces, trace_pair
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -311,6 +311,13 @@ class ImportanceWeightedELBO(ELBO):
         with self._ranks.recording(recorded):
             return self._estimate(pair, kl_weight)
 
+    def _ranks_minibatches(self, ranks: ParticleGroup) -> DrawnApart:
+        """The same minibatches on all ranks, with a look at what they observe where that is due."""
+        if not ranks.is_due or ranks.is_recording:
+            return DrawnApart(ranks.minibatch)
+        ranks.seen = DrawnApart(ranks.minibatch, PARTICLE_PLATE)
+        return ranks.seen
+
     def _rewind(self, compiled: CompiledStep) -> None:
         compiled.rewind()
         if self._ranks is not None:
@@ -351,8 +358,8 @@ class ImportanceWeightedELBO(ELBO):
         route = self._estimator.route(self.bound) if gradients else None
         if route is not None:
             route = route._replace(per_value=not (self.stratified or self._is_linear))
-        begin = None
-        draw, number, chosen = partial(self._draw, kl_weight), self.num_particles, None
+        draw: Draw = partial(self._draw, kl_weight)
+        number, begin, chosen = self.num_particles, None, None
         if route is not None and _is_less(self.backward_particles, number):
             chosen = self.backward_particles
         estimator: Any = self._estimator
@@ -360,7 +367,7 @@ class ImportanceWeightedELBO(ELBO):
             if self._ranks is not None:
                 estimator, number = over_ranks(estimator, self._ranks, chosen), self._ranks.own
                 self._ranks.ready()
-                self._minibatches = stack.enter_context(DrawnApart(self._ranks.minibatch))
+                self._minibatches = stack.enter_context(self._ranks_minibatches(self._ranks))
                 if _is_less(self.chunk_size, self.num_particles):
                     stack.enter_context(set_back())
                     draw, begin = SeededDraw(draw, self._ranks), RandomState.now

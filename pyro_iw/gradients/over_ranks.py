@@ -23,7 +23,7 @@ from torch import Tensor
 from .._support.nested import leaves, map_leaves
 from .._support.random_state import RandomState
 from ..bounds import Bound
-from ..ranks.particles import ParticleGroup, digest
+from ..ranks.particles import ParticleGroup
 from ..resampling import systematic_at
 from ..tracing.minibatches import OneMinibatch
 from ..tracing.traces import Pair, Route
@@ -64,7 +64,6 @@ class OverRanks(Estimator):
             refuse_choice_of_values(particles.enumerated)
         if self.ranks.is_due and not self.ranks.is_recording:
             self.ranks.parameters = [weakref.ref(leaf) for leaf in leaves_below(*self.densities(particles))]
-            self.ranks.note(observed=digest(_observed(particles)))
 
     def guide_weights(
         self, bound: Bound, log_w: Tensor, b: Tensor, log_q_weight: float | Tensor
@@ -187,8 +186,3 @@ class SeededDraw:
 
 def _crosses(route: Route | None) -> bool:
     return route is not None and route.through is not None
-
-
-def _observed(particles: Any) -> list[Tensor]:
-    """Values that the model observes, of those that are the same for all particles."""
-    return [value for level in getattr(particles, "levels", [particles]) for value in level.observed]

@@ -223,8 +223,8 @@ class Group:
         return (
             f"Rank {_listed(missing)} did not come to an exchange with rank "
             f"{_listed([rank for rank in self.world_ranks if rank not in missing])}, and gives no sign of "
-            f"life: it has ended, has failed outside of the loss, or waits for something else {said}. Look at its "
-            "own output."
+            f"life: it has ended, has failed outside of the loss, or waits for something else {said}. Look "
+            "at its own output."
         )
 
 

@@ -126,7 +126,9 @@ class ParticleGroup:
         self._step: _Step | None = None
         #: Weak references to the tensors that got gradients when they were last looked at.
         self.parameters: list[weakref.ref[Tensor]] = []
-        self._recorded: Callable[[Tensor], Tensor] | None = None
+        #: What a step has ``observed``, and the ``indices`` of its minibatches, by name, when that is due.
+        self.seen: Any = None
+        self._recorded: Callable[[ParticleGroup, Tensor], Tensor] | None = None
         self._everything: Tensor | None = None
         self._own: Tensor | None = None
 
@@ -151,7 +153,7 @@ class ParticleGroup:
                 self.group.tell(_SUBJECT, error)
             raise
         finally:
-            self._step = None
+            self._step = self.seen = None
 
     @property
     def is_due(self) -> bool:
@@ -174,7 +176,7 @@ class ParticleGroup:
             self._step.again = self._step.is_over
 
     @contextmanager
-    def recording(self, exchange: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def recording(self, exchange: Callable[[ParticleGroup, Tensor], Tensor]) -> Iterator[None]:
         """Steps inside are taken without the other ranks, to see what they do.
 
         Arguments:
@@ -189,13 +191,16 @@ class ParticleGroup:
     def exchange(self, tensor: Tensor) -> Tensor:
         """Numbers of all ranks, ``[P, n]``, given those ``[n]`` of this one."""
         if self._recorded is not None:
-            return self._recorded(tensor)
+            return self._recorded(self, tensor)
         step = self._step or _Step(())
         if step.again and self._everything is not None:
             return self._everything
         if self.size > 1 and self.is_due:
-            known = [tensor for ref in self.parameters if (tensor := ref()) is not None]
-            self.note(parameters=digest(known) if known else 0)
+            alive = [parameter for reference in self.parameters if (parameter := reference()) is not None]
+            self.note(parameters=digest(alive) if alive else 0)
+            if self.seen is not None:
+                observed, indices = list(self.seen.observed.values()), list(self.seen.indices.values())
+                self.note(observed=digest(observed), minibatch=digest(list(map(torch.as_tensor, indices))))
         words, everything = self.group.exchange(_SUBJECT, tensor, step.brought, step.digests)
         step.is_over = True
         self._exchanges += 1

@@ -58,11 +58,17 @@ class DrawnApart(OneMinibatch):
 
     Arguments:
         draw: draws a number of indices, given the plate's full size and a device.
+        plate: name of the plate over particles, if what is observed is to be noted.
+
+    Attributes:
+        observed: by the name of their site, values that do not vary over the particles in that plate.
     """
 
-    def __init__(self, draw: Callable[[int, int, torch.device], Tensor]) -> None:
+    def __init__(self, draw: Callable[[int, int, torch.device], Tensor], plate: str | None = None) -> None:
         super().__init__()
         self._draw = draw
+        self._plate = plate
+        self.observed: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         super()._pyro_sample(msg)
@@ -71,6 +77,14 @@ class DrawnApart(OneMinibatch):
             indices = self._draw(plate.size, plate.subsample_size, torch.device(plate.device))
             msg["value"] = indices.cuda() if plate.use_cuda else indices
             msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        super()._pyro_post_sample(msg)
+        if self._plate is None or not msg["is_observed"] or not isinstance(msg["value"], Tensor):
+            return
+        rank = msg["value"].dim() - msg["fn"].event_dim
+        if any(frame.name == self._plate and rank < -frame.dim for frame in msg["cond_indep_stack"]):
+            self.observed[msg["name"]] = msg["value"].detach()
 
 
 def _is_minibatch(msg: Any) -> bool:

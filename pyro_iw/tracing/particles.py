@@ -123,16 +123,6 @@ class Particles:
         return self.kl_weight * scale
 
     @property
-    def observed(self) -> list[Tensor]:
-        """Values that the model observes, as far as they are known not to vary over particles."""
-        dims = self._layout.particle_dims
-        sites = [site for site in self.sites if site.role == "model" and site.message["is_observed"]]
-        values = [(site.message["value"], getattr(site.message["fn"], "event_dim", 0)) for site in sites]
-        tensors = [(value, n) for value, n in values if isinstance(value, Tensor) and not value.requires_grad]
-        # Of a rank that runs its particles one by one, nothing is known.
-        return [value for value, n in tensors if dims and value.dim() - n < -dims[-1]]
-
-    @property
     def guide_sites(self) -> list[Site]:
         """The guide's sites."""
         return [site for site in self.sites if site.role == "guide"]
