@@ -13,8 +13,8 @@ Three things make it so: ``particle_group=`` tells the loss and the sampler who 
 knows how many images there are, ``plate("data", N, len(x))``, so that the average is the gradient on all.
 
 After every epoch the folder ``--out`` gets a checkpoint by ``torch.distributed.checkpoint``, from which
-``--resume`` goes on, with as many processes as there are then. With the same number of data ranks the particles
-and so the parameters are the same, whatever the number of particle ranks.
+``--resume`` goes on, with as many processes as there are then. With the same number of data ranks the
+particles, and so the parameters, are the same whatever the number of particle ranks.
 
 All bounds are reported in nats per datapoint.
 """
@@ -196,6 +196,9 @@ class Training:
         self.elbo = DistributedDataParallel(loss(self.model, self.guide))
         self.optimiser = torch.optim.Adam(self.elbo.parameters(), lr=args.learning_rate)
         self.history: list[dict[str, float]] = []
+        # A loss gets to know its pair in its first run, by draws of its own: before training, and so in a run
+        # that is resumed as in one that is not.
+        loss.loss(self.model, self.guide, images[:2].to(args.device), len(images))
 
     def run_epoch(self) -> None:
         """Every data rank takes its part of the images, and particle ranks the same one."""
@@ -273,7 +276,7 @@ def evaluate(training: Training, heldout: Tensor) -> dict[str, float]:
         training.model,
         training.guide,
         args.nll_particles,
-        chunk_size=max(1, EVALUATION_ROWS // EVALUATION_BATCH),
+        chunk_size=min(EVALUATION_ROWS // EVALUATION_BATCH, max(1, args.nll_particles // 8)),
         particle_group=mesh["particles"],
     )
     part = DistributedSampler(heldout, mesh["data"].size(), mesh["data"].get_local_rank(), shuffle=False)
