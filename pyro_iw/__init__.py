@@ -10,6 +10,7 @@ from ._support.version import __version__ as __version__
 if TYPE_CHECKING:
     from .adversarial import AdversarialLosses, AdversarialSVI
     from .bounds import Bound
+    from .checking import PairCheck, SiteCheck, check
     from .elbo import ImportanceWeightedELBO
     from .gradients.snr import GradientSNR, gradient_snr
     from .hierarchical import LocallyEnhancedELBO
@@ -55,15 +56,18 @@ __all__ = [
     "LeaveOneOut",
     "LocallyEnhancedELBO",
     "LogMarginal",
+    "PairCheck",
     "ParticleFilter",
     "Particles",
     "RateDistortion",
     "Sandwich",
+    "SiteCheck",
     "TwoLevels",
     "TwoSamples",
     "active_units",
     "aggregated_posterior",
     "bound_curve",
+    "check",
     "gradient_snr",
     "rate_distortion",
     "sandwich",
@@ -74,6 +78,7 @@ __all__ = [
 _HOMES = {
     "adversarial": ("AdversarialLosses", "AdversarialSVI"),
     "bounds": ("Bound",),
+    "checking": ("PairCheck", "SiteCheck", "check"),
     "elbo": ("ImportanceWeightedELBO",),
     "gradients.snr": ("GradientSNR", "gradient_snr"),
     "hierarchical": ("LocallyEnhancedELBO",),

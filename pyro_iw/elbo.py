@@ -35,13 +35,14 @@ from .gradients.over_ranks import SeededDraw, over_ranks
 from .gradients.over_values import suited_to
 from .gradients.surrogate import Estimate
 from .ranks.particles import ParticleGroup
+from .tracing.cells import weighted_plates
 from .tracing.counterparts import check_guide
 from .tracing.jumps import find_jumps
 from .tracing.masks import warn_of_masks
 from .tracing.minibatches import DrawnApart, OneMinibatch
 from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
-from .tracing.sites import read_sites
+from .tracing.sites import Site, read_sites
 from .tracing.traces import PARTICLE_PLATE, Pair, Route, Traces, trace_pair
 
 if TYPE_CHECKING:
@@ -201,6 +202,7 @@ class ImportanceWeightedELBO(ELBO):
             look=partial(check_guide, strict=False),
             look_along=self._look_along,
             warn=self._warn_once,
+            kept=self._indices_apart,
         )
         self._warned: set[str] = set()
         self.compile = compile
@@ -335,6 +337,11 @@ class ImportanceWeightedELBO(ELBO):
         """Forget all compiled steps, and try again to compile what could not be."""
         self._compiler.forget()
 
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled; empty without ``compile=True``."""
+        return self._compiler.seconds
+
     def particles(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Particles:
         """Draw S = M K particles and return their log-weights, of shape ``[S, *cells]``, in nats.
 
@@ -424,6 +431,10 @@ class ImportanceWeightedELBO(ELBO):
     def _look_along(self, traces: Traces) -> list[str]:
         route = self._estimator.route(self.bound)
         return find_jumps(traces, has_paths=not route.stopped, is_linear=self._is_linear)
+
+    def _indices_apart(self, sites: list[Site]) -> list[str]:
+        """The plates whose indices have a weight each; log-weights that are only averaged may add up."""
+        return [] if self._is_linear else weighted_plates(sites, self.plates)
 
     def _check_pair(self, traces: Traces) -> None:
         """What a new pair's first run with one particle shows, masks included whatever the validation."""

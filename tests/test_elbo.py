@@ -281,9 +281,9 @@ class TestUnevenWeights:
         def guide():
             slope = pyro.param("a", a)
             with pyro.plate("data", 2):
-                loc = slope * x + (
-                    shift if len(pyro.poutine.runtime.get_plates()) > 1 else shift[3]
-                )  # by itself
+                together = len(pyro.poutine.runtime.get_plates()) > 1
+                # One by itself is the middle particle at the first index, and the next one at the second.
+                loc = slope * x + (shift if together else shift[3:5, 0])
                 pyro.sample("z", RecordedNormal(loc, torch.tensor(0.7)))
 
         loss = PIWAE_ELBO(M=2, K=3)

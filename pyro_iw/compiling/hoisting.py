@@ -151,9 +151,10 @@ def _written(node: Any) -> Iterable[Any]:
     arguments = schema_of(node.target).arguments
     given = [*zip(arguments, node.args, strict=False)]
     given += [(each, node.kwargs[each.name]) for each in arguments if each.name in node.kwargs]
+    training = next((value for argument, value in given if argument.name == "training"), True)
     for argument, value in given:
-        # Batch normalisation's schema does not say that it updates these.
-        writes = argument.name in ("running_mean", "running_var")
+        # Batch normalisation's schema does not say that it updates these, in train mode.
+        writes = argument.name in ("running_mean", "running_var") and training
         if writes or (argument.alias_info is not None and argument.alias_info.is_write):
             for each in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(each, fx.Node):

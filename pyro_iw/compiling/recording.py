@@ -58,6 +58,10 @@ class Recorded(NamedTuple):
     guards: Guards
 
 
+#: What is recorded, given a pair and a weight of the KL term: a loss to be differentiated, or tensors.
+Estimated = Callable[[Pair, Any], tuple[Any, Estimate | list[Tensor]]]
+
+
 class _Weight:
     """``kl_weight`` as an input of the program: a number that is neither 0 nor 1, its value unknown."""
 
@@ -78,9 +82,7 @@ class _Weight:
 class _Recording:
     """One run of a step under ``make_fx``."""
 
-    def __init__(
-        self, pair: Pair, estimate: Callable[[Pair, Any], tuple[Any, Estimate | list[Tensor]]]
-    ) -> None:
+    def __init__(self, pair: Pair, estimate: Estimated) -> None:
         self.pair = pair
         self.estimate = estimate
         self.leaves: list[Tensor] = []
@@ -119,7 +121,7 @@ def record(
     pair: Pair,
     args: list[Tensor],
     kl_weight: float | Tensor,
-    estimate: Callable[[Pair, Any], tuple[Any, Estimate | list[Tensor]]],
+    estimate: Estimated,
 ) -> Recorded:
     """Record a step twice and compare.
 

@@ -252,7 +252,7 @@ def _kind(kl_weight: float) -> float | None:
 
 
 def _title(what: str, pair: Pair, tensors: Sequence[Tensor], changed: str | None) -> str:
-    """What is compiled in words: the model, its tensors' dtypes and shapes, and what made it necessary again."""
+    """What is compiled: the model, its tensors' dtypes and shapes, and what made it necessary again."""
     name = getattr(pair.model, "__qualname__", type(pair.model).__name__).rpartition(".<locals>.")[2]
     given = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
     return f"a {what} of {name}({given})" + ("" if changed is None else f" again, for {changed} has changed")

@@ -39,6 +39,7 @@ from .._support.warn import warn
 from ..compiling.evaluating import EvaluationCompiler
 from ..ranks.group import Group
 from ..running import RunningLogMean
+from ..tracing.cells import weighted_plates
 from ..tracing.latents import Latent, enumerated_sites, read_latents
 from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
@@ -49,12 +50,13 @@ from .annealing import Annealed, Annealing, temperatures
 from .dead import check_finite, dead_site, warn_of_dead
 from .evidence import LogMarginal
 from .hmc import Point, Tuning
+from .movable import Prior, check_pair
 from .over_data import evaluate_over_ranks
 from .predictive import Rerun
 from .progress_file import ProgressFile
 from .proposal import check_proposal
 from .samples import ImportanceSamples
-from .unconstrained import PairPath, Prior, check_pair
+from .unconstrained import PairPath
 
 __all__ = ["AnnealedImportanceSampler", "AnnealedSamples"]
 
@@ -120,9 +122,9 @@ class AnnealedImportanceSampler:
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
         compile: compile the densities and gradients that a chain moves by, see
-            :mod:`~pyro_iw.compiling.evaluating`: the guide's networks of the data then run once for all steps.
-            The second of them takes some seconds to compile; what cannot be compiled runs eagerly, after a
-            warning.
+            :mod:`~pyro_iw.compiling.evaluating`. The guide's networks of the data then run once for all of
+            its steps. The second step takes some seconds to compile; what cannot be compiled runs eagerly,
+            after a warning.
         progress: whether to show a progress bar, if it takes more than two seconds.
 
     Raises:
@@ -175,7 +177,12 @@ class AnnealedImportanceSampler:
         self.progress = progress
         self._compiler = EvaluationCompiler("leapfrog step")
         self._runner = Runner(
-            vectorize_particles, max_plate_nesting, check=read_sites, look=check_pair, warn=self._warn_once
+            vectorize_particles,
+            max_plate_nesting,
+            check=read_sites,
+            look=check_pair,
+            warn=self._warn_once,
+            kept=partial(weighted_plates, plates=self.plates),
         )
         self._warned: set[str] = set()
 

@@ -1,9 +1,9 @@
 r"""How many particles to hold in memory at once, found by running a few of them.
 
-What a particle takes is the slope of the peak between a run of two particles and one of six, counted by the
-tensors that PyTorch's functions return: memory that a function uses inside is not seen, so that the count is
-a lower bound, and the budget a small part of what is free. On a CPU it is smaller still: what does not fit its
-caches runs no faster for being larger.
+What a particle takes is the difference between a run of two particles and one of six, at the point of the
+run where it is largest, counted by the tensors that PyTorch's functions return. Memory that a function uses
+inside is not seen: the count is a lower bound, and the budget therefore a small part of what is free. On a
+CPU the budget is what runs fastest, about the size of its caches.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Peak(TorchFunctionMode):
     """Counts the bytes of the tensors that are alive at once, of those made within.
 
     Attributes:
-        bytes: the most of them so far.
+        history: that number whenever a tensor had been made.
         device: where the largest tensor was.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.history: list[int] = []
         self.device = torch.device("cpu")
         self._largest = 0
         self._now = 0
@@ -58,7 +58,7 @@ class Peak(TorchFunctionMode):
         self._views[address] = self._views.get(address, 0) + 1
         if self._views[address] == 1:
             self._now += size
-            self.bytes = max(self.bytes, self._now)
+            self.history.append(self._now)
             if size > self._largest:
                 self._largest, self.device = size, tensor.device
         weakref.finalize(tensor, self._gone, address, size).atexit = False
@@ -80,12 +80,17 @@ def particles_that_fit(run: Callable[[int], Any], most: int) -> int:
     if most <= _MORE:
         return most
     run(_FEW)  # what happens in a first run alone
-    peaks = []
+    histories = []
     for number in (_FEW, _MORE):
         with Peak() as peak:
             run(number)
-        peaks.append(peak.bytes)
-    each = max((peaks[1] - peaks[0]) / (_MORE - _FEW), 1.0)
+        histories.append(peak.history)
+    few, more = histories
+    if len(few) == len(more):
+        each = max((b - a) / (_MORE - _FEW) for a, b in zip(few, more, strict=True))
+    else:  # particles run one by one, or as many steps as they take
+        each = max(more) / _MORE
+    each = max(each, 1.0)
     fits = int(_budget(peak.device) / each)
     if fits >= most:
         return most

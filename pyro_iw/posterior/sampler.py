@@ -36,6 +36,7 @@ from ..bounds import Bound
 from ..compiling.evaluating import EvaluationCompiler
 from ..ranks.group import Group
 from ..running import RunningBound, RunningGap, RunningLogMean, jackknife
+from ..tracing.cells import weighted_plates
 from ..tracing.counterparts import check_guide
 from ..tracing.latents import enumerated_sites
 from ..tracing.levels import TwoLevels, check_local_plates
@@ -92,11 +93,11 @@ class ImportanceSampler:
             methods on the same arguments, and every one gets the whole. For one seed of the group's first
             rank that is the same, but for rounding, on P ranks of whatever number with P chunks or more.
         compile: compile what a chunk computes, for :meth:`log_marginal`, :meth:`evidence` and
-            :meth:`log_marginal_dataset`, see :mod:`~pyro_iw.compiling.evaluating`. The first chunk of arguments
-            of new shapes runs eagerly and the second takes some seconds to compile; from then on Pyro's
-            handlers no longer run, and the guide's networks of the data run once for all chunks. What cannot
-            be compiled runs eagerly, after a warning. Where a plate draws its minibatch, so does the first
-            chunk of every call.
+            :meth:`log_marginal_dataset`, see :mod:`~pyro_iw.compiling.evaluating`. The first chunk on
+            arguments of new shapes runs eagerly, and the second takes some seconds to compile. From then on
+            Pyro's handlers no longer run, and the guide's networks of the data run once for all chunks of a
+            call. What cannot be compiled runs eagerly, after a warning. Where a plate draws its minibatch,
+            the first chunk of every call runs eagerly, too.
         progress: whether to show a progress bar, if it takes more than two seconds.
 
     Raises:
@@ -156,6 +157,7 @@ class ImportanceSampler:
             look=partial(check_guide, strict=True),
             warn=self._warn_once,
             local=self.local,
+            kept=partial(weighted_plates, plates=self.plates),
         )
         self._warned: set[str] = set()
         self._ranks = None

@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
-import pyro.poutine as poutine
 import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
@@ -28,109 +27,24 @@ from torch import Tensor
 from torch.distributions import Independent, biject_to
 
 from ..compiling.evaluating import Evaluate, EvaluationCompiler
-from ..tracing.change_of_variables import change_of_variables, deltas, points
-from ..tracing.counterparts import check_guide, pattern_of
 from ..tracing.latents import own_frames, place
 from ..tracing.messages import is_delta, latent_sites
 from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
 from ..tracing.paths import class_name
 from ..tracing.sites import Site
-from ..tracing.supports import is_circular, is_discrete
 from ..tracing.traces import (
     PARTICLE_PLATE,
     Pair,
-    PairTraces,
     Traces,
     is_transformed,
     trace_given,
     trace_prior_given,
 )
 from .hmc import Point
+from .movable import Prior, listed
 
-__all__ = ["PairPath", "Prior", "check_pair", "free_coordinates"]
-
-
-class Prior:
-    """The model's own prior as its guide: all latents that are not summed out, without the data.
-
-    Arguments:
-        model: the model.
-    """
-
-    def __init__(self, model: Callable) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.block(hide_fn=_is_no_latent_of_prior):
-            self.model(*args, **kwargs)
-
-
-def _is_no_latent_of_prior(message: Any) -> bool:
-    if message["type"] != "sample":
-        return False
-    return message["is_observed"] or (message["infer"] or {}).get("enumerate") == "parallel"
-
-
-def check_pair(pair: Pair, traces: PairTraces) -> list[str]:
-    """:func:`~pyro_iw.tracing.counterparts.check_guide`, and no latent that the chains could not move.
-
-    Raises:
-        ValueError: as there; and if a latent is discrete, has no unconstrained coordinates or is a point
-            estimate; naming the site.
-    """
-    messages = check_guide(pair, traces, strict=True)
-    for name, site in latent_sites(traces.guide).items():
-        if not is_delta(site["fn"]):
-            _check_movable(name, site["fn"], isinstance(pair.guide, Prior))
-    for trace in (traces.model, traces.guide):
-        for name, site in latent_sites(trace).items():
-            _refuse_angle(name, site["fn"])
-    names = list(deltas(traces))
-    if names:
-        aside = pattern_of(traces).unmatched
-        fixed = change_of_variables(pair, traces, aside).points if aside else points(pair, traces, names)
-        if fixed:
-            raise ValueError(
-                f"Guide site(s) {_listed(fixed)} are point estimates (Deltas), from which no path leads to a "
-                "posterior. Take a guide with a density, such as AutoNormal, or guide=None for the prior."
-            )
-    return messages
-
-
-def _check_movable(name: str, fn: Any, from_prior: bool) -> None:
-    discrete = is_discrete(fn)
-    if discrete:
-        finite = getattr(fn, "has_enumerate_support", False)
-        leave = "" if from_prior else " and leave it out of the guide"
-        remedy = (
-            f"Mark it infer={{'enumerate': 'parallel'}} in the model{leave}, to have it summed out, or use "
-            if finite
-            else "Use "
-        )
-        raise ValueError(
-            f"Latent site {name!r} is discrete ({class_name(fn)}), and Hamiltonian Monte Carlo moves "
-            f"continuous ones alone. {remedy}ImportanceSampler."
-        )
-    try:
-        biject_to(fn.support)
-    except (NotImplementedError, AttributeError):
-        raise ValueError(
-            f"Latent site {name!r} ({class_name(fn)}) has a support without unconstrained coordinates "
-            "(torch.distributions.biject_to knows none), along which Hamiltonian Monte Carlo moves. Register "
-            "a bijection by torch.distributions.biject_to.register, or use ImportanceSampler."
-        ) from None
-
-
-def _refuse_angle(name: str, fn: Any) -> None:
-    if is_circular(fn):
-        raise ValueError(
-            f"Latent site {name!r} ({class_name(fn)}) is an angle from -pi to pi, but its support says all "
-            "real numbers, where its density repeats itself: chains that leave the interval would count what "
-            "is not there. Sample it from dist.Uniform(-math.pi, math.pi) in the model, times the density by "
-            "pyro.factor(..., angle.log_prob(value) + math.log(2 * math.pi)), or use ImportanceSampler with "
-            "dist.VonMises in the guide."
-        )
+__all__ = ["PairPath", "free_coordinates"]
 
 
 class _Given(Messenger):
@@ -345,7 +259,7 @@ class PairPath:
                     for own in self._own
                 ]
         raise ValueError(
-            f"The guide makes the model's latents of {_listed([own.name for own in self._own])}, and which "
+            f"The guide makes the model's latents of {listed([own.name for own in self._own])}, and which "
             "values of these would give the latents that were simulated cannot be told. Take a guide that "
             "samples the model's latents themselves, AutoNormal, or guide=None for the prior."
         )
@@ -499,12 +413,8 @@ def _refuse_unknown_prior(sites: Sequence[Site]) -> None:
         names = site.message.get("absorbed_latents")
         if names:
             raise ValueError(
-                f"The prior of {_listed(names)} depends on an enumerated site, with which it is summed out "
+                f"The prior of {listed(names)} depends on an enumerated site, with which it is summed out "
                 f"in {site}, so it cannot be the path's beginning by itself. Pass a guide that samples "
-                f"{_listed(names)}, such as AutoNormal of the model with the enumerated sites hidden "
+                f"{listed(names)}, such as AutoNormal of the model with the enumerated sites hidden "
                 "(poutine.block)."
             )
-
-
-def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, names))

@@ -286,6 +286,11 @@ class FIVO_ELBO(ELBO):
         """Forget all compiled steps, and try again to compile what could not be."""
         self._compiler.forget()
 
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled; empty without ``compile=True``."""
+        return self._compiler.seconds
+
     def _estimate(self, pair: Protocol, sequences: Sequences, kl_weight: float) -> tuple[Filtered, Estimate]:
         gradients = torch.is_grad_enabled()
         views = _Views()

@@ -30,6 +30,7 @@ __all__ = [
     "subsampling",
     "two_levels",
     "warn_of_tempering",
+    "weighted_plates",
     "with_inner_scales",
 ]
 
@@ -61,10 +62,8 @@ def kept_plates(
     warn_once: Callable[[str], None],
 ) -> tuple[CondIndepStackFrame, ...]:
     """The kept plates, in the order of their dims; arguments and errors are as of ``collect``."""
-    kept = common_plates(sites)
-    if plates is not None:
-        kept = _named_plates(sites, plates)
-    elif not is_linear:
+    kept = _weighted(sites, plates)
+    if plates is None and not is_linear:
         for frame in common_plates(site for site in sites if site.is_latent and site.role == "model"):
             outside = [site for site in sites if not site.inside(frame)]
             if outside and not is_subsampled(frame):
@@ -83,6 +82,15 @@ def kept_plates(
     if not is_linear:
         check_subsampling(sites, tuple(kept))
     return tuple(sorted(kept, key=lambda frame: frame.dim or 0))
+
+
+def weighted_plates(sites: list[Site], plates: Sequence[str] | None = None) -> list[str]:
+    """Names of the plates whose indices have a weight each; arguments and errors are as of ``collect``."""
+    return [frame.name for frame in _weighted(sites, plates)]
+
+
+def _weighted(sites: list[Site], plates: Sequence[str] | None) -> list[CondIndepStackFrame]:
+    return common_plates(sites) if plates is None else _named_plates(sites, plates)
 
 
 def check_sizes(sites: list[Site], frame: CondIndepStackFrame) -> None:

@@ -17,6 +17,7 @@ from .._support.random_state import RandomState, fork_rng
 from .._support.warn import PACKAGE, warn
 from .alone import Alone
 from .batch_norm import watch_batch_norm
+from .indices import Kept, check_indices, no_plates
 from .levels import check_outside
 from .local_particles import particles_on_two_levels, values_outside
 from .minibatches import OneMinibatch
@@ -52,6 +53,8 @@ class Runner:
             warnings.
         warn: called with a message.
         local: the number of local particles of each particle, by the name of their plate.
+        kept: names, given all sites of a pair, the plates whose indices have an importance weight each, so
+            that they have to be independent; none for the mean of log-weights, which may add up.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class Runner:
         look_along: Callable[[Traces], list[str]] = lambda traces: [],
         warn: Callable[[str], None] = warn,
         local: Mapping[str, int] | None = None,
+        kept: Kept = no_plates,
     ) -> None:
         self.vectorize = vectorize
+        self.kept = kept
         self.local = dict(local or {})
         self.max_plate_nesting = max_plate_nesting
         self.check = check
@@ -78,7 +83,7 @@ class Runner:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was learnt about a pair holds weak references, which do not pickle, and is soon relearnt.
-        names = ("vectorize", "max_plate_nesting", "check", "look", "look_along", "warn", "local")
+        names = ("vectorize", "max_plate_nesting", "check", "look", "look_along", "warn", "local", "kept")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -114,7 +119,7 @@ class Runner:
             if minibatch is not None:
                 minibatch.indices = dict(known)
             began = None if begin is None else begin()
-            is_new = vectorized and _is_new(pair, probe)
+            is_new = (vectorized or num_particles > 1) and _is_new(pair, probe)
             watch = watch_batch_norm(enabled=is_new or (vectorized and not probe.watched))
             drawn = OneMinibatch()
             with watch as seen, drawn if is_new else nullcontext():
@@ -133,7 +138,9 @@ class Runner:
                     self.warn(message)
                 if vectorized:
                     self._look_closer(pair, traces, probe, is_new, seen, drawn)
-                elif self.local and not probe.looked_outside:
+                elif is_new and not self.local:
+                    self._look_across(pair, traces, probe, seen, drawn)
+                if not vectorized and self.local and not probe.looked_outside:
                     check_outside(traces)
                     probe.looked_outside = True
                 if torch.is_grad_enabled() and not probe.looked_along:
@@ -249,7 +256,7 @@ class Runner:
             minibatch: the subsamples of a new run.
         """
         if is_new or seen:
-            alone = Alone(pair, traces, minibatch.indices)
+            alone = Alone(pair, traces, minibatch.indices, self.kept)
             with torch.no_grad(), fork_rng():
                 with watch_batch_norm(restore=True) as normalised:
                     runs = alone.run()
@@ -261,6 +268,24 @@ class Runner:
             if is_new:
                 probe.compared.add(_kind(pair, probe, None if known else torch.is_grad_enabled()))
         probe.watched = probe.watched or torch.is_grad_enabled()
+
+    def _look_across(
+        self,
+        pair: Pair,
+        traces: Traces,
+        probe: Probe,
+        seen: dict[nn.Module, int],
+        minibatch: OneMinibatch,
+    ) -> None:
+        """Whether the indices of plates that have a weight each are independent, in a run one by one.
+
+        BatchNorm in train mode is let pass: its statistics are meant to be those of the batch.
+        """
+        if not seen:
+            with torch.no_grad(), fork_rng():
+                check_indices(pair, traces, minibatch.indices, self.kept)
+            torch.clear_autocast_cache()  # of casts made without gradients
+        probe.compared.add(_kind(pair, probe, None))
 
     def _check_batch_norm(
         self, seen: dict[nn.Module, int], normalised: dict[nn.Module, int], pair: Pair

@@ -11,10 +11,11 @@ from pyro.distributions import transforms
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoNormalMessenger
 from torch import nn
 
-from pyro_iw import IWAE_ELBO, ImportanceSampler
+from pyro_iw import IWAE_ELBO, MIWAE_ELBO, AnnealedImportanceSampler, ImportanceSampler
 
 X = torch.linspace(-1.0, 1.0, 16).reshape(4, 4)
 W = torch.linspace(-1.0, 1.5, 12).reshape(3, 4)
+APART = r"The indices of plate 'data' are not independent of one another at site '{}' \({}\)"
 REFUSED = r"Particles are not independent of one another at site '{}' \({}\)"
 
 
@@ -45,6 +46,8 @@ FROM_THE_LEFT = {
     "first": lambda z: z @ W - (z @ W)[:1],
     "std": lambda z: z @ W / (z @ W).std(),
 }
+# By itself these take a particle's datapoints together.
+OVER_THE_DATA = {"mean", "cumsum", "roll", "flip", "first", "std"}
 WAYS = {
     "one pass": {},
     "chunks": {"chunk_size": 3},
@@ -60,7 +63,13 @@ class TestRefused:
         with pytest.raises(ValueError, match=REFUSED.format("x", "model")):
             IWAE_ELBO(K=5).loss(model, guide, X)
         # The way out that the message gives, and the other one.
-        assert math.isfinite(IWAE_ELBO(K=5, vectorize_particles=False).loss(model, guide, X))
+        one_by_one = {"K": 5, "vectorize_particles": False}
+        if name not in OVER_THE_DATA:
+            assert math.isfinite(IWAE_ELBO(**one_by_one).loss(model, guide, X))
+        else:  # there they are other datapoints, none of which has a weight of its own
+            with pytest.raises(ValueError, match=APART.format("x", "model")):
+                IWAE_ELBO(**one_by_one).loss(model, guide, X)
+            assert math.isfinite(IWAE_ELBO(**one_by_one, plates=()).loss(model, guide, X))
         IWAE_ELBO(K=5).loss(decoding(lambda z: torch.softmax(z @ W, -1)), guide, X)
 
     @pytest.mark.filterwarnings("ignore:compile=True is left aside")  # by a second step after the error
@@ -175,8 +184,9 @@ class TestRefused:
         def model(x):
             with pyro.plate("data", len(x)):
                 z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-                shift = z.squeeze().cumsum(-2)[..., :1] if z.dim() == 3 else z[:, :1].cumsum(0)
-                shift = shift.reshape(*z.shape[:-1], 1)  # right but for a single datapoint
+                flat = z.squeeze()
+                shift = flat.cumsum(-2) if (z.dim(), flat.dim()) == (3, 2) else flat
+                shift = shift[..., :1].reshape(*z.shape[:-1], 1)  # right but for a single datapoint
                 pyro.sample("x", dist.Normal(shift, 1.0).to_event(1), obs=x)
 
         loss = IWAE_ELBO(K=3)
@@ -320,6 +330,124 @@ class TestSound:
         IWAE_ELBO(K=50).loss(model, guide, X)
 
 
+ACROSS = {
+    "mean": lambda h: h - h.mean(-1, keepdim=True),
+    "roll": lambda h: h.roll(1, -1),
+    "one other": lambda h: h + 0.1 * h[..., :1] * (torch.arange(h.shape[-1]) == 1),
+}
+
+
+class TestIndicesOfAPlateThatHaveAWeightEach:
+    """A datapoint whose density depends on the latents of others has no importance weight of its own."""
+
+    DATA = torch.tensor([0.5, -1.0, 2.0])
+
+    @staticmethod
+    def model(across, where="model"):
+        def run(x):
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                loc = ACROSS[across](z) if where == "model" else 2 * z
+                pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+        return run
+
+    @staticmethod
+    def guide(x):
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    @pytest.mark.parametrize("across", ACROSS)
+    @pytest.mark.parametrize("vectorize", [True, False])
+    def test_refused(self, across, vectorize):
+        model, way = self.model(across), {"vectorize_particles": vectorize}
+        with pytest.raises(ValueError, match=APART.format("x", "model")):
+            IWAE_ELBO(K=8, **way).loss(model, self.guide, self.DATA)
+        with pytest.raises(ValueError, match=APART.format("x", "model")):
+            IWAE_ELBO(K=8, plates="data", **way).loss_and_grads(model, self.guide, self.DATA)
+        with pytest.raises(ValueError, match=APART.format("x", "model")):
+            ImportanceSampler(model, self.guide, num_particles=8, **way).log_marginal(self.DATA)
+
+    def test_refused_in_annealed_chains(self):
+        model, few = self.model("mean"), {"num_chains": 4, "num_temperatures": 5, "progress": False}
+        chains = AnnealedImportanceSampler(model, self.guide, **few)
+        with pytest.raises(ValueError, match=APART.format("x", "model")):
+            chains.log_marginal(self.DATA)
+
+    @pytest.mark.parametrize("vectorize", [True, False])
+    def test_in_the_guide(self, vectorize):
+        def model(x):
+            with pyro.plate("data", 3):
+                h = pyro.sample("h", dist.Normal(0.0, 1.0))
+                z = pyro.sample("z", dist.Normal(h, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", 3):
+                h = pyro.sample("h", dist.Normal(x / 2, 0.7))
+                pyro.sample("z", dist.Normal(h.roll(1, -1), 0.7))
+
+        with pytest.raises(ValueError, match=APART.format("z", "guide")):
+            IWAE_ELBO(K=8, vectorize_particles=vectorize).loss(model, guide, self.DATA)
+
+    @pytest.mark.parametrize("vectorize", [True, False])
+    def test_log_weights_that_are_only_averaged_may_add_up(self, vectorize):
+        """E_q[log p - log q] of a mean over the plate, in closed form, to 4 standard errors."""
+        loss = MIWAE_ELBO(M=2000 if vectorize else 400, K=1, vectorize_particles=vectorize)
+        value = loss.loss(self.model("mean"), self.guide, self.DATA)
+        mean, variance = self.DATA / 2, 0.49
+        centred = mean - mean.mean()
+        log_2pi = math.log(2 * math.pi)
+        likelihood = -0.5 * (log_2pi + (self.DATA - centred).square() + variance * 2 / 3)
+        prior = -0.5 * (log_2pi + mean.square() + variance)
+        entropy = 0.5 * (log_2pi + 1 + math.log(variance))
+        exact = -(likelihood + prior + entropy).sum().item()
+        assert value == pytest.approx(exact, abs=4 * 2.0 / math.sqrt(loss.num_particles))
+
+    def test_one_joint_weight_is_the_evidence(self):
+        """The way out that the message gives: x is Gaussian with covariance C C' + I, C the centring."""
+        pyro.set_rng_seed(0)
+        centring = torch.eye(3) - 1 / 3
+        evidence = dist.MultivariateNormal(torch.zeros(3), centring @ centring.T + torch.eye(3))
+        sampler = ImportanceSampler(self.model("mean"), self.guide, num_particles=200_000, plates=())
+        samples = sampler(self.DATA)
+        error = 4 / math.sqrt(float(samples.ess))
+        assert float(samples.log_marginal) == pytest.approx(float(evidence.log_prob(self.DATA)), abs=error)
+
+    def test_a_minibatch_and_two_plates(self):
+        def pair(across):
+            def model(x):
+                with pyro.plate("rows", 4, subsample_size=2, dim=-2), pyro.plate("columns", 3, dim=-1):
+                    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                    pyro.sample("x", dist.Normal(across(z), 1.0), obs=x)
+
+            def guide(x):
+                with pyro.plate("rows", 4, subsample_size=2, dim=-2), pyro.plate("columns", 3, dim=-1):
+                    pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+            return model, guide
+
+        x = torch.tensor([[0.5, -1.0, 2.0], [0.1, 0.2, -0.3]])
+        for vectorize in (True, False):
+            loss = IWAE_ELBO(K=4, vectorize_particles=vectorize)
+            assert math.isfinite(loss.loss(*pair(lambda z: 2 * z), x))
+            for across in (lambda z: z.roll(1, -1), lambda z: z.flip(-2)):
+                with pytest.raises(ValueError, match=r"The indices of plate"):
+                    loss.loss(*pair(across), x)
+
+    def test_noise_in_the_model_is_no_evidence(self):
+        drop = nn.Dropout(0.5)
+
+        def model(x):
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(drop(z), 1.0), obs=x)
+
+        for vectorize in (True, False):
+            loss = IWAE_ELBO(K=8, vectorize_particles=vectorize)
+            assert math.isfinite(loss.loss(model, self.guide, self.DATA))
+
+
 class TestCost:
     def test_one_more_run_of_one_particle_once(self):
         sizes = []
@@ -334,11 +462,13 @@ class TestCost:
         loss.loss(model, guide, X)
         assert sizes == [1, 5, 1, 5, 5, 5]
 
-    def test_none_where_the_particles_run_one_by_one(self):
+    def test_one_more_run_where_the_particles_run_one_by_one(self):
         calls = []
         model = decoding(lambda z: calls.append(1) or z @ W)
-        IWAE_ELBO(K=3, vectorize_particles=False).loss(model, guide, X)
-        assert len(calls) == 1 + 3
+        loss = IWAE_ELBO(K=3, vectorize_particles=False)
+        for _ in range(2):
+            loss.loss(model, guide, X)
+        assert len(calls) == 1 + 3 + 1 + 3
 
     def test_a_bounded_number_where_shapes_are_always_new(self):
         calls = []

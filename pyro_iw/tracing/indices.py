@@ -1,0 +1,146 @@
+r"""Particles that run one by one: does each index of a plate have a weight of its own?
+
+It has if its densities do not depend on the latents of other indices. Then every second index may as well
+have the latents of another particle: any of them together are a joint value, of which each index has the
+densities that it had. What differs by itself is no evidence, as in :mod:`~pyro_iw.tracing.alone`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+from torch import Tensor
+
+from .compared import (
+    CLEARLY,
+    FAILURES,
+    ROUNDING,
+    RUNS,
+    Difference,
+    copy_of,
+    difference_of,
+    is_real,
+    largest,
+    read_aside,
+    scored,
+)
+from .guide_values import is_enumerated_in_guide
+from .messages import base_of, latent_sites
+from .minibatches import OneMinibatch
+from .sites import Site
+from .traces import Pair, PairTraces, Traces, trace_particle
+
+__all__ = ["Kept", "check_indices", "dependent_indices", "no_plates", "places"]
+
+#: Names, given the sites of a pair, the plates whose indices have an importance weight each.
+Kept = Callable[[list[Site]], Iterable[str]]
+
+
+def no_plates(sites: list[Site]) -> Iterable[str]:
+    """None of them."""
+    return ()
+
+
+def dependent_indices(site: Site, kept: frozenset[str], difference: Difference) -> str:
+    """What is wrong with a site whose indices have other densities beside other latents of the others."""
+    plates = " and ".join(repr(frame.name) for frame in site.frames if frame.name in kept)
+    return (
+        f"The indices of plate {plates} are not independent of one another at site {site}: the log density "
+        f"of an index is {difference.together:.6g} beside the others' latents as they were drawn, but "
+        f"{difference.alone:.6g} beside other draws of them (as z.mean(-1), z.roll(1, -1) make it). Each "
+        "index has an importance weight of its own, which then does not exist. Sample such latents outside "
+        "of the plate, or pass plates=() for one joint weight."
+    )
+
+
+def check_indices(pair: Pair, traces: Traces, minibatch: dict[str, Any], kept: Kept) -> None:
+    """Run a particle whose latents are those of two others by turns, and compare its densities with theirs.
+
+    Arguments:
+        pair: the pair and its arguments.
+        traces: the traces of particles that ran one by one.
+        minibatch: the subsamples that they share, by the name of their plate.
+        kept: names, given all sites, the plates whose indices have a weight each.
+
+    Raises:
+        ValueError: if an index of these plates depends on the latents of others; the first site is named.
+    """
+    enum_dim = traces.enum_dim
+    two = [read_aside(Traces([copy_of(traced)], 1, None, enum_dim)) for traced in traces.pairs[:2]]
+    plates: frozenset[str] = frozenset()
+    if two[0] is not None:
+        with suppress(*FAILURES):  # the run's own reading says it
+            plates = frozenset(kept(two[0]))
+    if not plates or None in two:
+        return
+
+    def run(pairs: list[PairTraces], move: float = 0.0) -> dict[Any, Site]:
+        try:
+            with OneMinibatch(minibatch):
+                traced = trace_particle(pair, _by_turns(pairs, plates, move), enum_dim)
+        except FAILURES:
+            return {}
+        return _by_name(read_aside(Traces([traced], 1, None, enum_dim)))
+
+    first, second = (_by_name(sites) for sites in two)
+    mixed = run(traces.pairs[:2])
+    suspects = {}
+    for key in [key for key in first if key in second and key in mixed]:
+        drawn = _turns(scored(first[key]), scored(second[key]), first[key].frames, plates)
+        found = difference_of(first[key], drawn, scored(mixed[key]))
+        if found is not None:
+            suspects[key] = found
+    for _ in range(RUNS if suspects else 0):
+        again = run(traces.pairs[:1], ROUNDING)
+        for key, found in list(suspects.items()):
+            noise = largest(scored(first[key]), scored(again[key]), None) if key in again else found
+            if noise is not None and found.size <= CLEARLY * noise.size:
+                del suspects[key]
+    for key, found in suspects.items():
+        raise ValueError(dependent_indices(first[key], plates, found))
+
+
+def _by_name(sites: list[Site] | None) -> dict[Any, Site]:
+    return {(site.role, site.name): site for site in sites or ()}
+
+
+def _by_turns(pairs: list[PairTraces], plates: frozenset[str], move: float) -> dict[str, Tensor]:
+    """Latent values, those of the first pair at even indices and of the last at odd ones.
+
+    Those of a Delta are left to be computed, and those that are enumerated as they are.
+    """
+    values = {}
+    for name, site in latent_sites(pairs[0].guide).items():
+        other: Any = pairs[-1].guide.nodes.get(name)
+        if other is None or isinstance(base_of(site["fn"]), Delta) or is_enumerated_in_guide(site):
+            continue
+        event_dim = getattr(site["fn"], "event_dim", 0)
+        value: Any = _turns(site["value"], other["value"], site["cond_indep_stack"], plates, event_dim)
+        if move and is_real(site["fn"]):
+            value = value * (1 + min(4 * torch.finfo(value.dtype).eps, move))
+        if hasattr(site["value"], "_unquantize"):  # what a straight-through value is scored at
+            even, odd = site["value"]._unquantize, other["value"]._unquantize
+            value._unquantize = _turns(even, odd, site["cond_indep_stack"], plates, event_dim)
+        values[name] = value
+    return values
+
+
+def _turns(even: Tensor, odd: Tensor, frames: Any, plates: frozenset[str], event_dim: int = 0) -> Tensor:
+    """The one tensor at even indices of some plates, the other at odd ones; a new tensor."""
+    return torch.where(places(even, plates, frames, event_dim) % 2 == 0, even, odd)
+
+
+def places(tensor: Tensor, plates: frozenset[str], frames: Any, event_dim: int = 0) -> Tensor:
+    """The sum of each entry's indices in some of the plates around it, in a shape that broadcasts."""
+    total = torch.zeros([1] * tensor.dim(), dtype=torch.long, device=tensor.device)
+    for frame in frames:
+        if frame.name in plates and frame.dim is not None and tensor.dim() >= event_dim - frame.dim:
+            shape = [1] * tensor.dim()
+            shape[frame.dim - event_dim] = -1
+            size = tensor.shape[frame.dim - event_dim]
+            total = total + torch.arange(size, device=tensor.device).reshape(shape)
+    return total
