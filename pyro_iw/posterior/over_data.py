@@ -26,6 +26,8 @@ from .evidence import LogMarginal
 
 __all__ = ["NO_BATCH", "evaluate_over_ranks"]
 
+_GROUPS: dict[ProcessGroup, Group] = {}
+
 NO_BATCH = "The loader gave no batch, so there is nothing to evaluate."
 
 
@@ -59,7 +61,7 @@ def evaluate_over_ranks(
         if alone is None:
             raise ValueError(NO_BATCH)
         return alone
-    group = Group("data_group", data_group)
+    group = _group(data_group)
     own = int(torch.randint(2**62, ()))
     state = RandomState.now()
     try:
@@ -90,6 +92,18 @@ def evaluate_over_ranks(
         whole = _join_once(there, total)
     device = torch.device("cpu") if part is None else part.values.device
     return _mapped(whole, lambda column: column.to(device))
+
+
+def _group(data_group: ProcessGroup | DeviceMesh) -> Group:
+    """The ranks of a group, the same object whenever it is asked for: each keeps a connection of its own."""
+    key = (
+        data_group.get_group() if isinstance(data_group, DeviceMesh) and data_group.ndim == 1 else data_group
+    )
+    if not isinstance(key, ProcessGroup):
+        return Group("data_group", data_group)  # which says what is wrong with it
+    if key not in _GROUPS:
+        _GROUPS[key] = Group("data_group", key)
+    return _GROUPS[key]
 
 
 def _known(
