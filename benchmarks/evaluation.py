@@ -1,6 +1,6 @@
 """Time of log p by importance sampling, and of annealed chains: by hand, eager and compiled.
 
-The loop by hand draws the same number of particles in chunks, adds up their weights and runs the encoder once.
+The loop by hand draws as many particles in chunks, adds up their weights and runs the encoder once.
 Ratios are taken within a round. Try::
 
     python benchmarks/evaluation.py

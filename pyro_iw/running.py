@@ -41,10 +41,12 @@ class RunningLogMean:
 
     def merge(self, other: RunningLogMean) -> None:
         """Add the weights that another one has added up, with the same cells."""
-        device = other._first.device
-        self._first = torch.logaddexp(self._first.to(device), other._first)
-        self._second = torch.logaddexp(self._second.to(device), other._second)
-        self.count += other.count
+        if not self.count:
+            self._first, self._second, self.count = other._first, other._second, other.count
+        elif other.count:
+            self._first = torch.logaddexp(self._first, other._first)
+            self._second = torch.logaddexp(self._second, other._second)
+            self.count += other.count
 
     @property
     def value(self) -> Tensor:
@@ -118,14 +120,20 @@ class RunningBound:
         """Add the groups that another one of the same bound and cells has added up, without what it has left
         over.
         """
-        if not other.groups:
-            return
-        device = other._mean.device
+        if not self.groups:
+            # Without a copy of what is not there to the device of what is.
+            kept = {"bound": self.bound, "rest": self.rest}
+            vars(self).update(vars(other) | kept)
+        elif other.groups:
+            self._add(other)
+
+    def _add(self, other: RunningBound) -> None:
+        """Add groups to those that are there."""
         between, share = self._pooled(other)
-        deviation = other._mean - self._mean.to(device)
-        self._infinite = self._infinite.to(device) + other._infinite
-        self._squares = self._squares.to(device) + other._squares + deviation**2 * between
-        self._mean = self._mean.to(device) + deviation * share
+        deviation = other._mean - self._mean
+        self._infinite = self._infinite + other._infinite
+        self._squares = self._squares + other._squares + deviation**2 * between
+        self._mean = self._mean + deviation * share
         self.groups += other.groups
 
     def _pooled(self, other: RunningBound) -> tuple[float, float]:
@@ -188,28 +196,20 @@ class RunningGap(RunningBound):
         self._weight_squares = centred.square().sum(-1)
         self._products = (centred * values).sum(-1)
 
-    def merge(self, other: RunningBound) -> None:
-        """Add the groups that another one of the same bound and cells has added up, without what it has left
-        over.
-        """
-        if not other.groups:
-            return
+    def _add(self, other: RunningBound) -> None:
         assert isinstance(other, RunningGap)
-        device = other._mean.device
         between, share = self._pooled(other)
-        top = torch.maximum(self._top.to(device), other._top)
+        top = torch.maximum(self._top, other._top)
         base = top.masked_fill(top.isneginf(), 0.0)
-        mine, theirs = (self._top.to(device) - base).exp(), (other._top - base).exp()  # 0 for no weight
-        apart = other._weight * theirs - self._weight.to(device) * mine
-        deviation = other._mean - self._mean.to(device)
-        self._products = (
-            self._products.to(device) * mine + other._products * theirs + apart * deviation * between
-        )
+        mine, theirs = (self._top - base).exp(), (other._top - base).exp()  # 0 for no weight
+        apart = other._weight * theirs - self._weight * mine
+        deviation = other._mean - self._mean
+        self._products = self._products * mine + other._products * theirs + apart * deviation * between
         self._weight_squares = (
-            self._weight_squares.to(device) * mine**2 + other._weight_squares * theirs**2 + apart**2 * between
+            self._weight_squares * mine**2 + other._weight_squares * theirs**2 + apart**2 * between
         )
-        self._weight, self._top = self._weight.to(device) * mine + apart * share, top
-        super().merge(other)
+        self._weight, self._top = self._weight * mine + apart * share, top
+        super()._add(other)
 
     def gap_error(self, everything: RunningLogMean) -> Tensor:
         """Standard error of :attr:`value` less the log mean weight.
