@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -21,7 +20,7 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from ._support.arguments import as_plate_names, positive_integer
+from ._support.arguments import as_plate_names, positive_integer, weight_of_kl
 from ._support.random_state import RandomState, set_back
 from ._support.warn import warn
 from .bounds import Bound
@@ -162,7 +161,7 @@ class ImportanceWeightedELBO(TrainedLoss):
             retain_graph=retain_graph,
         )
         if not callable(kl_weight):
-            _check_kl_weight(kl_weight)
+            weight_of_kl(kl_weight)
         if chunk_size is not None:
             chunk_size = positive_integer("chunk_size", chunk_size)
         if backward_particles is not None:
@@ -444,7 +443,7 @@ class ImportanceWeightedELBO(TrainedLoss):
     def _next_kl_weight(self) -> float:
         if not callable(self.kl_weight):
             return self.kl_weight
-        return _check_kl_weight(self.kl_weight(self.steps))
+        return weight_of_kl(self.kl_weight(self.steps))
 
     def _check_finite(self, loss: float, particles: Particles | Chunks, estimate: Estimate) -> None:
         """Warn of a bound of -inf, refuse NaN and +inf; name the site each arose at."""
@@ -490,11 +489,3 @@ class ImportanceWeightedELBO(TrainedLoss):
 
 def _is_less(number: int | None, num_particles: int) -> TypeGuard[int]:
     return number is not None and number < num_particles
-
-
-def _check_kl_weight(kl_weight: float) -> float:
-    is_number = isinstance(kl_weight, numbers.Real) and not isinstance(kl_weight, bool)
-    is_number = is_number or (isinstance(kl_weight, Tensor) and kl_weight.numel() == 1)
-    if not is_number or not 0 <= kl_weight < math.inf:
-        raise ValueError(f"kl_weight must be a finite number >= 0, got {kl_weight!r}")
-    return kl_weight

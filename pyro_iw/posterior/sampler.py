@@ -17,12 +17,14 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
@@ -32,12 +34,12 @@ from .._support.random_state import RandomState, fork_rng
 from .._support.warn import warn
 from ..bounds import Bound
 from ..compiling.evaluating import EvaluationCompiler
+from ..ranks.group import Group
 from ..running import RunningBound, RunningGap, RunningLogMean, jackknife
 from ..tracing.cells import weighted_plates
 from ..tracing.counterparts import check_guide
-from ..tracing.latents import Latent, enumerated_sites, join, read_latents
+from ..tracing.latents import enumerated_sites
 from ..tracing.levels import TwoLevels, check_local_plates
-from ..tracing.local_latents import read_local_latents
 from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
 from ..tracing.runner import Runner
@@ -47,8 +49,10 @@ from .chunk_size import particles_that_fit
 from .compiled import CompiledChunks
 from .dead import check_finite, dead_site, warn_of_dead
 from .evidence import Evidence, LogMarginal
-from .hierarchical_samples import HierarchicalSamples
-from .local_weights import collect_local, join_local, local_numbers, total_log_weights
+from .keeping import keep
+from .local_weights import collect_local, local_numbers, total_log_weights
+from .over_data import evaluate_over_ranks
+from .over_particles import ParticleRanks, add_up, chunk_sizes, explain
 from .predictive import Rerun
 from .proposal import check_proposal
 from .samples import ImportanceSamples
@@ -84,6 +88,10 @@ class ImportanceSampler:
             guide must broadcast over; otherwise one particle at a time.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
+        particle_group: ranks that share the particles, a process group or a mesh of one dimension: each draws
+            its share of the S (see :mod:`~pyro_iw.posterior.over_particles`), all of them call the same
+            methods on the same arguments, and every one gets the whole. For one seed of the group's first
+            rank that is the same, but for rounding, on P ranks of whatever number with P chunks or more.
         compile: compile what a chunk computes, for :meth:`log_marginal`, :meth:`evidence` and
             :meth:`log_marginal_dataset`, see :mod:`~pyro_iw.compiling.evaluating`. The first chunk on
             arguments of new shapes runs eagerly, and the second takes some seconds to compile. From then on
@@ -118,6 +126,7 @@ class ImportanceSampler:
         check_support: bool = True,
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
+        particle_group: ProcessGroup | DeviceMesh | None = None,
         compile: bool = False,
         progress: bool = True,
     ) -> None:
@@ -151,6 +160,9 @@ class ImportanceSampler:
             kept=partial(weighted_plates, plates=self.plates),
         )
         self._warned: set[str] = set()
+        self._ranks = None
+        if particle_group is not None:
+            self._ranks = ParticleRanks(particle_group, self.num_particles)
 
     def log_marginal(self, *args: Any, **kwargs: Any) -> Tensor:
         """The log evidence of every cell, of shape ``[*cells]``, in nats; a scalar where there is one weight.
@@ -199,6 +211,9 @@ class ImportanceSampler:
         loader: Iterable[Any],
         to_args: Callable[[Any], Any] | None = None,
         bound: Bound | None = None,
+        *,
+        data_group: ProcessGroup | DeviceMesh | None = None,
+        indices: Sequence[int] | Tensor | None = None,
     ) -> LogMarginal:
         """The log evidence of every datapoint of a data set.
 
@@ -209,10 +224,17 @@ class ImportanceSampler:
             to_args: turns what the loader gives into one of these, where a batch holds more than the model
                 takes, or has to move to another device.
             bound: a bound to evaluate on the same particles, in groups of its M K, for ``minus_kl``.
+            data_group: ranks of which each has a loader with a part of the data set, a process group or a
+                mesh of one dimension. Each of them gets the whole, in the order of the indices.
+            indices: which datapoints this rank's loader gives, in its order; of one that occurs more than
+                once the first value counts. None for those of the loader's ``DistributedSampler``, whose
+                padding so counts once; without one the parts come one after the other.
 
         Raises:
             ValueError: if there is no batch, the bound takes more particles than there are, or the pair does
-                not have one weight for each index of exactly one plate; and as :meth:`log_marginal`.
+                not have one weight for each index of exactly one plate; if the parts leave a datapoint out,
+                or are the same on all ranks; and as :meth:`log_marginal`.
+            RankError: if another rank has failed, or evaluates something else; naming it.
 
         Example:
             >>> loader = torch.utils.data.DataLoader(data, batch_size=2)
@@ -227,11 +249,22 @@ class ImportanceSampler:
             raise ValueError(
                 f"{bound!r} takes {bound.num_particles} particles, but num_particles={self.num_particles}."
             )
-        parts: list[list[Tensor]] = []
         check_loader(loader)
-        with self._bar(length_of(loader)) as bar:
-            for batch in loader:
-                args, kwargs = read_batch(batch, to_args)
+        evaluate = partial(self._evaluate, to_args=to_args, bound=bound)
+        return evaluate_over_ranks(evaluate, loader, data_group, indices)
+
+    def _evaluate(
+        self,
+        loader: Iterable[Any],
+        group: Group | None,
+        to_args: Callable[[Any], Any] | None,
+        bound: Bound | None,
+    ) -> LogMarginal | None:
+        """The log evidence of what a loader gives; None if that is nothing."""
+        parts: list[list[Tensor]] = []
+        given = (read_batch(batch, to_args) for batch in loader)
+        with self._bar(length_of(loader), group) as bar:
+            for args, kwargs in given if self._ranks is None else self._ranks.in_step(given):
                 running = RunningLogMean()
                 bounds = None if bound is None else RunningGap(bound)
                 value = self._stream(Pair(self.model, self.guide, args, kwargs), bar, running, bounds)
@@ -253,42 +286,40 @@ class ImportanceSampler:
                     columns += [bounds.value.to(value), bounds.gap_error(running)]
                 parts.append(columns)
         if not parts:
-            raise ValueError("The loader gave no batch, so there is nothing to evaluate.")
+            return None
         values, errors, ess, *bounds_values = (torch.cat(column) for column in zip(*parts, strict=True))
-        return LogMarginal(values, errors, ess, self.num_particles, *bounds_values)
+        value_of_bound, gap_errors = bounds_values or (None, None)
+        words = f"importance sampling, local={self.local}, jackknife={self.jackknife}, bound={bound!r}"
+        return LogMarginal(values, errors, ess, self.num_particles, value_of_bound, gap_errors, words)
 
     def __call__(self, *args: Any, **kwargs: Any) -> ImportanceSamples:
         """Draw S particles and keep them, with their densities.
+
+        With ``particle_group`` every rank ends with all of them, and may do what it likes with them by
+        itself. That takes as much memory on each rank as one process would need, S times the latents of all
+        cells, and three times that of one site while it travels; all other methods hold a chunk.
 
         Arguments and errors are those of :meth:`log_marginal`.
         """
         pair = Pair(self.model, self.guide, args, kwargs)
         minibatch = OneMinibatch()
-        chunks: list[Any] = []
-        latents: list[dict[str, Latent]] = []
         with self._bar(1) as bar:
-            for particles, traces, dead in self._chunks(pair, bar, minibatch):  # noqa: B007
-                _refuse_values(particles)
-                chunks.append(particles)
-                latents.append(read_local_latents(traces) if self.local else read_latents(traces))
+            if self._ranks is None:
+                kept = keep(self._chunks(pair, self._plan(pair), minibatch, bar))
+            else:
+                draw, size_of_chunks = partial(self._chunks, pair), partial(self._size_of_chunks, pair)
+                kept, minibatch = self._ranks.keep(repr(self), size_of_chunks, draw, keep, bar)
         rerun = Rerun(
             pair,
             self._runner.prepare(pair),
-            plate_nesting(traces.pairs[-1].model),
+            plate_nesting(kept.traces.pairs[-1].model),
             self._runner.vectorize,
             self._size_of_chunks(pair),
             minibatch,
-            enumerated_sites(traces),
+            enumerated_sites(kept.traces),
         )
-        tops: list[Particles] = [chunk.top for chunk in chunks] if self.local else chunks
-        joined = join(latents, self.num_particles)
-        log_p, log_q = (torch.cat([getattr(top, name) for top in tops]) for name in ("log_p", "log_q"))
-        samples = ImportanceSamples(joined, log_p, log_q, particles.plates, rerun)
-        if self.local:
-            local = join_local(chunks)
-            samples = HierarchicalSamples(joined, log_p, log_q, particles.plates, rerun, local)
-        if dead is not None:
-            warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
+        samples = kept.as_samples(rerun)
+        warn_of_dead(samples.log_weights.amax(0), self.num_particles, kept.dead)
         return samples
 
     def particles(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -297,8 +328,15 @@ class ImportanceSampler:
 
         Arguments and errors are those of :meth:`log_marginal`.
         """
+        if self._ranks is not None:
+            raise ValueError(
+                "particles() gives chunk by chunk what this process draws, which with particle_group= is a "
+                "share of the particles alone. Take a sampler without particle_group=, which draws all of "
+                "them here, or call this one, whose ImportanceSamples are the whole."
+            )
         with self._bar(1) as bar:
-            for particles, _, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
+            pair = Pair(self.model, self.guide, args, kwargs)
+            for particles, _, _ in self._chunks(pair, self._plan(pair), OneMinibatch(), bar):
                 yield particles
 
     # ------------------------------------------------------------------------------------------------
@@ -309,80 +347,68 @@ class ImportanceSampler:
         self, pair: Pair, bar: tqdm, running: RunningLogMean, bounds: RunningBound | None = None
     ) -> Tensor:
         """The log evidence of the cells, and on the way whatever else is to be added up."""
-        began = RandomState.now()
-        kept = []
-        for log_w in self._log_weights(pair, bar):
-            running.add(log_w)
-            if bounds is not None:
-                bounds.add(log_w)
-            if self.jackknife:
-                kept.append(log_w)
-        # The one look at values: no chunk waits for the device.
-        if not bool(running.value.isfinite().all()):
-            self._explain(pair, began, running.value)
-        value = jackknife(torch.cat(kept)) if self.jackknife else running.value
-        return value.to(log_w.dtype)
-
-    def _explain(self, pair: Pair, began: RandomState, value: Tensor) -> None:
-        """Run the same particles once more, and say at which site a weight is no number, or all are 0."""
-        ended = RandomState.now()
-        began.restore()
-        try:
-            for _, _, dead in self._chunks(pair):  # noqa: B007
-                pass
-        finally:
-            ended.restore()
-        if bool((value.isnan() | value.isposinf()).any()):
-            raise ValueError(
-                "Log-weights are NaN or +inf, but not when the same particles are drawn again from PyTorch's "
-                "global generator. Look for a NaN in the data or the parameters, or a scale of 0."
+        draw, weigh = partial(self._chunks, pair), partial(self._log_weights, pair, bar)
+        if self._ranks is None:
+            began = RandomState.now()
+            found = add_up(weigh(self._plan(pair), OneMinibatch()), running, bounds, self.jackknife)
+            # The one look at values: no chunk waits for the device.
+            if not bool(running.value.isfinite().all()):
+                ended = RandomState.now()
+                began.restore()
+                try:
+                    explain(draw(self._plan(pair), OneMinibatch()), running.value, self.num_particles)
+                finally:
+                    ended.restore()
+        else:
+            found = self._ranks.add_up(
+                repr(self), partial(self._size_of_chunks, pair), draw, weigh, running, bounds, self.jackknife
             )
-        warn_of_dead(value, self.num_particles, dead or "unknown")
+        value = running.value if found.log_w is None else jackknife(found.log_w)
+        return value.to(found.like.dtype)
 
-    def _log_weights(self, pair: Pair, bar: tqdm) -> Iterator[Tensor]:
+    def _log_weights(
+        self, pair: Pair, bar: tqdm, plan: Iterable[int], minibatch: OneMinibatch
+    ) -> Iterator[Tensor]:
         """The log-weights of chunk by chunk, ``[chunk, *cells]``."""
-        minibatch = OneMinibatch()
         compiled = None
         if self.compile:
             options = (self.plates, tuple(self.local.items()), self._runner.vectorize)
             compiled = CompiledChunks(self._compiler, pair, self._particles_of, options, self._draws)
-        for start, size in self._plan(pair):
+        is_first = True
+        for size in plan:
             log_w = None if compiled is None else compiled.log_weights(size, minibatch)
             if log_w is None:
-                particles, _ = self._chunk(pair, size, minibatch, is_first=not start)
+                particles, _ = self._chunk(pair, size, minibatch, is_first)
                 log_w = total_log_weights(particles)
-                if not start:
+                if is_first:
                     check_finite(particles)
                     self._draws = self._draws or bool(minibatch.indices)
                 del particles, _  # or two chunks would be in memory while the next one runs
+            is_first = False
             bar.update(size)
             yield log_w
 
     def _chunks(
-        self, pair: Pair, bar: tqdm | None = None, minibatch: OneMinibatch | None = None
+        self, pair: Pair, plan: Iterable[int], minibatch: OneMinibatch, bar: tqdm | None = None
     ) -> Iterator[tuple[Particles | TwoLevels, Traces, str | None]]:
-        """The chunks, each with the first site at which a particle of it or of those before is dead."""
-        dead = None
-        minibatch = minibatch or OneMinibatch()
-        for start, size in self._plan(pair):
-            particles, traces = self._chunk(pair, size, minibatch, is_first=not start)
-            if check_finite(particles) and dead is None:
-                dead = dead_site(particles)
+        """The particles chunk by chunk, with their traces and the first site of zero density, if any."""
+        is_first = True
+        for size in plan:
+            particles, traces = self._chunk(pair, size, minibatch, is_first)
+            is_first = False
+            dead = dead_site(particles) if check_finite(particles) else None
             if bar is not None:
                 bar.update(size)
             yield particles, traces, dead
             del particles, traces
 
-    def _plan(self, pair: Pair) -> list[tuple[int, int]]:
-        """The chunks, by the index of their first particle and their size."""
-        with torch.no_grad():
-            self._runner.prepare(pair)
-        chunk = self._size_of_chunks(pair)
-        return [
-            (start, min(chunk, self.num_particles - start)) for start in range(0, self.num_particles, chunk)
-        ]
+    def _plan(self, pair: Pair) -> list[int]:
+        """The sizes of chunks."""
+        return chunk_sizes(self.num_particles, self._size_of_chunks(pair))
 
     def _size_of_chunks(self, pair: Pair) -> int:
+        with torch.no_grad():
+            self._runner.prepare(pair)
         if self.chunk_size != "auto":
             return self.chunk_size
         shapes = tuple(each.shape for each in leaves((pair.args, pair.kwargs)) if isinstance(each, Tensor))
@@ -412,9 +438,14 @@ class ImportanceSampler:
         )
         return particles, traces
 
-    def _bar(self, batches: int | None) -> tqdm:
-        total = None if batches is None else batches * self.num_particles
-        return progress_bar(show=self.progress, total=total, desc="particles", unit_scale=True)
+    def _bar(self, batches: int | None, group: Group | None = None) -> tqdm:
+        share, groups = self.num_particles, [group]
+        if self._ranks is not None:
+            share = math.ceil(share / self._ranks.group.size)
+            groups.append(self._ranks.group)
+        show = self.progress and all(ranks is None or ranks.rank == 0 for ranks in groups)
+        total = None if batches is None else batches * share
+        return progress_bar(show=show, total=total, desc="particles", unit_scale=True)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -448,15 +479,3 @@ def _check(traces: Traces, local: tuple[str, ...]) -> None:
     sites = read_sites(traces)
     if local:
         check_local_plates(sites, local)
-
-
-def _refuse_values(particles: Particles | TwoLevels) -> None:
-    """Refuse particles that stand for all values of a site, and so are no draws of the latents."""
-    names = ", ".join(dict.fromkeys(repr(site.name) for site in particles.enumerated))
-    if names:
-        raise NotImplementedError(
-            f"Site(s) {names} are enumerated in the guide, so a particle holds all of their values, and "
-            "there are no draws to keep. log_marginal sums over the values; for draws sample them in the "
-            "guide (without infer={'enumerate': 'parallel'}), or leave them out of the guide and enumerate "
-            "them in the model."
-        )
