@@ -117,10 +117,9 @@ class ImportanceWeightedELBO(TrainedLoss):
             :math:`q_\phi(y \mid x)`, which drops out of it.
         particle_group: the P ranks, each a process of its own, that the M K particles are divided among: a
             process group of :mod:`torch.distributed` or a mesh of one dimension, ``mesh["particles"]``; M and
-            K stay those of all. The ranks of a group have the same datapoints and other noise. The loss is
-            the whole bound on each of them. Gradients are to be *averaged* over all ranks, as
-            ``DistributedDataParallel(loss(model, guide))`` and ``FusedOptim(..., process_group=...)`` do. See
-            :mod:`~pyro_iw.ranks.particles`.
+            K stay those of all. They share datapoints, and each has the whole bound for its loss. Gradients
+            are to be *averaged* over all ranks, as ``DistributedDataParallel(loss(model, guide))`` and
+            ``FusedOptim(..., process_group=...)`` do; see :mod:`~pyro_iw.ranks.particles`.
 
     Raises:
         ValueError: if an argument is out of range, or P does not divide M K.

@@ -7,9 +7,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.distributed
+from pyro.infer import SVI
 
 from helpers.ranks import run_on_ranks
-from pyro_iw import FIVO_ELBO, IWAE_ELBO, MIWAE_ELBO, LocallyEnhancedELBO
+from pyro_iw import FIVO_ELBO, IWAE_ELBO, MIWAE_ELBO, FusedOptim, LocallyEnhancedELBO
 from pyro_iw.bounds import IWAE, MIWAE
 from pyro_iw.gradients.snr import gradient_snr
 from pyro_iw.ranks.group import RankError
@@ -169,3 +170,28 @@ def refusals(rank):
 
 def test_what_cannot_be_divided_is_refused():
     run_on_ranks(refusals, 2)
+
+
+def advised(rank):
+    """SVI, with the optimiser that the error of drifting parameters names."""
+
+    def model():
+        with pyro.plate("data", 6):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.arange(6.0))
+
+    def guide():
+        loc = pyro.param("loc", torch.zeros(6))
+        with pyro.plate("data", 6):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1}, process_group=group())
+    pyro.set_rng_seed(rank)
+    svi = SVI(model, guide, optim, loss=IWAE_ELBO(K=4, particle_group=group()))
+    losses = [svi.step() for _ in range(4)]
+    return losses, pyro.param("loc").tolist()
+
+
+def test_svi_with_the_optimiser_that_errors_name():
+    first, second = run_on_ranks(advised, 2)
+    assert first == second
