@@ -18,7 +18,7 @@ LEGS ?=
 VERSIONS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-versions fuzz lint types docs check bench clean
+.PHONY: help venv demo test test-versions fuzz lint types docs check bench release clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST))
@@ -74,6 +74,13 @@ bench: $(BASE)  ## Time and memory beside what a user would pick instead (half a
 	@for script in step_time memory time_to_nll; do \
 	    $(BIN)/python benchmarks/$$script.py $(BENCH_ARGS) || exit 1; \
 	done
+
+# The two tools are only needed here, and bring a dozen packages: they are not among those of the tests.
+release: $(FULL)  ## Build wheel and source archive in dist, and check them
+	@rm -rf dist
+	@$(BIN)/python -m pip install -qq build twine
+	@$(BIN)/python -m build --outdir dist
+	@$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## Remove .venv and everything generated
 	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build results
