@@ -1,4 +1,4 @@
-"""The VAE of distributed_vae.py trained by Lightning, which brings the processes, the loop and the checkpoints.
+"""The VAE of distributed_vae.py under Lightning, which brings the processes, the loop and the checkpoints.
 
 It needs the extra ``lightning``. One process or many, started by Lightning or by torchrun::
 
@@ -8,8 +8,8 @@ It needs the extra ``lightning``. One process or many, started by Lightning or b
     torchrun --nproc_per_node 4 examples/distributed_lightning.py --particle-ranks 2      # a mesh of 2 × 2
 
 A training step is ``self.elbo(batch, N)``, the loss of the pair as a module. Lightning wraps it in
-``DistributedDataParallel``, so that all that distributed_vae.py says of ranks holds here. What is left to do: a
-seed of its own for each rank, and with ``--particle-ranks`` a sampler that knows the data ranks.
+``DistributedDataParallel``, so that all that distributed_vae.py says of ranks holds here. What is left to do:
+a seed of its own for each rank, and with ``--particle-ranks`` a sampler that knows the data ranks.
 
 All bounds are reported in nats per datapoint.
 """
@@ -25,11 +25,11 @@ from typing import Any
 import pyro
 import torch
 import torch.distributed
+from distributed_vae import SMOKE, Guide, Model
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader, DistributedSampler
 
-from distributed_vae import SMOKE, Guide, Model
 from pyro_iw import ImportanceSampler
 from pyro_iw._support.optional import require
 from shared import datasets
@@ -41,7 +41,7 @@ from shared.running import Diverged, in_one_line, results_folder
 lightning = require("lightning", "lightning", "examples/distributed_lightning.py")
 
 
-class Training(lightning.LightningModule):  # type: ignore[name-defined]
+class Training(lightning.LightningModule):
     """Model, guide and loss, as Lightning wants them.
 
     Arguments:
@@ -53,8 +53,11 @@ class Training(lightning.LightningModule):  # type: ignore[name-defined]
     def __init__(self, args: argparse.Namespace, images: Tensor, heldout: Tensor) -> None:
         super().__init__()
         self.args, self.images, self.heldout = args, images, heldout
-        self.model = Model(images.mean(0), args.latent, args.hidden)
-        self.guide = Guide(images.shape[1], args.latent, args.hidden)
+        # In a tuple, for their parameters are to be those of the loss alone.
+        self.pair = (
+            Model(images.mean(0), args.latent, args.hidden),
+            Guide(images.shape[1], args.latent, args.hidden),
+        )
         self.mesh: DeviceMesh | None = None
 
     def setup(self, stage: str) -> None:
@@ -70,7 +73,7 @@ class Training(lightning.LightningModule):  # type: ignore[name-defined]
             raise ValueError(f"--particle-ranks {self.args.particle_ranks} needs as many --devices")
         group = self.mesh["particles"] if self.mesh else None
         self.loss = loss_of(self.args, particle_group=group)
-        self.elbo = self.loss(self.model, self.guide)  # whose state, the loss's clock too, is in checkpoints
+        self.elbo = self.loss(*self.pair)  # whose state, the loss's clock too, is in checkpoints
 
     def loader(self, images: Tensor, batch_size: int, shuffle: bool) -> DataLoader:
         """This data rank's part of the images."""
@@ -110,8 +113,7 @@ class Training(lightning.LightningModule):  # type: ignore[name-defined]
         groups = {name: self.mesh[name] if self.mesh else None for name in ("data", "particles")}
         pyro.set_rng_seed(self.args.seed)
         sampler = ImportanceSampler(
-            self.model,
-            self.guide,
+            *self.pair,
             self.args.nll_particles,
             chunk_size=max(1, self.args.nll_particles // 8),
             particle_group=groups["particles"],
@@ -130,7 +132,12 @@ class Training(lightning.LightningModule):  # type: ignore[name-defined]
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--devices", type=positive_int, default=1, help="processes that Lightning starts; torchrun's go before")
+    add(
+        "--devices",
+        type=positive_int,
+        default=1,
+        help="processes to start; those of torchrun go before",
+    )
     add("--particle-ranks", type=positive_int, default=1, help="P, the parts of the particles")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu talks by gloo, cuda by NCCL")
     add_loss_options(parser)
