@@ -92,7 +92,7 @@ def make_pair(args: argparse.Namespace, pixels: int) -> LatentAAE | HeadsAAE:
 def compare_classifier(data: Data, args: argparse.Namespace, seed: int, steps: int) -> dict[str, float]:
     """The error of the same classifier trained on the labels alone, with as many steps of the same kind."""
     assert data.few is not None
-    with seeded(seed, args.device):
+    with seeded(seed):
         pair = make_pair(args, data.images.shape[1]).to(args.device)
         options = {"batch_size": args.batch_size, "learning_rate": args.learning_rate, "seed": seed}
         train_classifier(pair.encoder, data.few, steps=steps, **options)

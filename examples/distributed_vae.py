@@ -110,8 +110,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--chunk-size",
         type=positive_int,
-        default=8,
-        help="particles in memory at once, and drawn from a stream of their own",
+        help="particles in memory at once, and drawn from a stream of their own (default: 8, and all of them "
+        "with --backward-particles)",
     )
     add("--latent", type=positive_int, default=50, help="dimension of z")
     add("--hidden", type=positive_int, default=200, help="width of both hidden layers")
@@ -132,6 +132,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = at_smoke_size(make_parser().parse_args(argv), SMOKE)
+    if args.chunk_size is None and args.backward_particles is None:
+        args.chunk_size = 8
     if args.out is None:
         args.out = results_folder(f"distributed-vae-{args.data}-{args.loss}", args.smoke)
     return args

@@ -156,10 +156,11 @@ def test_what_is_imported_is_required():
     assert {"torch", "opt_einsum"} <= plain
     assert {PIP_NAMES.get(name, name) for name in plain} <= needed[""]
     assert {("arviz", "arviz"), ("sklearn", "examples")} <= asked
-    for module, extra in asked:
+    plain, asked_by_examples = imported("examples")
+    assert ("lightning", "lightning") in asked_by_examples
+    for module, extra in asked | asked_by_examples:
         name = BROUGHT.get(module, module)
         assert PIP_NAMES.get(name, name) in needed[extra], (module, extra)
-    plain, _ = imported("examples")
     optional = {"torchvision"}  # which downloads a data set where the user has it
     assert {PIP_NAMES.get(name, name) for name in plain - optional} <= needed[""] | needed["examples"]
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import distributed_vae
@@ -98,3 +102,29 @@ def test_as_many_processes_as_the_mesh_has(tmp_path: Path) -> None:
         SystemExit, match="error: --data-ranks 2 times --particle-ranks 1 are 2 processes, but 1"
     ):
         distributed_vae.main(["--smoke", "--data-ranks", "2", "--out", str(tmp_path)])
+
+
+def test_chunks_or_a_backward_subset() -> None:
+    assert distributed_vae.parse_args([]).chunk_size == 8
+    assert distributed_vae.parse_args(["--backward-particles", "4"]).chunk_size is None
+
+
+@pytest.mark.slow
+def test_lightning_trains_the_same_pair(tmp_path: Path) -> None:
+    """On two processes of torchrun, with particles divided; what it prints, from the parameters it saved."""
+    pytest.importorskip("lightning", reason="the extra 'lightning' is not installed")
+    script = Path(distributed_vae.__file__).with_name("distributed_lightning.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(script), "--smoke", "--particle-ranks", "2", "--accumulate", "2", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    printed, error = re.search(r"NLL ([\d.]+) ± ([\d.]+) nats", done.stdout).groups()
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    found = {name.removeprefix("elbo."): value for name, value in saved["state_dict"].items()}
+    assert found["_extra_state"] == 6  # steps of the optimiser: 2 epochs of 5 batches, in twos
+    digits = datasets.load("digits").subset(100, 30)
+    expected, own = nll(found, digits, 200)
+    assert float(printed) == pytest.approx(expected, abs=4 * math.hypot(own, float(error)) + 0.1)
+    first = digits.train.flatten(1).mean(0).clamp(0.001, 0.999).logit()
+    assert not torch.equal(found["model.decoder.4.bias"], first)

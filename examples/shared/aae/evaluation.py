@@ -202,7 +202,7 @@ def evaluate(pair: Pair, data: Data, mode: str, *, parzen_samples: int, seed: in
     """
     pair.eval()
     heldout, truth = data.heldout, data.heldout_labels
-    with seeded(seed, heldout.device):
+    with seeded(seed):
         results = reconstruction(pair, heldout) | fit_of_codes(pair, heldout)
         training = fit_of_codes(pair, data.images)
         results |= {f"{name}_training": value for name, value in training.items()}

@@ -264,7 +264,7 @@ def save_all(
     codes = evaluation.encode(pair, data.heldout)
     originals = data.heldout[:24].reshape(-1, *data.shape).cpu()
     pictures.save_reconstructions(originals, decoded(codes[:24]), folder / "reconstructions.png")
-    with seeded(seed, device):
+    with seeded(seed):
         if isinstance(pair, LatentAAE):
             save_latent(pair, data, codes, decoded, folder)
         elif isinstance(pair, HeadsAAE):
