@@ -129,7 +129,8 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any
         checkpoint.save(path, KIND, {"settings": settings, "training": trainer.state()})
 
     description = f"{args.mode} on {args.data}, seed {seed}"
-    trainer.run(save=save, save_every=args.checkpoint_every, description=description)
+    options = {"save_every": args.checkpoint_every, "description": description}
+    trainer.run(save=save, measure=lambda: evaluation.classification_error(pair, data), **options)
     results = evaluation.evaluate(pair, data, args.mode, parzen_samples=args.parzen_samples, seed=seed)
     if args.mode == "semi-supervised":
         results |= compare_classifier(data, args, seed, trainer.step)

@@ -19,6 +19,7 @@ from .networks import PIXEL_SCALE, HeadsAAE, LatentAAE, Pair
 from .training import Data
 
 __all__ = [
+    "classification_error",
     "cluster_labels",
     "cluster_results",
     "encode",
@@ -142,6 +143,21 @@ def error(predicted: Tensor, labels: Tensor) -> float:
     return (predicted != labels).double().mean().item()
 
 
+def classification_error(pair: Pair, data: Data) -> dict[str, float]:
+    """The error of a pair that was shown labels on held-out images, in eval mode; else nothing.
+
+    A class is the likelier head, or the part of the prior that a code is in.
+    """
+    if data.few is None:
+        return {}
+    if isinstance(pair, HeadsAAE):
+        predicted = head_logits(pair, data.heldout).argmax(-1)
+    else:
+        assert isinstance(pair, LatentAAE)
+        predicted = pair.prior.nearest(encode(pair, data.heldout))
+    return {"error": error(predicted, data.heldout_labels)}
+
+
 def cluster_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The class that each head is given, by labelled images that it was trained without the labels of.
 
@@ -209,16 +225,11 @@ def evaluate(pair: Pair, data: Data, mode: str, *, parzen_samples: int, seed: in
         codes = encode(pair, heldout)
         if mode == "unsupervised":
             results |= parzen_results(pair, parzen_samples, data.validation, heldout)
-        elif mode == "steered":
-            assert isinstance(pair, LatentAAE)
-            results["error"] = error(pair.prior.nearest(codes), truth)
-        else:
+        elif data.few is None:
             assert isinstance(pair, HeadsAAE)
             logits = head_logits(pair, heldout)
-            if data.few is not None:
-                results["error"] = error(logits.argmax(-1), truth)
-            else:
-                results |= cluster_results(head_logits(pair, data.images), data.labels, logits, truth)
+            results |= cluster_results(head_logits(pair, data.images), data.labels, logits, truth)
+        results |= classification_error(pair, data)
         if mode == "reduction":
             results["neighbour_error"] = neighbour_error(encode(pair, data.images), data.labels, codes, truth)
     return results

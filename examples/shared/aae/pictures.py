@@ -206,22 +206,32 @@ def save_embedding(
 
 
 def save_losses(history: list[dict[str, float]], path: Path) -> None:
-    """The phases' losses over the epochs; the reconstruction apart, which is on another scale."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """The phases' losses over the epochs; the reconstruction apart, which is on another scale.
+
+    And the held-out classification error, where there are labels.
+    """
     last = history[-1]
+    errors = "error" in last
+    figure = Figure(figsize=(15 if errors else 11, 3.8), layout="constrained")
+    left, right, *rest = figure.subplots(1, 3 if errors else 2)
     labels = "supervised" in last
     title = "Discriminators, guide and labels" if labels else "Discriminators and guide"
     unit = "nats per code; labels: nats per image" if labels else "nats per code"
     left.set(title="Reconstruction", xlabel="epoch", ylabel="−log p(x | code) [nats per image]")
     right.set(title=title, xlabel="epoch", ylabel=f"loss [{unit}]")
     epochs = [record["epoch"] for record in history]
+    marker = "o" if len(history) == 1 else None
+    for axes in rest:
+        axes.plot(epochs, [100 * record["error"] for record in history], color="C3", marker=marker)
+        axes.set(title="Held-out images", xlabel="epoch", ylabel="classification error [%]")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     for name in last:
-        if name in ("epoch", "seconds"):
+        if name in ("epoch", "seconds", "error"):
             continue
         axes = left if name in ("reconstruction", "penalty") else right
         label = LOSSES.get(name) or " of ".join(name.split("_", 1))
-        marker = "o" if len(history) == 1 else None
         axes.plot(epochs, [record[name] for record in history], marker=marker, label=label)
     # A discriminator that knows nothing says 1/2 of everything.
     for where, value, style in (
@@ -234,7 +244,7 @@ def save_losses(history: list[dict[str, float]], path: Path) -> None:
         left.set_ylabel("[nats per image]")
         left.legend(fontsize=8)
     figure.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
-    for axes in (left, right):
+    for axes in (left, right, *rest):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)

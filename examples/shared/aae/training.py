@@ -84,7 +84,7 @@ class Trainer:
         step: Steps taken.
         history: A dict an epoch: ``epoch``, ``seconds``, and the means of all losses since the last one, in
             nats per image, those of discriminators and guide per code. Where heads are to be apart, their
-            ``penalty`` is no part of ``reconstruction``.
+            ``penalty`` is no part of ``reconstruction``. And what ``run`` was told to measure.
     """
 
     def __init__(
@@ -199,21 +199,37 @@ class Trainer:
         self.step += 1
         return found
 
-    def record(self) -> None:
-        """Add to the history."""
+    def record(self, measured: dict[str, float]) -> None:
+        """Add to the history: the means of the losses, and what was measured beside them."""
         steps = self._totals.pop("steps")
         means = {name: total / steps for name, total in self._totals.items()}
         epoch = self.step / self.steps_per_epoch
-        self.history.append({"epoch": epoch, **means, "seconds": self._seconds})
+        self.history.append({"epoch": epoch, **means, **measured, "seconds": self._seconds})
         self._totals, self._seconds = {}, 0.0
 
-    def run(self, *, save: Callable[[], None], save_every: int, description: str) -> None:
+    def measured(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What ``measure`` says of the pair in eval mode, where it draws nothing."""
+        self.pair.eval()
+        with torch.no_grad():
+            found = measure()
+        self.pair.train()
+        return found
+
+    def run(
+        self,
+        *,
+        save: Callable[[], None],
+        save_every: int,
+        description: str,
+        measure: Callable[[], dict[str, float]] = dict,
+    ) -> None:
         """Train to the end of the last epoch.
 
         Arguments:
             save: Called at the end, before a stop and every ``save_every`` steps.
             save_every: In steps.
             description: The progress bar's label.
+            measure: Called at the end of every epoch, in eval mode; what it gives goes into the history.
 
         Raises:
             KeyboardInterrupt: At the end of a step, when a signal has asked for it.
@@ -231,7 +247,7 @@ class Trainer:
                 bar.set_postfix_str(text + f"-log p(x|z) {losses['reconstruction']:.2f}", refresh=False)
                 bar.update()
                 if self.position == len(self.order):
-                    self.record()
+                    self.record(self.measured(measure))
                 if received or self.step == end or self.step % save_every == 0:
                     save()
                 if received:
