@@ -122,9 +122,9 @@ def gradient_snr(
         Mean, standard deviation and ratio of every parameter, and the ratio of model and guide.
 
     Raises:
-        ValueError: if ``num_draws`` < 2, the loss has no ``differentiable_loss``, no parameter gets a
-            gradient, or model and guide have different ones of one name (as they may under
-            ``module_local_params``).
+        ValueError: if ``num_draws`` < 2, the loss has no ``differentiable_loss`` or has a
+            ``particle_group``, no parameter gets a gradient, or model and guide have different ones of one
+            name (as they may under ``module_local_params``).
 
     Example:
         >>> result = gradient_snr(IWAE_ELBO(K=16), model, guide, data, num_draws=200)
@@ -138,6 +138,11 @@ def gradient_snr(
         raise ValueError(f"num_draws must be an integer >= 2, for there to be a variance, got {num_draws!r}")
     if not hasattr(loss, "differentiable_loss"):
         raise ValueError(f"{loss!r} has no differentiable_loss to take gradients of")
+    if getattr(loss, "particle_group", None) is not None:
+        raise ValueError(
+            "The gradients of a loss with a particle_group are those of one rank's particles, and not of all."
+            " Measure the loss without particle_group, on one process."
+        )
     moments: dict[str, _Moments] = {}
     for draw in progress_bar(range(num_draws), show=progress, desc="gradients"):
         for name, gradient in _draw(loss, model, guide, args, kwargs).items():

@@ -104,6 +104,7 @@ def sandwich(
     plates: str | Iterable[str] | None = None,
     vectorize_particles: bool = True,
     max_plate_nesting: float = math.inf,
+    compile: bool = False,
     progress: bool = True,
     **kwargs: Any,
 ) -> Sandwich:
@@ -126,6 +127,7 @@ def sandwich(
         plates: likewise.
         vectorize_particles: likewise.
         max_plate_nesting: likewise.
+        compile: likewise.
         progress: likewise.
         kwargs: keyword arguments of model and guide.
 
@@ -150,6 +152,7 @@ def sandwich(
         plates=plates,
         vectorize_particles=vectorize_particles,
         max_plate_nesting=max_plate_nesting,
+        compile=compile,
         progress=progress,
     )
     parts = []
