@@ -17,7 +17,7 @@ from pyro_iw import AdversarialSVI, FusedOptim
 from ..checkpoint import random_state, restore_random_state
 from ..running import progress_bar, stop_signals
 from ..training import set_learning_rate
-from .networks import Encoder, Few, HeadsAAE, LatentAAE
+from .networks import ClassAAE, Encoder, Few, HeadsAAE, LatentAAE
 from .priors import COMPONENTS
 
 __all__ = ["Data", "Trainer", "choose_labelled", "decay", "train_classifier"]
@@ -64,7 +64,7 @@ class Data(NamedTuple):
     heldout_labels: Tensor
     validation: Tensor
     few: Few | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
 
 class Trainer:
@@ -79,6 +79,7 @@ class Trainer:
         epochs: Passes over the images.
         learning_rate: Of all phases, at first; see :func:`decay`.
         seed: Of the order of the images, and of which labelled ones are seen when.
+        labels: The classes of all images, shape ``[N]``, for a pair that is told them.
 
     Attributes:
         step: Steps taken.
@@ -89,7 +90,7 @@ class Trainer:
 
     def __init__(
         self,
-        pair: LatentAAE | HeadsAAE,
+        pair: LatentAAE | HeadsAAE | ClassAAE,
         images: Tensor,
         few: Few | None,
         *,
@@ -98,8 +99,9 @@ class Trainer:
         epochs: int,
         learning_rate: float,
         seed: int,
+        labels: Tensor | None = None,
     ) -> None:
-        self.pair, self.images, self.few = pair, images, few
+        self.pair, self.images, self.few, self.labels = pair, images, few, labels
         self.batch_size, self.epochs, self.learning_rate = batch_size, epochs, learning_rate
         self.discriminators = nn.ModuleDict(pair.discriminators(hidden)).to(images.device)
         options = {"lr": learning_rate, "betas": BETAS}
@@ -156,7 +158,7 @@ class Trainer:
         self._totals, self._seconds = state["since_record"]
 
     def next_batch(self) -> tuple[Tensor, Few | None]:
-        """The next images, in a new random order every epoch, and labelled ones."""
+        """The next images, in a new random order every epoch, and labelled ones: the same, if all are."""
         device = self.images.device
         if self.position == len(self.order):
             self.order = torch.randperm(len(self.images), generator=self.generator, device=device)
@@ -168,6 +170,8 @@ class Trainer:
         lonely = len(self.order) - self.position == self.batch_size + 1
         rows = self.order[self.position : self.position + self.batch_size + lonely]
         self.position += len(rows)
+        if self.labels is not None:
+            return self.images[rows], (self.images[rows], self.labels[rows])
         if self.few is None:
             return self.images[rows], None
         size = len(self.few[0])
