@@ -106,7 +106,9 @@ def cached_on_disk() -> AbstractContextManager[Any]:
     """Inductor looks for a graph in its cache only if a context says which shapes may vary: none do."""
     if tracing is None:
         return nullcontext()
-    return tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)))
+    return tracing(
+        TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True))
+    )
 
 
 def schema_of(operation: Any) -> Any:
