@@ -16,9 +16,11 @@ FUZZ_ARGS ?=
 # Of test-versions: which legs, if not all, and options of scripts/versions.py.
 LEGS ?=
 VERSIONS_ARGS ?=
+# Of pictures: which, if not all.
+PICTURES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-versions fuzz lint types docs check bench release clean
+.PHONY: help venv demo test test-versions fuzz lint types docs pictures check bench release clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +68,10 @@ types: $(FULL)  ## Check types with mypy
 docs: $(FULL)  ## Build the documentation; warnings are errors
 	@echo "building docs/_build/html"
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# One by name: make pictures PICTURES="snr bias". Curves on MNIST need its files in data/.
+pictures: $(BASE)  ## Draw the pictures of docs/images again (hours; PICTURES="bias khat": those alone)
+	@$(BIN)/python scripts/pictures.py $(PICTURES)
 
 check: lint types test docs  ## All of lint, types, test and docs
 
