@@ -1,4 +1,4 @@
-"""Configuration of the documentation: Sphinx, MyST Markdown, the furo theme. Nothing in it needs a network."""
+"""Configuration of the pages: Sphinx, MyST Markdown, the furo theme. None of it needs a network."""
 
 import doctest
 import os

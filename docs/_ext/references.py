@@ -20,7 +20,16 @@ NAME = re.compile(r"([A-Za-z_][\w.]*)(?:\(.*\))?", re.DOTALL)
 # What the pages call by these names belongs to somebody else or to a formula.
 NOT_LINKED = {"describe"}
 # Where a name without its module would be found.
-HOMES = ("", "pyro.infer.", "pyro.infer.autoguide.", "pyro.", "pyro.optim.", "pyro.nn.", "torch.", "torch.utils.data.")
+HOMES = (
+    "",
+    "pyro.infer.",
+    "pyro.infer.autoguide.",
+    "pyro.",
+    "pyro.optim.",
+    "pyro.nn.",
+    "torch.",
+    "torch.utils.data.",
+)
 
 
 def entries(project):
@@ -50,7 +59,7 @@ def write_inventories(app, config):
 
 
 def known():
-    """Full names by what prose may call them: ``IWAE_ELBO``, ``pyro_iw.nn.FoldBatch``, ``SVI``, ``poutine.scale``."""
+    """Full names by what prose may call them: ``IWAE_ELBO``, ``SVI``, ``poutine.scale``."""
     names = {}
     for project in ("pyro", "torch"):
         for name, _, _ in entries(project)[1]:
@@ -63,11 +72,15 @@ def known():
             if name not in NOT_LINKED and callable(getattr(module, name)):
                 names[name] = names[f"{module.__name__}.{name}"] = f"{module.__name__}.{name}"
     # The first of these is a word of the English language, the others are too short to be meant.
-    return {name: full for name, full in names.items() if name not in {"sample", "param", "module", "plate", "factor"}}
+    return {
+        name: full
+        for name, full in names.items()
+        if name not in {"sample", "param", "module", "plate", "factor"}
+    }
 
 
 def target(text, names):
-    """What ``text`` names: ``IWAE_ELBO(K=64)``, ``ImportanceSampler.log_marginal``; None where it is not a name."""
+    """The full name that is meant by ``IWAE_ELBO(K=64)`` or ``ImportanceSampler.log_marginal``; None if none is."""
     found = NAME.fullmatch(text)
     if not found:
         return None
@@ -99,14 +112,32 @@ def link_names(app, doctree):
         if ancestor is not None or full is None or docname.endswith(full):
             continue
         link = addnodes.pending_xref(
-            "", refdomain="py", reftype="obj", reftarget=full, refexplicit=False, refwarn=False, refdoc=docname
+            "",
+            refdomain="py",
+            reftype="obj",
+            reftarget=full,
+            refexplicit=False,
+            refwarn=False,
+            refdoc=docname,
         )
         node.replace_self(link)
         link += node
 
 
+def tidy(app, doctree):
+    """Leave out what says nothing: the base ``object``, and the blank line that closes a doctest."""
+    for node in list(doctree.findall(nodes.paragraph)):
+        if node.astext() == "Bases: object":
+            node.parent.remove(node)
+    for node in doctree.findall(nodes.literal_block):
+        text = node.astext()
+        if len(node) == 1 and node.rawsource == text != text.rstrip():
+            node.rawsource = text.rstrip()
+            node[:] = [nodes.Text(node.rawsource)]
+
+
 def keep_first_line(app, what, name, obj, options, lines):
-    """Of a property, napoleon reads the text before a colon as its type; an empty line first, and it does not."""
+    """Keep napoleon from reading a property's text before a colon as its type: an empty line comes first."""
     if what in {"property", "attribute"} and lines:
         lines.insert(0, "")
 
@@ -115,4 +146,5 @@ def setup(app):
     app.connect("config-inited", write_inventories, priority=100)
     app.connect("autodoc-process-docstring", keep_first_line, priority=100)
     app.connect("doctree-read", link_names)
+    app.connect("doctree-read", tidy)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -2,8 +2,9 @@ r"""
 A bound of your own
 ===================
 
-A bound is a function of log-weights. Written in a few lines of PyTorch it has gradients, plates, minibatches and
-estimators at once. The example is the jackknife of IWAE (Nowozin, 2018), which takes out the leading term of the bias:
+A bound is a function of log-weights. Written in a few lines of PyTorch it has gradients, plates, minibatches
+and estimators at once. The example is the jackknife of IWAE (Nowozin, 2018), which takes out the leading term
+of the bias:
 
 .. math:: V = K\, L_K - (K - 1)\, \frac1K \sum_{i=1}^K L_{K - 1}^{(-i)}
 
@@ -14,8 +15,8 @@ with :math:`L_K` the logarithm of the mean of K weights, and :math:`L^{(-i)}` th
 # The formula
 # -----------
 #
-# ``log_w`` has shape ``[M, K, *cells]``; the first two dims go. The mean without one weight is the whole sum less that
-# weight; ``log1p`` keeps it exact where one weight is almost everything.
+# ``log_w`` has shape ``[M, K, *cells]``; the first two dims go. The mean without one weight is the whole sum
+# less that weight; ``log1p`` keeps it exact where one weight is almost everything.
 
 import math
 
@@ -26,7 +27,7 @@ import torch
 from pyro.infer import SVI
 from pyro.optim import Adam
 
-from pyro_iw import Bound, IWAE_ELBO, ImportanceWeightedELBO
+from pyro_iw import IWAE_ELBO, Bound, ImportanceWeightedELBO
 from pyro_iw.bounds import IWAE
 
 
@@ -47,8 +48,8 @@ class Jackknife(Bound):
 # Does it do what it says?
 # ------------------------
 #
-# On weights with a known mean. A log-normal weight :math:`w = e^{\sigma \epsilon - \sigma^2 / 2}` has mean 1, so the
-# truth is 0 and what is left is bias.
+# On weights with a known mean. A log-normal weight :math:`w = e^{\sigma \epsilon - \sigma^2 / 2}` has mean 1,
+# so the truth is 0 and what is left is bias.
 
 pyro.set_rng_seed(0)
 Ks, sigma, draws = (2, 4, 8, 16, 32, 64), 0.7, 400_000
@@ -107,8 +108,9 @@ for K in (4, 16, 64):
 # Training with it
 # ----------------
 #
-# The particle weights come from autograd, and so does ``estimator="dreg"``, which needs second derivatives as well. The
-# guide's width is fixed and wrong, so that IWAE with few particles settles on a scale of the model that is too small.
+# The particle weights come from autograd, and so does ``estimator="dreg"``, which needs second derivatives as
+# well. The guide's width is fixed and wrong, so that IWAE with few particles settles on a scale of the model
+# that is too small.
 
 
 def train(loss, steps=400):
@@ -142,8 +144,8 @@ print(f"{'maximum likelihood':20s} scale {best:.3f}")
 # -------------------------
 #
 # What is corrected for its bias may lie above :math:`\log p(x)`, and a guide can make use of that: it climbs
-# :math:`V` whether or not :math:`V` still means anything. Keep such a formula for evaluation, or give the guide another
-# one to climb: the property ``guide_bound``, see :doc:`../your_own_bound`.
+# :math:`V` whether or not :math:`V` still means anything. Keep such a formula for evaluation, or give the
+# guide another one to climb: the property ``guide_bound``, see :doc:`../your_own_bound`.
 
 
 class Honest(Jackknife):

@@ -2,8 +2,8 @@ r"""
 Discrete latents
 ================
 
-A discrete latent has no path for a gradient to take. What there is instead, on a model small enough for the exact answer:
-a binary factor analysis, in which four switches decide which patterns an image is the sum of.
+A discrete latent has no path for a gradient to take. What there is instead, on a model small enough for the
+exact answer: a binary factor analysis, in which four switches decide which patterns an image is the sum of.
 """
 
 # %%
@@ -39,8 +39,8 @@ plt.show()
 # Model, guide and the truth
 # --------------------------
 #
-# There are :math:`2^4 = 16` states of the switches, so :math:`\log p(x)` is a sum that can be written out, and every way
-# of training judged by it.
+# There are :math:`2^4 = 16` states of the switches, so :math:`\log p(x)` is a sum that can be written out,
+# and every way of training judged by it.
 
 
 class Switches(nn.Module):
@@ -78,8 +78,8 @@ print(f"log p(x) of the model that made the data: {best.log_p(x):.2f}")
 # Estimators
 # ----------
 #
-# With ``estimator="auto"``, the default, a guide without a path is refused by name: a gradient that is silently zero would
-# be worse. The error lists what there is.
+# With ``estimator="auto"``, the default, a guide without a path is refused by name: a gradient that is
+# silently zero would be worse. The error lists what there is.
 
 try:
     IWAE_ELBO(K=8).loss_and_grads(Switches().model, Switches().guide, x)
@@ -90,9 +90,9 @@ except ValueError as error:
 # Noise of the gradient
 # ---------------------
 #
-# ``"score"`` multiplies the score of the guide by the bound, ``"vimco"`` takes off what the other particles expect,
-# ``"ovis"`` takes off the best linear control, and ``"rws"`` fits the guide by weighted draws instead. Their
-# signal-to-noise ratio at the same parameters, for the guide:
+# ``"score"`` multiplies the score of the guide by the bound, ``"vimco"`` takes off what the other particles
+# expect, ``"ovis"`` takes off the best linear control, and ``"rws"`` fits the guide by weighted draws
+# instead. Their signal-to-noise ratio at the same parameters, for the guide:
 
 pyro.clear_param_store()
 pyro.set_rng_seed(1)
@@ -131,8 +131,9 @@ plt.show()
 # Summing out instead
 # -------------------
 #
-# A site of the model that is enumerated needs no guide at all: it is summed out for each particle. Here the four switches
-# are made sites of their own, all of them enumerated, and training is exact. It pays as long as the sum can be afforded.
+# A site of the model that is enumerated needs no guide at all: it is summed out for each particle. Here the
+# four switches are made sites of their own, all of them enumerated, and training is exact. It pays as long as
+# the sum can be afforded.
 
 
 class Enumerated(Switches):
@@ -156,7 +157,10 @@ exact = Enumerated()
 svi = SVI(exact.model, exact.guide, Adam({"lr": 0.02}), loss=IWAE_ELBO(K=1))
 for _ in range(400):
     svi.step(x[torch.randint(len(x), (100,))])
-for name, value in {**{name: curve[-1] for name, curve in curves.items()}, "summed out": exact.log_p(x)}.items():
+for name, value in {
+    **{name: curve[-1] for name, curve in curves.items()},
+    "summed out": exact.log_p(x),
+}.items():
     print(f"{name:10s} log p(x) {value:.2f}")
 
 # %%
@@ -179,5 +183,5 @@ axes[1, 0].set_ylabel("learned")
 plt.show()
 
 # %%
-# :doc:`../which_estimator` says which estimator when; :doc:`../porting` has mixtures, chains and sites that the guide
-# enumerates.
+# :doc:`../which_estimator` says which estimator when; :doc:`../porting` has mixtures, chains and sites that
+# the guide enumerates.

@@ -2,16 +2,17 @@ r"""
 From an ELBO to MIWAE in ten minutes
 ====================================
 
-One model and one guide in Pyro, trained with the ELBO and then with ``MIWAE_ELBO``: one line changes. The model is small
-enough for its :math:`\log p(x)` to be written down, so that what each loss does to it can be seen.
+One model and one guide in Pyro, trained with the ELBO and then with ``MIWAE_ELBO``: one line changes. The
+model is small enough for its :math:`\log p(x)` to be written down, so that what each loss does to it can be
+seen.
 """
 
 # %%
 # Two causes of one effect
 # ------------------------
 #
-# Every datapoint has two hidden causes, and is the sum of both, measured three times. Learned are the ``strength`` of the
-# causes and the ``noise`` of the measurements.
+# Every datapoint has two hidden causes, and is the sum of both, measured three times. Learned are the
+# ``strength`` of the causes and the ``noise`` of the measurements.
 
 import matplotlib.pyplot as plt
 import pyro
@@ -33,15 +34,16 @@ def model(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         effect = strength * z.sum(-1, keepdim=True)
-        pyro.sample("x", dist.Normal(effect.expand(effect.shape[:-1] + (3,)), noise).to_event(1), obs=x)
+        pyro.sample("x", dist.Normal(effect.expand((*effect.shape[:-1], 3)), noise).to_event(1), obs=x)
 
 
 # %%
 # A guide that is too simple
 # --------------------------
 #
-# The usual one: independent normals, whose means are a function of the data. But if the sum is known and one cause is
-# large, the other must be small, so the posterior is correlated. No setting of the guide's parameters can say that.
+# The usual one: independent normals, whose means are a function of the data. But if the sum is known and one
+# cause is large, the other must be small, so the posterior is correlated. No setting of the guide's
+# parameters can say that.
 
 
 def guide(x):
@@ -75,8 +77,8 @@ elbo_params = pyro.get_param_store().get_state()
 # The one line
 # ------------
 #
-# ``MIWAE_ELBO(M=8, K=8)`` has 64 particles too. It averages the weights of ``K = 8`` inside the logarithm, which tightens
-# the bound, and does so ``M = 8`` times, which keeps the noise of the guide's gradient down:
+# ``MIWAE_ELBO(M=8, K=8)`` has 64 particles too. It averages the weights of ``K = 8`` inside the logarithm,
+# which tightens the bound, and does so ``M = 8`` times, which keeps the noise of the guide's gradient down:
 #
 # .. math:: \frac1M \sum_{m=1}^M \log \frac1K \sum_{k=1}^K \frac{p_\theta(x, z_{mk})}{q_\phi(z_{mk} \mid x)}
 #
@@ -90,9 +92,9 @@ paths["IWAE(64)"] = train(IWAE_ELBO(K=64))
 # What each loss makes of the model
 # ---------------------------------
 #
-# The dotted lines are the maximum of :math:`\log p(x)` itself. The ELBO weakens the causes and blames the noise: weaker
-# causes have a posterior that is less correlated, which suits the guide. That is a bias of the bound, and no amount of
-# data or training takes it away.
+# The dotted lines are the maximum of :math:`\log p(x)` itself. The ELBO weakens the causes and blames the
+# noise: weaker causes have a posterior that is less correlated, which suits the guide. That is a bias of the
+# bound, and no amount of data or training takes it away.
 
 within = x.var(-1).mean()
 between = (x.mean(-1).square().mean() - within / 3) / 2
@@ -109,8 +111,9 @@ plt.show()
 # Where the guide ends
 # --------------------
 #
-# The posterior of one datapoint under the MIWAE model, and both guides. The ELBO's sits inside of what it cannot
-# describe; with several weights inside the logarithm a guide may be wider than that, since draws that miss cost little.
+# The posterior of one datapoint under the MIWAE model, and both guides. The ELBO's sits inside of what it
+# cannot describe; with several weights inside the logarithm a guide may be wider than that, since draws that
+# miss cost little.
 
 
 def ellipse(mean, covariance, ax, **kwargs):
@@ -123,10 +126,17 @@ strength, noise = paths["MIWAE(8, 8)"][-1]
 covariance = torch.linalg.inv(torch.eye(2) + 3 * strength**2 / noise**2 * torch.ones(2, 2))
 one = x[x.mean(-1).argmax()].mean()
 fig, ax = plt.subplots(figsize=(4.6, 4))
-ellipse(covariance @ torch.ones(2) * 3 * strength / noise**2 * one, covariance, ax, color="black", label="posterior")
+ellipse(
+    covariance @ torch.ones(2) * 3 * strength / noise**2 * one,
+    covariance,
+    ax,
+    color="black",
+    label="posterior",
+)
 for name, state in (("ELBO's guide", elbo_params), ("MIWAE's guide", miwae_params)):
     pyro.get_param_store().set_state(state)
-    ellipse(pyro.param("slope").detach() * one, pyro.param("width").detach().square().diag(), ax, label=name)
+    slope, width = pyro.param("slope").detach(), pyro.param("width").detach()
+    ellipse(slope * one, width.square().diag(), ax, label=name)
 ax.set(xlabel="first cause", ylabel="second cause", aspect="equal")
 ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
@@ -135,16 +145,20 @@ plt.show()
 # One measure for both
 # --------------------
 #
-# Losses of different bounds do not compare: a lower one may be a better model, or a tighter bound of the same.
-# :math:`\log \hat p(x)` from many particles judges models alike, whatever they were trained with.
+# Losses of different bounds do not compare: a lower one may be a better model, or a tighter bound of the
+# same. :math:`\log \hat p(x)` from many particles judges models alike, whatever they were trained with.
 
 for name, state in (("ELBO", elbo_params), ("MIWAE", miwae_params)):
     pyro.get_param_store().set_state(state)
     samples = ImportanceSampler(model, guide, num_particles=2000)(x)
     strength, noise = pyro.param("strength"), pyro.param("noise")
-    law = dist.MultivariateNormal(torch.zeros(3), 2 * strength**2 * torch.ones(3, 3) + noise**2 * torch.eye(3))
-    print(f"{name:6s} log p(x) {samples.log_marginal.mean():.3f}, exact {law.log_prob(x).mean():.3f}, per datapoint")
+    law = dist.MultivariateNormal(
+        torch.zeros(3), 2 * strength**2 * torch.ones(3, 3) + noise**2 * torch.eye(3)
+    )
+    print(
+        f"{name:6s} log p(x) {samples.log_marginal.mean():.3f}, exact {law.log_prob(x).mean():.3f}, per datapoint"
+    )
 
 # %%
-# Where next: :doc:`../which_bound` compares all losses, and :doc:`is_my_fit_any_good` asks of a single fit what the table
-# above asked of two.
+# Where next: :doc:`../which_bound` compares all losses, and :doc:`is_my_fit_any_good` asks of a single fit
+# what the table above asked of two.

@@ -2,9 +2,9 @@ r"""
 Hierarchical models
 ===================
 
-A population with a mean and a spread, and an effect for each of its members: global latents, and a local one for each
-index of a plate. One importance weight for everything fails as the plate grows. A weight for each local latent, given the
-global ones, does not.
+A population with a mean and a spread, and an effect for each of its members: global latents, and a local one
+for each index of a plate. One importance weight for everything fails as the plate grows. A weight for each
+local latent, given the global ones, does not.
 """
 
 # %%
@@ -12,8 +12,6 @@ global ones, does not.
 # ------------------------
 #
 # Each member has three observations; the spread ``tau`` of the effects is what one wants to know.
-
-import math
 
 import matplotlib.pyplot as plt
 import pyro
@@ -36,19 +34,24 @@ def model(y, size=None):
     tau = pyro.sample("tau", dist.LogNormal(-1.0, 1.0))
     with pyro.plate("member", len(y), size, dim=-1) as rows:
         effect = pyro.sample("effect", dist.Normal(mean, tau))
-        pyro.sample("y", dist.Normal(effect[..., None], 1.0).expand(effect.shape + (3,)).to_event(1), obs=y[rows])
+        pyro.sample(
+            "y", dist.Normal(effect[..., None], 1.0).expand((*effect.shape, 3)).to_event(1), obs=y[rows]
+        )
 
 
 # %%
 # A guide for members alike
 # -------------------------
 #
-# One rule for all members, from the average of their data to their effect. It does not know ``mean`` and ``tau``, as most
-# amortised guides do not, so it cannot be the conditional posterior.
+# One rule for all members, from the average of their data to their effect. It does not know ``mean`` and
+# ``tau``, as most amortised guides do not, so it cannot be the conditional posterior.
 
 
 def guide(y, size=None):
-    loc, scale = pyro.param("loc", torch.zeros(2)), pyro.param("scale", 0.2 * torch.ones(2), constraint=positive)
+    loc, scale = (
+        pyro.param("loc", torch.zeros(2)),
+        pyro.param("scale", 0.2 * torch.ones(2), constraint=positive),
+    )
     pyro.sample("mean", dist.Normal(loc[0], scale[0]))
     pyro.sample("tau", dist.LogNormal(loc[1], scale[1]))
     weight, offset = pyro.param("weight", torch.tensor(0.5)), pyro.param("offset", torch.tensor(0.0))
@@ -61,8 +64,8 @@ def guide(y, size=None):
 # One weight for all
 # ------------------
 #
-# Training with the ELBO, with the joint IWAE, and on two levels: ``local=IWAE(16)`` gives each member 16 particles of its
-# own. The last works on minibatches too; here, of 50 members.
+# Training with the ELBO, with the joint IWAE, and on two levels: ``local=IWAE(16)`` gives each member 16
+# particles of its own. The last works on minibatches too; here, of 50 members.
 
 
 def fit(loss, *size, steps=800):
@@ -84,14 +87,16 @@ fits = {
 # The spread of the population
 # ----------------------------
 #
-# With the effects integrated out by hand, the posterior of ``mean`` and ``tau`` can be had on a grid, and compared with
-# the guide of each fit.
+# With the effects integrated out by hand, the posterior of ``mean`` and ``tau`` can be had on a grid, and
+# compared with the guide of each fit.
 
 grid = torch.linspace(0.2, 0.9, 200)
 means = torch.linspace(0.6, 1.4, 81)
 average, marginal = y.mean(-1), (grid**2 + 1 / 3).sqrt()
 log_joint = dist.Normal(means[:, None], marginal).log_prob(average[:, None, None]).sum(0)
-log_joint = log_joint + dist.Normal(0.0, 2.0).log_prob(means)[:, None] + dist.LogNormal(-1.0, 1.0).log_prob(grid)
+log_joint = (
+    log_joint + dist.Normal(0.0, 2.0).log_prob(means)[:, None] + dist.LogNormal(-1.0, 1.0).log_prob(grid)
+)
 posterior = log_joint.logsumexp(0).softmax(0) / (grid[1] - grid[0])
 
 fig, ax = plt.subplots()
@@ -108,12 +113,14 @@ plt.show()
 # Why the joint weight fails
 # --------------------------
 #
-# It is a product over all members, and one of the particles has it all. The ESS of 1000 joint particles, and of as many
-# that have 16 local particles for each member, as the number of members grows:
+# It is a product over all members, and one of the particles has it all. The ESS of 1000 joint particles, and
+# of as many that have 16 local particles for each member, as the number of members grows:
 
 pyro.clear_param_store()
 for name, value in fits["two levels"].items():
-    pyro.param(name, value.detach(), constraint=positive if name in {"scale", "width"} else dist.constraints.real)
+    pyro.param(
+        name, value.detach(), constraint=positive if name in {"scale", "width"} else dist.constraints.real
+    )
 numbers, joint, local = (2, 5, 10, 20, 50, 100, 200), [], []
 for n in numbers:
     joint.append(ImportanceSampler(model, guide, num_particles=1000)(y[:n]).ess)
@@ -130,7 +137,8 @@ plt.show()
 # Shrinkage
 # ---------
 #
-# Draws of the effects come from the same weights. They lie between a member's own average and the population's.
+# Draws of the effects come from the same weights. They lie between a member's own average and the
+# population's.
 
 samples = ImportanceSampler(model, guide, num_particles=1000, local={"member": 16})(y)
 estimate = samples.expectation("effect")
@@ -145,4 +153,5 @@ error = {"averages": average, "posterior means": estimate}
 print({name: f"{(value - effects).square().mean().sqrt():.3f}" for name, value in error.items()}, "rms error")
 
 # %%
-# More in :doc:`../hierarchical`, among it several plates side by side and what to do when minibatches do not cover a group.
+# More in :doc:`../hierarchical`, among it several plates side by side and what to do when minibatches do not
+# cover a group.

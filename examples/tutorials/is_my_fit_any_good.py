@@ -2,8 +2,8 @@ r"""
 Is my fit any good?
 ===================
 
-A loss that no longer falls says that training is over, not that the guide is near the posterior. Importance weights say
-more. Here they judge two guides of a Bayesian regression whose evidence is known exactly.
+A loss that no longer falls says that training is over, not that the guide is near the posterior. Importance
+weights say more. Here they judge two guides of a Bayesian regression whose evidence is known exactly.
 """
 
 # %%
@@ -46,8 +46,8 @@ print(f"log p(y) = {exact:.2f}")
 # Two guides
 # ----------
 #
-# ``AutoNormal`` leaves the correlation out, ``AutoMultivariateNormal`` has it. Both are fitted with the ELBO, and both
-# losses stand still at the end.
+# ``AutoNormal`` leaves the correlation out, ``AutoMultivariateNormal`` has it. Both are fitted with the ELBO,
+# and both losses stand still at the end.
 
 
 def fit(guide):
@@ -69,10 +69,12 @@ for name, auto in (("independent", AutoNormal), ("correlated", AutoMultivariateN
 # Evidence, ESS and k̂
 # --------------------
 #
-# All three come from the same weights. ESS is the number of independent draws that the weighted ones are worth; k̂ is the
-# tail of the weights, and above 0.7 neither number can be trusted.
+# All three come from the same weights. ESS is the number of independent draws that the weighted ones are
+# worth; k̂ is the tail of the weights, and above 0.7 neither number can be trusted.
 
-samples = {name: ImportanceSampler(model, guide, num_particles=5000)(year, y) for name, guide in guides.items()}
+samples = {
+    name: ImportanceSampler(model, guide, num_particles=5000)(year, y) for name, guide in guides.items()
+}
 for name, of in samples.items():
     print(f"{name:12s} log p(y) {of.log_marginal:.2f}   ESS {of.ess:.0f} of 5000   khat {of.khat:.2f}")
 
@@ -80,8 +82,8 @@ for name, of in samples.items():
 # A few particles hold the weight
 # -------------------------------
 #
-# The dotted line is a guide equal to the posterior. With the independent guide the heaviest few per cent of the particles
-# hold most of the weight.
+# The dotted line is a guide equal to the posterior. With the independent guide the heaviest few per cent of
+# the particles hold most of the weight.
 
 fig, ax = plt.subplots()
 for colour, (name, of) in enumerate(samples.items()):
@@ -94,9 +96,9 @@ plt.show()
 # How many particles would do?
 # ----------------------------
 #
-# The bound rises with the number of particles. It has arrived at :math:`\log p` where it is flat: at once for the
-# correlated guide, after hundreds of particles for the other. How far a curve climbs is the guide's divergence from the
-# posterior, in nats.
+# The bound rises with the number of particles. It has arrived at :math:`\log p` where it is flat: at once for
+# the correlated guide, after hundreds of particles for the other. How far a curve climbs is the guide's
+# divergence from the posterior, in nats.
 
 fig, ax = plt.subplots()
 for name, guide in guides.items():
@@ -137,10 +139,12 @@ plt.show()
 # When no number of particles helps
 # ---------------------------------
 #
-# Annealed importance sampling moves the guide's draws to the posterior by Hamiltonian Monte Carlo. With 16 chains it finds
-# what the independent guide needed thousands of particles for.
+# Annealed importance sampling moves the guide's draws to the posterior by Hamiltonian Monte Carlo. With 16
+# chains it finds what the independent guide needed thousands of particles for.
 
-annealed = AnnealedImportanceSampler(model, guides["independent"], num_chains=16, num_temperatures=60)(year, y)
+annealed = AnnealedImportanceSampler(model, guides["independent"], num_chains=16, num_temperatures=60)(
+    year, y
+)
 print(f"annealed: {annealed.log_marginal:.2f} +- {annealed.monte_carlo_error:.2f}   exact: {exact:.2f}")
 
 # %%

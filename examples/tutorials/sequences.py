@@ -2,18 +2,17 @@ r"""
 Sequences
 =========
 
-The importance weight of a sequence is a product over its steps, and with every step fewer particles count. A particle
-filter drops those that have come to weigh nothing and copies the others; ``FIVO_ELBO`` trains with what it estimates.
+The importance weight of a sequence is a product over its steps, and with every step fewer particles count. A
+particle filter drops those that have come to weigh nothing and copies the others; ``FIVO_ELBO`` trains with
+what it estimates.
 """
 
 # %%
 # A walk seen through noise
 # -------------------------
 #
-# Model and guide are objects with ``init`` and ``step``, as for Pyro's ``SMCFilter``. The walk pulls back to zero by a
-# factor that is to be learned, and the guide corrects each prediction by the next observation.
-
-import math
+# Model and guide are objects with ``init`` and ``step``, as for Pyro's ``SMCFilter``. The walk pulls back to
+# zero by a factor that is to be learned, and the guide corrects each prediction by the next observation.
 
 import matplotlib.pyplot as plt
 import pyro
@@ -81,7 +80,8 @@ def kalman(x, pull):
 # The length decides
 # ------------------
 #
-# The same untrained pair, 16 particles, sequences of growing length. ``ess_threshold=0`` never resamples, which is IWAE.
+# The same untrained pair, 16 particles, sequences of growing length. ``ess_threshold=0`` never resamples,
+# which is IWAE.
 
 lengths, gaps = (5, 10, 20, 40, 80), {"IWAE": [], "FIVO": []}
 _, long = simulate(80, 50)
@@ -132,7 +132,8 @@ print(f"maximum likelihood: {best:.2f}, FIVO: {pyro.param('pull').item():.2f}")
 # Judging the trained pair
 # ------------------------
 #
-# ``ParticleFilter`` estimates :math:`\log p(x)` of each sequence with its Monte Carlo error, and knows the states.
+# ``ParticleFilter`` estimates :math:`\log p(x)` of each sequence with its Monte Carlo error, and knows the
+# states.
 
 filtered = ParticleFilter(Model(), Guide(), num_particles=200, num_filters=4)(x)
 truth = kalman(x, pyro.param("pull").item()).detach()
@@ -153,4 +154,5 @@ axes[0].set_xlabel("")
 plt.show()
 
 # %%
-# :doc:`../sequences` has masks for unequal lengths, the bias of the gradient, and doubly reparameterised steps.
+# :doc:`../sequences` has masks for unequal lengths, the bias of the gradient, and doubly reparameterised
+# steps.
