@@ -152,12 +152,9 @@ for name, state in (("ELBO", elbo_params), ("MIWAE", miwae_params)):
     pyro.get_param_store().set_state(state)
     samples = ImportanceSampler(model, guide, num_particles=2000)(x)
     strength, noise = pyro.param("strength"), pyro.param("noise")
-    law = dist.MultivariateNormal(
-        torch.zeros(3), 2 * strength**2 * torch.ones(3, 3) + noise**2 * torch.eye(3)
-    )
-    print(
-        f"{name:6s} log p(x) {samples.log_marginal.mean():.3f}, exact {law.log_prob(x).mean():.3f}, per datapoint"
-    )
+    covariance = 2 * strength**2 * torch.ones(3, 3) + noise**2 * torch.eye(3)
+    exact = dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(x)
+    print(f"{name:6s} log p(x) per datapoint {samples.log_marginal.mean():.3f}, exact {exact.mean():.3f}")
 
 # %%
 # Where next: :doc:`../which_bound` compares all losses, and :doc:`is_my_fit_any_good` asks of a single fit
