@@ -76,6 +76,6 @@ bench: $(BASE)  ## Time and memory beside what a user would pick instead (half a
 	done
 
 clean:  ## Remove .venv and everything generated
-	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build results
+	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build docs/api docs/tutorials results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

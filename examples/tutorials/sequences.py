@@ -59,7 +59,7 @@ def simulate(steps, sequences, pull=0.9):
 
 
 pyro.set_rng_seed(0)
-walk, x = simulate(40, 20)
+walk, x = simulate(25, 30)
 
 # %%
 # The truth, by a Kalman filter
@@ -103,10 +103,10 @@ plt.show()
 # --------
 
 
-def train(loss, steps=200):
+def train(loss, steps=120):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    svi, pulls = SVI(Model(), Guide(), Adam({"lr": 0.02}), loss=loss), []
+    svi, pulls = SVI(Model(), Guide(), Adam({"lr": 0.04}), loss=loss), []
     for _ in range(steps):
         svi.step(x)
         pulls.append(pyro.param("pull").item())
@@ -138,7 +138,7 @@ print(f"maximum likelihood: {best:.2f}, FIVO: {pyro.param('pull').item():.2f}")
 filtered = ParticleFilter(Model(), Guide(), num_particles=200, num_filters=4)(x)
 truth = kalman(x, pyro.param("pull").item()).detach()
 off = (filtered.log_marginal - truth).detach()
-print(f"log p(x): {filtered.log_marginal.sum():.1f}, exact {truth.sum():.1f}")
+print(f"log p(x) per sequence: {filtered.log_marginal.mean():.3f}, exact {truth.mean():.3f}")
 print(f"errors of single sequences: {off.std():.3f}, as foretold: {filtered.monte_carlo_error.mean():.3f}")
 
 # %%

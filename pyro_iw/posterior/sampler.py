@@ -60,6 +60,11 @@ class Evidence(NamedTuple):
         log_marginal: :math:`\\log \\hat p(x)` in nats, of shape ``[*cells]``.
         monte_carlo_error: its standard error from the finite number of particles (delta method), likewise.
         ess: effective number of particles, likewise.
+
+    Example:
+        >>> evidence = ImportanceSampler(model, guide).evidence(data)
+        >>> evidence.log_marginal.shape, evidence.ess.shape
+        (torch.Size([3]), torch.Size([3]))
     """
 
     log_marginal: Tensor
@@ -83,6 +88,11 @@ class LogMarginal:
             from the finite number of particles, ``[N]``. NaN where these make fewer than 3 groups of the
             bound (0 for IWAE of all of them). With ``jackknife`` it is that of the difference before the
             correction.
+
+    Example:
+        >>> result = ImportanceSampler(model, guide).log_marginal_dataset([data[:2], data[2:]])
+        >>> result.values.shape
+        torch.Size([3])
     """
 
     values: Tensor
