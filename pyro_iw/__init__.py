@@ -3,6 +3,7 @@
 from ._support.version import __version__ as __version__
 from .adversarial import AdversarialLosses, AdversarialSVI
 from .bounds import Bound
+from .checking import PairCheck, SiteCheck, check
 from .elbo import ImportanceWeightedELBO
 from .gradients.snr import GradientSNR, gradient_snr
 from .hierarchical import LocallyEnhancedELBO
@@ -47,15 +48,18 @@ __all__ = [
     "LeaveOneOut",
     "LocallyEnhancedELBO",
     "LogMarginal",
+    "PairCheck",
     "ParticleFilter",
     "Particles",
     "RateDistortion",
     "Sandwich",
+    "SiteCheck",
     "TwoLevels",
     "TwoSamples",
     "active_units",
     "aggregated_posterior",
     "bound_curve",
+    "check",
     "gradient_snr",
     "rate_distortion",
     "sandwich",

@@ -28,7 +28,7 @@ from ._support.warn import warn
 from .bounds import Bound
 from .compiling.step import Compiler
 from .gradients.backward_subset import estimate_from_subset
-from .gradients.chunks import Chunks, estimate_in_chunks
+from .gradients.chunks import Chunks, InChunks, estimate_in_chunks
 from .gradients.estimators import get_estimator
 from .gradients.over_values import suited_to
 from .gradients.surrogate import Estimate
@@ -87,7 +87,8 @@ class ImportanceWeightedELBO(ELBO):
             model and guide must broadcast over; otherwise one by one.
         chunk_size: run no more than that many particles at once; an integer >= 1, or None for all. The
             gradients are the same (but for the order in which random numbers are drawn) in the memory of one
-            chunk, at the price of a second forward pass, see :mod:`~pyro_iw.gradients.chunks`.
+            chunk, at the price of a second forward pass, see :mod:`~pyro_iw.gradients.chunks`. With
+            ``compile=True`` the programs of a chunk are compiled once and replayed.
         backward_particles: number k' of particles, chosen by weight in each cell, that the model runs on with
             gradients; an integer >= 1, or None for all. The loss is that of all particles, the gradient
             unbiased, see :mod:`~pyro_iw.gradients.backward_subset`. It goes together neither with
@@ -158,11 +159,6 @@ class ImportanceWeightedELBO(ELBO):
                     "one of them: chunk_size bounds memory, backward_particles saves time and memory at the "
                     "price of noise in the gradient."
                 )
-        if compile and chunk_size is not None:
-            raise ValueError(
-                "compile=True makes one program of a whole step, and chunk_size takes the step apart to save "
-                "memory. Pass one of them; compile=True goes together with backward_particles."
-            )
         if retain_graph and (compile or chunk_size is not None):
             other = "compile=True" if compile else "chunk_size"
             raise ValueError(
@@ -273,8 +269,9 @@ class ImportanceWeightedELBO(ELBO):
             for bound in self._bounds
             for name, value in vars(bound).items()
         )
-        options = (attributes, self.plates, self.backward_particles, self.stratified)
-        return self._compiler.run(pair, kl_weight, self._estimate, options)
+        options = (attributes, self.plates, self.backward_particles, self.stratified, self.chunk_size)
+        chunks = None if not _is_less(self.chunk_size, self.num_particles) else self._in_chunks(self._route())
+        return self._compiler.run(pair, kl_weight, self._estimate, options, chunks)
 
     def recompile(self) -> None:
         """Forget all compiled steps, and try again to compile what could not be."""
@@ -300,12 +297,9 @@ class ImportanceWeightedELBO(ELBO):
 
     def _estimate(self, pair: Pair, kl_weight: float) -> tuple[Particles | Chunks, Estimate]:
         gradients = torch.is_grad_enabled()
-        route = self._estimator.route(self.bound) if gradients else None
-        if route is not None:
-            route = route._replace(per_value=not (self.stratified or self._is_linear))
+        route = self._route() if gradients else None
         if _is_less(self.chunk_size, self.num_particles):
-            draw = partial(self._draw, kl_weight)
-            return estimate_in_chunks(draw, pair, self._estimator, self.bound, route, self.chunk_size)
+            return estimate_in_chunks(pair, kl_weight, self._in_chunks(route))
         if route is not None and _is_less(self.backward_particles, self.num_particles):
             collect = partial(self._collect, kl_weight)
             return estimate_from_subset(
@@ -316,6 +310,15 @@ class ImportanceWeightedELBO(ELBO):
         if gradients:
             estimator.check(particles, self.bound)
         return particles, estimator.estimate(particles, self.bound, route)
+
+    def _route(self) -> Route:
+        """How latent values travel where gradients are wanted."""
+        route = self._estimator.route(self.bound)
+        return route._replace(per_value=not (self.stratified or self._is_linear))
+
+    def _in_chunks(self, route: Route | None) -> InChunks:
+        assert self.chunk_size is not None
+        return InChunks(self._draw, self._estimator, self.bound, route, self.chunk_size)
 
     def _draw(
         self,

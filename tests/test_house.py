@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "elbo": {"_support", "maths", "ranks", "tracing", "gradients", "compiling"},
     "losses": {"_support", "maths", "elbo"},
     "hierarchical": {"_support", "maths", "tracing", "gradients", "elbo"},
+    "checking": {"_support", "tracing", "gradients", "elbo", "hierarchical", "losses"},
     "plots": {"_support", "maths", "posterior"},
 }
 

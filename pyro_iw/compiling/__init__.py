@@ -1,7 +1,8 @@
 r"""The compiled step, behind ``compile=True``, and what it takes of PyTorch that is not public.
 
 :mod:`~pyro_iw.compiling.step` decides, step by step, whether a program runs. The other modules make
-programs, and are imported when a first step is to be compiled. They get private names of PyTorch's,
+programs (:mod:`~pyro_iw.compiling.program`; :mod:`~pyro_iw.compiling.chunked` where a step is taken in
+chunks), and are imported when a first step is to be compiled. They get private names of PyTorch's,
 Python's and Pyro's through :mod:`~pyro_iw.compiling.private`; where one is missing, that import fails, one
 warning says which, and steps run eagerly.
 

@@ -2,13 +2,14 @@ r"""A recorded graph made into kernels by Inductor, with eager's own noise."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .private import compile_graph, library
+from .private import compile_graph, library, schema_of
 
 __all__ = ["DECOMPOSITIONS", "inductor"]
 
@@ -31,6 +32,7 @@ def inductor(graph: Any, inputs: list[Tensor]) -> Callable[[list[Tensor]], Seque
         node.meta.clear()
         if node.target is _aten.bernoulli.default and not node.kwargs.get("generator"):
             node.target = torch.ops.pyro_iw.bernoulli.default
+    count = _keep_draws(graph)
     graph.recompile()
     # Eager's own draws from eager's own generators, at no cost that could be measured.
     options: dict[str, Any] = {"fallback_random": True}
@@ -38,7 +40,44 @@ def inductor(graph: Any, inputs: list[Tensor]) -> Callable[[list[Tensor]], Seque
         options["triton.cudagraphs"] = True
     with torch.no_grad():
         compiled: Any = compile_graph(graph, list(inputs), options=options)
-    return lambda args: compiled(*args)
+    return lambda args: compiled(*args)[:count]
+
+
+def _keep_draws(graph: Any) -> int:
+    """Have a graph return draws that nothing depends on, which Inductor would leave out.
+
+    All draws after those would be others than the eager step's, and than those of a program that needs them.
+
+    Returns:
+        The number of the graph's own outputs.
+    """
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    own = list(output.args[0])
+    needed, pending = {output}, [output]
+    while pending:
+        node = pending.pop()
+        if not _reads_shapes_alone(node):
+            new = set(node.all_input_nodes) - needed
+            needed |= new
+            pending += new
+    unused = []
+    for node in graph.graph.nodes:
+        if node in needed or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            continue
+        if len(schema_of(node.target).returns) > 1:
+            with graph.graph.inserting_before(output):
+                node = graph.graph.call_function(operator.getitem, (node, 0))
+        unused.append(node)
+    if unused:
+        output.args = ([*own, *unused],)
+    return len(own)
+
+
+def _reads_shapes_alone(node: Any) -> bool:
+    """Whether what an operation gives does not depend on the values that it is given."""
+    name = node.target.__name__ if node.op == "call_function" else ""
+    name = name.partition(".")[0]
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def _tanh(x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@ r"""A recorded step as a program: its inputs, what it leaves behind, and how it 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyro
@@ -17,73 +18,122 @@ from ..tracing.handlers import handlers_in_force
 from ..tracing.traces import Pair
 from . import inductor
 from .arguments import Refused
+from .guards import Guards
 from .private import add_each, params_of_store
 from .recording import Recorded, record
 
-__all__ = ["CompiledStep", "Program", "make_program"]
+__all__ = ["CompiledStep", "Piece", "Program", "WholeStep"]
 
 
-class Program:
-    """A compiled step and where its inputs come from.
+class Piece:
+    """A compiled graph, and the tensors that it reads by reference.
 
     Arguments:
-        function: the compiled graph, of a list of inputs.
-        recorded: the graph's inputs and outputs.
-        args: the arguments that it was recorded with.
-        weight: holds the weight of the KL term, if that is an input.
+        recorded: the graph.
+        inputs: examples of its further inputs.
     """
 
-    def __init__(
-        self,
-        function: Callable[[list[Tensor]], Sequence[Tensor]],
-        recorded: Recorded,
-        args: list[Tensor],
-        weight: Tensor | None,
-    ) -> None:
-        self.function = function
+    def __init__(self, recorded: Recorded, inputs: Sequence[Tensor]) -> None:
         self.fixed = recorded.fixed
-        self.leaves = recorded.leaves
-        self.leaf_args = recorded.leaf_args
-        self.guards = recorded.guards
-        self.generators = recorded.generators
-        self.weight = weight
-        self.messages = [_message(site) for site in recorded.params]
-        # The next step's arguments are others.
-        own = {arg.untyped_storage().data_ptr() for arg in args}
-        self.written = [t for t in recorded.written if t.untyped_storage().data_ptr() not in own]
         self.device = next((t.device for t in self.fixed if t.device.type == "cuda"), None)
+        self.function = inductor.inductor(recorded.graph, [t.detach() for t in (*self.fixed, *inputs)])
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the graph gives for these further inputs."""
+        with torch.no_grad():
+            if self.device is None:
+                return self.function([*self.fixed, *inputs])
+            torch.compiler.cudagraph_mark_step_begin()
+            # The next replay of a CUDA graph writes over what this one returns.
+            return [out.clone() for out in self.function([*self.fixed, *inputs])]
+
+
+class Program(ABC):
+    """A compiled step: what it is made for, what it leaves behind and how it is taken back.
+
+    Arguments:
+        args: the arguments that it was recorded with.
+        kl_weight: the weight of the KL term.
+        varies: whether that is an input of the program, and not a number in it.
+
+    Attributes:
+        weight: holds that weight, if it is an input.
+        leaves, leaf_args, generators: as of :class:`Recorded`.
+    """
+
+    def __init__(self, args: list[Tensor], kl_weight: float, varies: bool) -> None:
+        self.weight: Tensor | None = None
+        if varies:
+            device = next((arg.device for arg in args if arg.device.type == "cuda"), torch.device("cpu"))
+            self.weight = torch.tensor(float(kl_weight), dtype=torch.float64, device=device)
+        self.leaves: list[Tensor] = []
+        self.leaf_args: list[int] = []
+        self.generators: list[torch.Generator] = []
+        self.written: list[Tensor] = []
+        self.messages: list[tuple[dict[str, Any], Any]] = []
+        self.device: torch.device | None = None
+        self._guards: list[Guards] = []
+        # The next step's arguments are others.
+        self._own = {arg.untyped_storage().data_ptr() for arg in args}
+
+    @abstractmethod
+    def __call__(self, args: list[Tensor], kl_weight: float) -> Sequence[Tensor]:
+        """The loss, and the gradients of the leaves and of the arguments that get some."""
 
     def run(self, args: list[Tensor], kl_weight: float) -> CompiledStep:
         """Take a step with these arguments."""
         return CompiledStep(self, args, kl_weight)
 
-    def __call__(self, args: list[Tensor], kl_weight: float) -> Sequence[Tensor]:
-        inputs = [*self.fixed, *args]
-        if self.weight is not None:
-            self.weight.fill_(float(kl_weight))
-            inputs.append(self.weight)
-        with torch.no_grad():
-            if self.device is None:
-                return self.function(inputs)
-            torch.compiler.cudagraph_mark_step_begin()
-            # The next replay of a CUDA graph writes over what this one returns.
-            return [out.clone() for out in self.function(inputs)]
+    def changed(self) -> str | None:
+        """The name of something that is no longer as it was recorded; None if all is."""
+        for guards in self._guards:
+            changed = guards.changed()
+            if changed is not None:
+                return changed
+        return None
+
+    def add(self, recorded: Recorded, inputs: Sequence[Tensor]) -> Piece:
+        """Compile a graph as a piece of this program, given examples of its further inputs."""
+        piece = Piece(recorded, inputs)
+        self.device = self.device or piece.device
+        self._guards.append(recorded.guards)
+        _extend(self.generators, recorded.generators)
+        _extend(self.leaves, recorded.leaves)
+        self.leaf_args += [index for index in recorded.leaf_args if index not in self.leaf_args]
+        _extend(
+            self.written, [t for t in recorded.written if t.untyped_storage().data_ptr() not in self._own]
+        )
+        self.messages = [_message(site) for site in recorded.params]
+        return piece
+
+    def inputs(self, args: Sequence[Tensor], kl_weight: float, extras: Sequence[Tensor] = ()) -> list[Tensor]:
+        """A piece's further inputs."""
+        if self.weight is None:
+            return [*args, *extras]
+        return [*args, *extras, self.weight.fill_(float(kl_weight))]
+
+    def random_state(self) -> list[Tensor]:
+        """The state of all generators that the program draws from."""
+        states = [generator.get_state() for generator in (torch.default_generator, *self.generators)]
+        return states if self.device is None else [*states, torch.cuda.get_rng_state(self.device)]
+
+    def set_random_state(self, states: Sequence[Tensor]) -> None:
+        """Put the generators to where they were."""
+        generators = (torch.default_generator, *self.generators)
+        for generator, state in zip(generators, states, strict=False):
+            generator.set_state(state)
+        if self.device is not None:
+            torch.cuda.set_rng_state(states[-1], self.device)
 
     def snapshot(self) -> Callable[[], None]:
         """What puts the random state, and the tensors that the program writes to, back to now."""
-        generators = [torch.default_generator, *self.generators]
-        states = [generator.get_state() for generator in generators]
-        cuda = None if self.device is None else torch.cuda.get_rng_state(self.device)
-        values = [tensor.clone() for tensor in self.written]
+        states = self.random_state()
+        values = [(tensor, tensor.clone()) for tensor in self.written]
 
         def undo() -> None:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
-            if cuda is not None:
-                assert self.device is not None
-                torch.cuda.set_rng_state(cuda, self.device)
+            self.set_random_state(states)
             with torch.no_grad():
-                for tensor, value in zip(self.written, values, strict=True):
+                for tensor, value in values:
                     tensor.copy_(value)
 
         return undo
@@ -99,6 +149,41 @@ class Program:
                 # As the param store does at each access; saving the store takes it off.
                 message["value"].unconstrained = weakref.ref(leaf)
                 add_node(message["name"], **message)
+
+
+class WholeStep(Program):
+    """A step as one graph.
+
+    Arguments:
+        pair: the pair and its arguments.
+        args: the tensors among those, in order.
+        kl_weight: the weight of the KL term.
+        varies: whether that is an input of the program, and not a number in it.
+        estimate: what a step computes, given a pair and a weight.
+
+    Raises:
+        Refused: if a recording would freeze what may change from step to step.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        args: list[Tensor],
+        kl_weight: float,
+        varies: bool,
+        estimate: Callable[[Pair, Any], tuple[Any, Estimate]],
+    ) -> None:
+        super().__init__(args, kl_weight, varies)
+
+        def body(pair: Pair, kl_weight: Any, _: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+            loss = estimate(pair, kl_weight)[1].loss
+            return [loss], loss
+
+        recorded = record(pair, args, kl_weight if self.weight is None else self.weight, body)
+        self._piece = self.add(recorded, self.inputs(args, kl_weight))
+
+    def __call__(self, args: list[Tensor], kl_weight: float) -> Sequence[Tensor]:
+        return self._piece(self.inputs(args, kl_weight))
 
 
 class CompiledStep:
@@ -164,34 +249,11 @@ class _Attached(torch.autograd.Function):
         return (None, None, *grads, *[None] * len(grads))
 
 
-def make_program(
-    pair: Pair,
-    args: list[Tensor],
-    kl_weight: float,
-    varies: bool,
-    estimate: Callable[[Pair, Any], tuple[Any, Estimate]],
-) -> Program:
-    """Record a step and compile it.
-
-    Arguments:
-        pair: the pair and its arguments.
-        args: the tensors among those, in order.
-        kl_weight: the weight of the KL term.
-        varies: whether that is an input of the program, and not a number in it.
-        estimate: what a step computes, given a pair and a weight.
-
-    Raises:
-        Refused: if a recording would freeze what may change from step to step.
-    """
-    device = next((arg.device for arg in args if arg.device.type == "cuda"), torch.device("cpu"))
-    weight = None
-    if varies:
-        weight = torch.tensor(float(kl_weight), dtype=torch.float64, device=device)
-    recorded = record(pair, args, kl_weight if weight is None else weight, estimate)
-    example = [*recorded.fixed, *args, *([] if weight is None else [weight])]
-    plain = [tensor.detach() for tensor in example]
-    function = inductor.inductor(recorded.graph, plain)
-    return Program(function, recorded, args, weight)
+def _extend(known: list, found: Iterable) -> None:
+    """Add what is not there yet, by identity."""
+    for item in found:
+        if not any(item is other for other in known):
+            known.append(item)
 
 
 def _message(site: Any) -> tuple[dict[str, Any], Any]:

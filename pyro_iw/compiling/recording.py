@@ -9,7 +9,7 @@ a tensor's value to Python.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.fx.node import map_arg
 
 from ..gradients.graph import leaves_below, without_hooks
-from ..gradients.surrogate import Estimate
 from ..tracing.traces import Pair
 from .arguments import Refused, rebuild
 from .guards import Guards
@@ -29,15 +28,19 @@ from .inductor import DECOMPOSITIONS
 from .observing import Observer
 from .private import traced, without_validation
 
-__all__ = ["Recorded", "record"]
+__all__ = ["Body", "Recorded", "record"]
+
+#: What a step, or a part of one, computes: given a pair, the weight of the KL term and further tensors, some
+#: tensors, and a scalar whose gradients come after those in the graph's outputs; None for no gradients.
+Body = Callable[[Pair, Any, list[Tensor]], tuple[list[Tensor], "Tensor | None"]]
 
 
 class Recorded(NamedTuple):
-    """A step as a graph.
+    """A step, or a part of one, as a graph.
 
     Attributes:
-        graph: its inputs are ``fixed``, the step's arguments and, if there is one, the weight; its outputs
-            the loss and the gradients of ``leaves`` and then of ``leaf_args``.
+        graph: its inputs are ``fixed``, the step's arguments, further tensors and, if there is one, the
+            weight; its outputs those of the body and the gradients of ``leaves`` and then of ``leaf_args``.
         fixed: tensors that the step reads, by reference.
         leaves: those of them that get gradients.
         leaf_args: indices of the arguments that do.
@@ -77,26 +80,36 @@ class _Weight:
 class _Recording:
     """One run of a step under ``make_fx``."""
 
-    def __init__(self, pair: Pair, estimate: Callable[[Pair, Any], tuple[Any, Estimate]]) -> None:
+    def __init__(self, pair: Pair, body: Body) -> None:
         self.pair = pair
-        self.estimate = estimate
+        self.body = body
         self.leaves: list[Tensor] = []
         self.params: list[Any] = []
         self.fresh: list[Tensor] = []
 
-    def run(self, fixed: list[Tensor], args: list[Tensor], weight: Tensor | None, kl_weight: Any) -> Any:
-        """The graph of the step with these inputs; its outputs are the loss and the leaves' gradients."""
+    def run(
+        self,
+        fixed: list[Tensor],
+        args: list[Tensor],
+        extras: Sequence[Tensor],
+        weight: Tensor | None,
+        kl_weight: Any,
+    ) -> Any:
+        """The graph of the step with these inputs."""
         # Other objects than the tensors of these arguments that the pair may also close over.
         self.fresh = fresh = [arg.detach().requires_grad_(arg.requires_grad) for arg in args]
 
         def step(*inputs: Tensor) -> list[Tensor]:
             pair_args, pair_kwargs = rebuild((self.pair.args, self.pair.kwargs), inputs[len(fixed) :])
             pair = self.pair._replace(args=pair_args, kwargs=pair_kwargs)
+            start = len(fixed) + len(args)
             beta: Any = kl_weight if weight is None else _Weight(inputs[-1])
             with poutine.trace(param_only=True) as capture:
-                _, estimate = self.estimate(pair, beta)
+                outputs, loss = self.body(pair, beta, list(inputs[start : start + len(extras)]))
             self.params = [site for site in capture.trace.nodes.values() if site["type"] == "param"]
-            loss = estimate.loss
+            outputs = [out.detach() for out in outputs]
+            if loss is None:
+                return outputs
             # Those that are arguments come last, in their order.
             place = {id(arg): index for index, arg in enumerate(fresh)}
             leaves = sorted(leaves_below(loss), key=lambda leaf: place.get(id(leaf), -1))
@@ -104,9 +117,9 @@ class _Recording:
                 grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
             found = [(leaf, g) for leaf, g in zip(leaves, grads, strict=True) if g is not None]
             self.leaves = [leaf for leaf, _ in found]
-            return [loss.detach(), *_apart(found)]
+            return [*outputs, *_apart(found, extras)]
 
-        inputs = [*fixed, *fresh, *([] if weight is None else [weight])]
+        inputs = [*fixed, *fresh, *extras, *([] if weight is None else [weight])]
         return traced(step, inputs, DECOMPOSITIONS)
 
 
@@ -114,7 +127,8 @@ def record(
     pair: Pair,
     args: list[Tensor],
     kl_weight: float | Tensor,
-    estimate: Callable[[Pair, Any], tuple[Any, Estimate]],
+    body: Body,
+    extras: Sequence[Tensor] = (),
 ) -> Recorded:
     """Record a step twice and compare.
 
@@ -122,7 +136,8 @@ def record(
         pair: the pair and its arguments.
         args: the tensors among those, in order.
         kl_weight: the weight of the KL term; an input of the graph if it is a tensor.
-        estimate: what a step computes, given a pair and a weight.
+        body: what is to be computed.
+        extras: examples of the further tensors.
 
     Raises:
         Refused: if a recording would freeze what may change from step to step.
@@ -131,15 +146,15 @@ def record(
     weight = kl_weight if isinstance(kl_weight, Tensor) else None
     guards, guards_again = Guards(pair), Guards(pair)
     observer = Observer()
-    first, second = _Recording(pair, estimate), _Recording(pair, estimate)
+    first, second = _Recording(pair, body), _Recording(pair, body)
     with _as_before(observer, guards) as check_random, without_validation(), pyro.validation_enabled(False):
         with observer.watching(), guards.watch():
-            graph = first.run([], args, weight, kl_weight)
+            graph = first.run([], args, extras, weight, kl_weight)
         fixed = _constants(graph)
         observer.restore()
         torch.manual_seed(1)  # other noise than before: what depends on it in Python shows
         with observer.watching(), guards_again.watch():
-            again = second.run(fixed, args, weight, kl_weight)
+            again = second.run(fixed, args, extras, weight, kl_weight)
         check_random()
         guards.check_random()
         guards.keep(guards_again)
@@ -153,7 +168,7 @@ def record(
             observer.restore()
             torch.manual_seed(2)
             with observer.watching():
-                graph = _Recording(pair, estimate).run(fixed, args, weight, kl_weight)
+                graph = _Recording(pair, body).run(fixed, args, extras, weight, kl_weight)
             _compare(graph, again, fixed, len(fixed))
     placeholders = [node for node in again.graph.nodes if node.op == "placeholder"]
     used = []
@@ -176,9 +191,9 @@ def record(
     )
 
 
-def _apart(gradients: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def _apart(gradients: list[tuple[Tensor, Tensor]], extras: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of the leaves' own strides in memory of their own, as ``.backward()`` leaves them."""
-    storages = {leaf.untyped_storage().data_ptr() for leaf, _ in gradients}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in (*(leaf for leaf, _ in gradients), *extras)}
     result = []
     for leaf, grad in gradients:
         storage = grad.untyped_storage()

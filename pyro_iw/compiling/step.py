@@ -61,6 +61,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
 from .._support.warn import warn
+from ..gradients.chunks import InChunks
 from ..gradients.surrogate import Estimate
 from ..tracing.handlers import handlers_in_force
 from ..tracing.traces import Pair
@@ -114,6 +115,7 @@ class Compiler:
         kl_weight: float,
         estimate: Callable[[Pair, Any], tuple[Any, Estimate]],
         options: tuple = (),
+        chunks: InChunks | None = None,
     ) -> CompiledStep | None:
         """Run a compiled step, recording it if this is the second one of its kind.
 
@@ -122,6 +124,7 @@ class Compiler:
             kl_weight: the weight of the KL term.
             estimate: what a step computes, given a pair and a weight.
             options: what else that depends on, hashable.
+            chunks: how the step is taken chunk by chunk; all at once, if None.
 
         Returns:
             The step, or None if it has to run eagerly.
@@ -157,19 +160,24 @@ class Compiler:
             try:
                 # Here and not above: a PyTorch that lacks what these stand on is to cost this loss its
                 # programs, and not the package its import.
-                from .program import make_program
+                from .chunked import ChunkedStep
+                from .program import WholeStep
 
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the pair's own came from the eager step
                     with announced(_title(pair, tensors, self._changed.pop(key, None))):
-                        program = make_program(pair, tensors, kl_weight, _kind(kl_weight) is None, estimate)
+                        varies = _kind(kl_weight) is None
+                        if chunks is None:
+                            program = WholeStep(pair, tensors, kl_weight, varies, estimate)
+                        else:
+                            program = ChunkedStep(pair, tensors, kl_weight, varies, chunks)
             except Exception as error:
                 reason = str(error) if isinstance(error, Refused) else _in_words(error)
                 self._refuse(identity, pair, reason)
                 return None
             self._remember(key, program)
             return program.run(tensors, kl_weight)
-        changed = program.guards.changed()
+        changed = program.changed()
         if changed is not None:
             self._remember(key, (pair.model, pair.guide))
             self._changed[key] = changed

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -40,13 +41,61 @@ from .over_values import suited_to
 from .refusals import refuse_another_density
 from .surrogate import Estimate, Weights, refuse_second_derivative
 
-__all__ = ["Chunks", "Draw", "estimate_in_chunks"]
+__all__ = ["Chunks", "Draw", "InChunks", "estimate_in_chunks", "parts_of"]
 
 #: Draws a number of particles of a pair by a route, as part of a minibatch if one is given, and notes the
 #: random state that they were drawn from if the last argument asks for it.
 Draw = Callable[
     [Pair, int, "Route | None", "OneMinibatch | None", bool], "tuple[Particles, RandomState | None]"
 ]
+
+
+class InChunks(NamedTuple):
+    """How a step is taken chunk by chunk: log-weights of all chunks; weights of all; gradients of each.
+
+    Attributes:
+        draw: draws the particles of a chunk, given the weight of the KL term and what a :data:`Draw` takes.
+        estimator: the estimator.
+        bound: the bound, which gives the number S of particles.
+        route: how latent values travel, as the estimator wants it; None where gradients are disabled.
+        chunk_size: the number of particles in a chunk; the last may have fewer.
+    """
+
+    draw: Callable[..., tuple[Particles, RandomState | None]]
+    estimator: Estimator
+    bound: Bound
+    route: Route | None
+    chunk_size: int
+
+    def weigh(self, chunks: Any) -> tuple[Estimate, Any]:
+        """The loss, without gradients, and the weights of all particles.
+
+        Arguments:
+            chunks: what is known of all particles: ``log_weights``, ``scale``, ``log_q_weight`` and
+                ``values`` as of :class:`Chunks`.
+        """
+        estimator = suited_to(self.estimator, chunks)
+        estimate = estimator.evaluate(self.bound, chunks.log_weights, chunks.scale)
+        weights = estimator.weights(self.bound, chunks.log_weights, chunks.log_q_weight, chunks.scale)
+        if isinstance(weights, Weights) and (self.route is None or self.route.through is None):
+            weights = weights._replace(path=weights.model)  # and not one more tensor for all particles
+        return estimate, weights
+
+    def share(self, particles: Particles, weights: Any, like: Tensor) -> Tensor:
+        """A zero with a chunk's share of the gradient.
+
+        Arguments:
+            particles: those of the chunk.
+            weights: their weights.
+            like: a tensor of the loss's dtype and device.
+        """
+        return suited_to(self.estimator, particles).attach(like.new_zeros(()), particles, weights, self.route)
+
+
+def parts_of(num_particles: int, chunk_size: int) -> list[slice]:
+    """Where each chunk lies among the particles."""
+    starts = range(0, num_particles, chunk_size)
+    return [slice(start, min(start + chunk_size, num_particles)) for start in starts]
 
 
 class _Chunk(NamedTuple):
@@ -105,36 +154,37 @@ class Chunks:
         # What is kept of each chunk goes to memory set aside beforehand. Between the large blocks that come
         # and go with a chunk, it would keep the allocator from using those again.
         state = torch.get_rng_state()
-        self._cpu_states = state.new_empty((-(-num_particles // chunk_size), *state.shape))
+        parts = parts_of(num_particles, chunk_size)
+        self._cpu_states = state.new_empty((len(parts), *state.shape))
         with OneMinibatch() as minibatch:
-            for start in range(0, num_particles, chunk_size):
-                stop = min(start + chunk_size, num_particles)
-                log_weights = self._first_pass(start, stop, minibatch)
-                if start == 0:
+            for part in parts:
+                log_weights = self._first_pass(part, minibatch)
+                if part.start == 0:
                     self.log_weights = map_leaves(
-                        lambda part: part.new_empty((num_particles, *part.shape[1:])), log_weights
+                        lambda some: some.new_empty((num_particles, *some.shape[1:])), log_weights
                     )
-                for kept, part in zip(leaves(self.log_weights), leaves(log_weights), strict=True):
-                    kept[start:stop] = part
+                for kept, some in zip(leaves(self.log_weights), leaves(log_weights), strict=True):
+                    kept[part] = some
 
-    def _first_pass(self, start: int, stop: int, minibatch: OneMinibatch) -> Any:
+    def _first_pass(self, part: slice, minibatch: OneMinibatch) -> Any:
         """The log-weights of a chunk. Nothing else of it outlives this call."""
         known = dict(minibatch.indices)
         torch.clear_autocast_cache()  # of casts that belong to another chunk's graph
-        particles, state = self._draw(self._pair, stop - start, self._route, minibatch, True)
+        particles, state = self._draw(self._pair, part.stop - part.start, self._route, minibatch, True)
         assert state is not None
         if self._chunks:
             state = state.sharing(self._chunks[-1].random_state)
         cpu = self._cpu_states[len(self._chunks)].copy_(state.cpu)
-        chunk = _Chunk(slice(start, stop), state._replace(cpu=cpu), known)
+        chunk = _Chunk(part, state._replace(cpu=cpu), known)
         cells = particles.cells
         if not self._chunks:
             self._cells, self.scale, self.log_q_weight = cells, particles.scale, particles.log_q_weight
             self.values = without_densities(particles.values)
         elif cells != self._cells:
             raise ValueError(
-                f"Particles {start} to {stop - 1} have cells {cells}, those before them {self._cells}. With "
-                "chunk_size all particles must have the same plates; pass plates= to name those to keep."
+                f"Particles {part.start} to {part.stop - 1} have cells {cells}, those before "
+                f"them {self._cells}. With chunk_size all particles must have the same plates; pass plates= "
+                "to name those to keep."
             )
         self._look(particles)
         self._chunks.append(chunk)
@@ -176,33 +226,30 @@ class Chunks:
         return found
 
 
-def estimate_in_chunks(
-    draw: Draw, pair: Pair, estimator: Estimator, bound: Bound, route: Route | None, chunk_size: int
-) -> tuple[Chunks, Estimate]:
+def estimate_in_chunks(pair: Pair, kl_weight: float, step: InChunks) -> tuple[Chunks, Estimate]:
     """The loss of S particles, whose gradient is taken chunk by chunk in its backward pass.
 
     Arguments:
-        draw: draws the particles of a chunk.
         pair: the pair and its arguments.
-        estimator: the estimator.
-        bound: the bound, which gives the number S.
-        route: how latent values travel, as the estimator wants it; None where gradients are disabled.
-        chunk_size: the number of particles in a chunk.
+        kl_weight: the weight of the KL term.
+        step: how the step is taken.
 
     Raises:
         ValueError: as :class:`Chunks`, as the estimator's ``check``, and if a tensor with a graph of its own
             comes into model or guide other than as an argument.
     """
+    bound, route, draw = step.bound, step.route, partial(step.draw, kl_weight)
     if not torch.is_grad_enabled():
-        chunks = Chunks(draw, pair, route, bound.num_particles, chunk_size)
-        return chunks, suited_to(estimator, chunks).evaluate(bound, chunks.log_weights, chunks.scale)
+        chunks = Chunks(draw, pair, route, bound.num_particles, step.chunk_size)
+        estimator = suited_to(step.estimator, chunks)
+        return chunks, estimator.evaluate(bound, chunks.log_weights, chunks.scale)
     pair, sources, cut = _cut_arguments(pair)
     # The first pass runs with gradients too: what the estimator has to check and which tensors the gradient
     # leads to can be told from a chunk's graph, which is then dropped.
     graph = Graph(cut)
 
     def look(particles: Particles) -> None:
-        suited = suited_to(estimator, particles)
+        suited = suited_to(step.estimator, particles)
         suited.check(particles, bound)
         graph.explore(suited.densities(particles))
 
@@ -210,15 +257,11 @@ def estimate_in_chunks(
         graph.start()
         return draw(*args)
 
-    chunks = Chunks(draw_watched, pair, route, bound.num_particles, chunk_size, look)
-    estimator = suited_to(estimator, chunks)
-    estimate = estimator.evaluate(bound, chunks.log_weights, chunks.scale)
+    chunks = Chunks(draw_watched, pair, route, bound.num_particles, step.chunk_size, look)
+    estimate, weights = step.weigh(chunks)
     if not graph.leaves:
         return chunks, estimate
     inputs = list(graph.leaves.values())
-    weights = estimator.weights(bound, chunks.log_weights, chunks.log_q_weight, chunks.scale)
-    if isinstance(weights, Weights) and (route is None or route.through is None):
-        weights = weights._replace(path=weights.model)  # and not one more tensor for all particles
     surroundings = _Surroundings(estimate.loss.device.type)
 
     def gradients(grad: Tensor, needed: list[bool]) -> list[Tensor | None]:
@@ -231,8 +274,8 @@ def estimate_in_chunks(
                 log_weights = zip(leaves(particles.statistics), leaves(chunks.log_weights), strict=True)
                 for again, before in log_weights:
                     refuse_another_density(again, before[part], _DRAWN_AGAIN)
-            graph.explore(estimator.densities(particles), known=True)
-            share = estimator.attach(torch.zeros_like(grad), particles, weights.of(part), route)
+            graph.explore(suited_to(step.estimator, particles).densities(particles), known=True)
+            share = step.share(particles, weights.of(part), grad)
             if share.requires_grad:
                 found = torch.autograd.grad(share, wanted, grad, allow_unused=True)
                 totals[:] = [_add(total, new) for total, new in zip(totals, found, strict=True)]

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..tracing.enumeration import is_enumerated, marginalize
 from ..tracing.latents import own_frames
 from ..tracing.messages import has_no_density
+from ..tracing.precision import in_full_precision
 from ..tracing.sites import Site, plate_key
 
 __all__ = ["LogLikelihood", "summed_out"]
@@ -58,11 +59,12 @@ def summed_out(trace: Trace, data: Collection[str]) -> list[LogLikelihood]:
         data: names of the observed sites that are data.
     """
     sites: dict[str, Any] = dict(trace.nodes)
-    log_probs = {
-        name: Site.read("model", name, site, 0).log_prob
-        for name, site in sites.items()
-        if site["type"] == "sample" and not has_no_density(site)
-    }
+    with in_full_precision():
+        log_probs = {
+            name: Site.read("model", name, site, 0).log_prob
+            for name, site in sites.items()
+            if site["type"] == "sample" and not has_no_density(site)
+        }
     found = []
     others = {name: log_prob.clone() for name, log_prob in log_probs.items() if name not in data}
     for _, message, log_prob in marginalize(trace, Trace(), log_probs).terms:

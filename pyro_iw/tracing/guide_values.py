@@ -81,6 +81,8 @@ def ids_of(trace: Any) -> frozenset[int]:
 
 def value_dims(message: Any, log_prob: Tensor, ids: frozenset[int]) -> dict[int, int]:
     """The dims of a log density that hold values of the guide's sites, and the ids of those sites."""
+    if not ids:
+        return {}
     known = (message["infer"] or {}).get("_dim_to_id", {})
     rank = log_prob.dim()
     return {dim: id_ for dim, id_ in known.items() if id_ in ids and rank >= -dim and log_prob.shape[dim] > 1}

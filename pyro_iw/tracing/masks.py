@@ -187,6 +187,8 @@ def warn_of_masks(sites: Sequence[Site], warn: Callable[[str], None], look: bool
         look: whether to read the values of masks, which on an accelerator waits for the device; as Pyro's
             validation is, unless given.
     """
+    if not _are_masked(sites):
+        return
     look = is_validation_enabled() if look is None else look
     if look:
         _warn_of_masks_of_model(sites, warn)
@@ -235,6 +237,8 @@ def masked_in_guide_alone(sites: Sequence[Site], look: bool | None = None) -> li
         sites: the sites of both.
         look: as of :func:`warn_of_masks`.
     """
+    if not _are_masked(sites):
+        return []
     look = is_validation_enabled() if look is None else look
     points = _all_are_models(sites)
     return [
@@ -243,6 +247,15 @@ def masked_in_guide_alone(sites: Sequence[Site], look: bool | None = None) -> li
         if not (points and is_delta(guide.message["fn"]))
         if (look or _kept_entries(guide.message) is False) and _masks_more(guide, model)
     ]
+
+
+def _are_masked(sites: Sequence[Site]) -> bool:
+    """Whether any site is masked: at most steps none is, and there is nothing to compare."""
+    return any(
+        _kept_entries(message) is not True
+        for site in sites
+        for message in (site.message, *site.message.get("absorbed_latents", {}).values())
+    )
 
 
 def _latents(sites: Sequence[Site]) -> list[tuple[Site, Site]]:

@@ -47,7 +47,7 @@ class Site(NamedTuple):
 
     @classmethod
     def read(cls, role: str, name: str, message: Any, pair: int, log_prob: Tensor | None = None) -> Site:
-        """The site of a trace, its log density evaluated unless given."""
+        """The site of a trace, its log density evaluated unless given; to be called without autocast."""
         if log_prob is None:
             log_prob = _log_prob(role, name, message)
         frames = tuple(f for f in message["cond_indep_stack"] if not is_of_particles(f))
@@ -92,7 +92,8 @@ class Site(NamedTuple):
 
     def rescored_site(self) -> Site:
         """The same site in the second run."""
-        log_prob = _log_prob(self.role, self.name, self.rescored)
+        with in_full_precision():
+            log_prob = _log_prob(self.role, self.name, self.rescored)
         return self._replace(message=self.rescored, log_prob=log_prob)
 
     def inside(self, frame: CondIndepStackFrame) -> bool:
@@ -120,6 +121,11 @@ def read_sites(traces: Traces, roles: Collection[str] = ("guide", "model")) -> l
             reparameterised; the site is named.
         NotImplementedError: if a site is to be enumerated and cannot be; it is named.
     """
+    with in_full_precision():  # once, for looking whether there is autocast takes its time
+        return _read_sites(traces, roles)
+
+
+def _read_sites(traces: Traces, roles: Collection[str]) -> list[Site]:
     sites: list[Site] = []
     validate = is_validation_enabled()
     nesting = _plate_dims(traces)
@@ -259,10 +265,9 @@ def _log_prob(role: str, name: str, message: Any) -> Tensor:
         return message["unscaled_log_prob"]
     fn, value = message["fn"], masked_value(message)
     try:
-        with in_full_precision():
-            if _is_bits(fn) and not (message["args"] or message["kwargs"]):
-                return _log_prob_of_bits(fn, value)
-            return fn.log_prob(value, *message["args"], **message["kwargs"])
+        if _is_bits(fn) and not (message["args"] or message["kwargs"]):
+            return _log_prob_of_bits(fn, value)
+        return fn.log_prob(value, *message["args"], **message["kwargs"])
     except (KeyError, NotImplementedError) as error:
         said = str(error) or f"{type(fn).__name__} raises {type(error).__name__}"
         if not is_transformed(fn):

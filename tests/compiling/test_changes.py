@@ -59,9 +59,9 @@ def test_a_module_of_another_dtype_is_recorded_again():
     for _ in range(2):
         loss.loss_and_grads(vae.model, vae.guide, binary())
     (program,) = compiled_programs(loss)
-    assert program.guards.changed() is None
+    assert program.changed() is None
     vae.decoder.double()  # the same parameters in other memory
-    assert "dtype" in program.guards.changed()
+    assert "dtype" in program.changed()
 
 
 SCALE = 1.0

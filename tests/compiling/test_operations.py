@@ -177,6 +177,24 @@ def test_every_draw_is_eagers_own(dtype):
             assert torch.equal(torch.rand(1), after)
 
 
+@pytest.mark.usefixtures("inductor")
+def test_draws_that_nothing_depends_on_are_made():
+    """Without them, later ones would be others than the eager step's."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def draws(p):
+        unused = [draw(p) for draw in DRAWS.values()]
+        return [torch.zeros_like(unused[0]) + torch.rand(7, 5)]
+
+    program = inductor_module.inductor(make_fx(draws)(P), [P])
+    torch.manual_seed(3)
+    (eager,), after = draws(P), torch.rand(1)
+    torch.manual_seed(3)
+    (ours,) = program([P])
+    assert torch.equal(ours, eager)
+    assert torch.equal(torch.rand(1), after)
+
+
 def test_recording_leaves_the_random_states_alone():
     case = DataPlate()
     loss = IWAE_ELBO(K=5, compile=True)

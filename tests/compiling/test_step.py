@@ -43,11 +43,6 @@ def test_resampled_steps_through_inductor():
         pyro.enable_validation(True)
 
 
-def test_chunks_are_refused():
-    with pytest.raises(ValueError, match="compile=True makes one program of a whole step, and chunk_size"):
-        IWAE_ELBO(K=64, chunk_size=8, compile=True)
-
-
 @pytest.mark.parametrize(
     "name", ["iwae", *[pytest.param(name, marks=pytest.mark.slow) for name in ("ciwae-dreg", "piwae", "rws")]]
 )
