@@ -1,4 +1,4 @@
-"""The reference: a page for every public name, with a formula and an example; and the programs of the tutorials."""
+"""The reference has a page for every public name, with a formula and an example; tutorials are short."""
 
 import ast
 import importlib

@@ -80,7 +80,7 @@ def known():
 
 
 def target(text, names):
-    """The full name behind ``IWAE_ELBO(K=64)`` or ``ImportanceSampler.log_marginal``; None if there is none."""
+    """The full name behind ``IWAE_ELBO(K=64)`` or ``ImportanceSampler.log_marginal``, or None."""
     found = NAME.fullmatch(text)
     if not found:
         return None

@@ -12,13 +12,14 @@ ORDER = [
 ]
 
 
-def clean_slate(gallery_conf, name):
+OUTSIDE = []  # the filters of warnings outside of the programs
+
+
+def clean_slate(gallery_conf, name, when):
     """Before and after each program: no parameters, seeds or styles of the one before."""
     import matplotlib
     import pyro
     import torch
-
-    import pyro_iw  # noqa: F401  whose import may warn, and not on a page
 
     matplotlib.rcdefaults()
     matplotlib.use("agg")
@@ -26,8 +27,14 @@ def clean_slate(gallery_conf, name):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     torch.set_default_dtype(torch.float32)
-    pyro.enable_validation(True)
-    warnings.simplefilter("error")
+    if when == "before":
+        OUTSIDE[:] = warnings.filters
+        warnings.simplefilter("ignore", DeprecationWarning)  # between Matplotlib, NumPy and PyTorch
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # what a program warns of would be the reader's first question
+    else:
+        warnings.filters[:] = OUTSIDE
 
 
 # What all figures share; the programs themselves say nothing of it.

@@ -135,7 +135,8 @@ class TwoLevels:
         ...     mean = pyro.sample("mean", dist.Normal(x.mean(), 0.5))
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal((mean + x) / 2, 0.8))
-        >>> loss = LocallyEnhancedELBO(local=pyro_iw.bounds.IWAE(8), over="data", outer=pyro_iw.bounds.IWAE(4))
+        >>> from pyro_iw.bounds import IWAE
+        >>> loss = LocallyEnhancedELBO(local=IWAE(8), over="data", outer=IWAE(4))
         >>> levels = loss.particles(model, guide, torch.randn(20))
         >>> levels.top.log_weights.shape, levels.local["data"].log_weights.shape
         (torch.Size([4]), torch.Size([4, 8, 20]))
