@@ -104,16 +104,17 @@ for i, (ax, name, best) in enumerate(zip(axes, ("strength", "noise"), (between, 
         ax.plot(path[:, i], label=label)
     ax.axhline(best.sqrt(), color="black", linestyle=":", linewidth=1.2)
     ax.set(xlabel="step", title=name)
-axes[0].legend()
+axes[1].legend()
 plt.show()
 
 # %%
 # Where the guide ends
 # --------------------
 #
-# The posterior of one datapoint under the MIWAE model, and both guides. The ELBO's sits inside of what it
-# cannot describe; with several weights inside the logarithm a guide may be wider than that, since draws that
-# miss cost little.
+# One datapoint: its posterior under each model, and the guide that goes with it, at two standard deviations.
+# The ELBO's guide fits into the posterior, since draws outside cost much, and the posterior has come to meet
+# it: it is rounder. With several weights inside the logarithm a draw that misses costs little, so the guide
+# covers the posterior and the model need not care.
 
 
 def ellipse(mean, covariance, ax, **kwargs):
@@ -122,23 +123,20 @@ def ellipse(mean, covariance, ax, **kwargs):
     ax.plot(*(mean[:, None] + torch.linalg.cholesky(covariance) @ circle), **kwargs)
 
 
-strength, noise = paths["MIWAE(8, 8)"][-1]
-covariance = torch.linalg.inv(torch.eye(2) + 3 * strength**2 / noise**2 * torch.ones(2, 2))
 one = x[x.mean(-1).argmax()].mean()
-fig, ax = plt.subplots(figsize=(4.6, 4))
-ellipse(
-    covariance @ torch.ones(2) * 3 * strength / noise**2 * one,
-    covariance,
-    ax,
-    color="black",
-    label="posterior",
-)
-for name, state in (("ELBO's guide", elbo_params), ("MIWAE's guide", miwae_params)):
+fig, axes = plt.subplots(1, 2, figsize=(7, 3.4), sharex=True, sharey=True)
+for ax, (name, state) in zip(axes, {"ELBO": elbo_params, "MIWAE(8, 8)": miwae_params}.items(), strict=True):
     pyro.get_param_store().set_state(state)
-    slope, width = pyro.param("slope").detach(), pyro.param("width").detach()
-    ellipse(slope * one, width.square().diag(), ax, label=name)
-ax.set(xlabel="first cause", ylabel="second cause", aspect="equal")
-ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    strength, noise, slope, width = (
+        pyro.param(parameter).detach() for parameter in ("strength", "noise", "slope", "width")
+    )
+    covariance = torch.linalg.inv(torch.eye(2) + 3 * strength**2 / noise**2 * torch.ones(2, 2))
+    mean = covariance @ torch.ones(2) * 3 * strength / noise**2 * one
+    ellipse(mean, covariance, ax, color="black", label="posterior")
+    ellipse(slope * one, width.square().diag(), ax, label="guide")
+    ax.set(title=name, xlabel="first cause", aspect="equal")
+axes[0].set_ylabel("second cause")
+axes[0].legend()
 plt.show()
 
 # %%

@@ -47,17 +47,19 @@ def model(y, size=None):
 # ``tau``, as most amortised guides do not, so it cannot be the conditional posterior.
 
 
-def guide(y, size=None):
-    loc, scale = (
-        pyro.param("loc", torch.zeros(2)),
-        pyro.param("scale", 0.2 * torch.ones(2), constraint=positive),
-    )
-    pyro.sample("mean", dist.Normal(loc[0], scale[0]))
-    pyro.sample("tau", dist.LogNormal(loc[1], scale[1]))
+def members(y, size=None):
     weight, offset = pyro.param("weight", torch.tensor(0.5)), pyro.param("offset", torch.tensor(0.0))
     width = pyro.param("width", torch.tensor(0.5), constraint=positive)
     with pyro.plate("member", len(y), size, dim=-1) as rows:
         pyro.sample("effect", dist.Normal(offset + weight * y[rows].mean(-1), width))
+
+
+def guide(y, size=None):
+    loc = pyro.param("loc", torch.zeros(2))
+    scale = pyro.param("scale", 0.2 * torch.ones(2), constraint=positive)
+    pyro.sample("mean", dist.Normal(loc[0], scale[0]))
+    pyro.sample("tau", dist.LogNormal(loc[1], scale[1]))
+    members(y, size)
 
 
 # %%
@@ -113,32 +115,36 @@ plt.show()
 # Why the joint weight fails
 # --------------------------
 #
-# It is a product over all members, and one of the particles has it all. The ESS of 1000 joint particles, and
-# of as many that have 16 local particles for each member, as the number of members grows:
+# It is a product over all members. Here ``mean`` and ``tau`` are held at their true values, so that there is
+# nothing else to weigh: the ESS of 1000 particles with one weight for all members, and with a weight for
+# each.
 
 pyro.clear_param_store()
 for name, value in fits["two levels"].items():
-    pyro.param(
-        name, value.detach(), constraint=positive if name in {"scale", "width"} else dist.constraints.real
-    )
-numbers, joint, local = (2, 5, 10, 20, 50, 100, 200), [], []
+    constraint = positive if name in {"scale", "width"} else dist.constraints.real
+    pyro.param(name, value.detach(), constraint=constraint)
+known = pyro.condition(model, {"mean": torch.tensor(1.0), "tau": torch.tensor(0.5)})
+numbers, joint, own = (1, 2, 5, 10, 20, 50, 100, 200), [], []
 for n in numbers:
-    joint.append(ImportanceSampler(model, guide, num_particles=1000)(y[:n]).ess)
-    local.append(ImportanceSampler(model, guide, num_particles=1000, local={"member": 16})(y[:n]).ess)
+    joint.append(ImportanceSampler(known, members, num_particles=1000, plates=())(y[:n]).ess)
+    own.append(ImportanceSampler(known, members, num_particles=1000)(y[:n]).ess.mean())
 
 fig, ax = plt.subplots()
 ax.loglog(numbers, joint, "o-", label="one weight for all")
-ax.loglog(numbers, local, "o-", label="16 local particles")
-ax.set(xlabel="members", ylabel="ESS of 1000", ylim=(1, 1300))
-ax.legend()
+ax.loglog(numbers, own, "o-", label="a weight for each member")
+ax.set_xticks(numbers, numbers)
+ax.minorticks_off()
+ax.set(xlabel="members", ylabel="ESS of 1000", ylim=(0.9, 1300))
+ax.legend(loc="lower left")
 plt.show()
 
 # %%
 # Shrinkage
 # ---------
 #
-# Draws of the effects come from the same weights. They lie between a member's own average and the
-# population's.
+# ``local=`` gives the sampler local particles too: 16 for each member and each of 1000 draws of ``mean`` and
+# ``tau``. Posterior means of the effects come from the same weights. They lie between a member's own average
+# and the population's.
 
 samples = ImportanceSampler(model, guide, num_particles=1000, local={"member": 16})(y)
 estimate = samples.expectation("effect")

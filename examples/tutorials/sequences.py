@@ -94,6 +94,8 @@ for T in lengths:
 fig, ax = plt.subplots()
 for name, gap in gaps.items():
     ax.loglog(lengths, gap, "o-", label=name)
+ax.set_xticks(lengths, lengths)
+ax.minorticks_off()
 ax.set(xlabel="length T", ylabel=r"$\log p(x)$ - bound [nats per sequence]")
 ax.legend()
 plt.show()
