@@ -29,14 +29,17 @@ y = effects[:, None] + torch.randn(200, 3)
 positive = dist.constraints.positive
 
 
+def data(y, mean, tau, size=None):
+    with pyro.plate("member", len(y), size, dim=-1) as rows:
+        effect = pyro.sample("effect", dist.Normal(mean, tau))
+        observed = dist.Normal(effect[..., None], 1.0).expand((*effect.shape, 3)).to_event(1)
+        pyro.sample("y", observed, obs=y[rows])
+
+
 def model(y, size=None):
     mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
     tau = pyro.sample("tau", dist.LogNormal(-1.0, 1.0))
-    with pyro.plate("member", len(y), size, dim=-1) as rows:
-        effect = pyro.sample("effect", dist.Normal(mean, tau))
-        pyro.sample(
-            "y", dist.Normal(effect[..., None], 1.0).expand((*effect.shape, 3)).to_event(1), obs=y[rows]
-        )
+    data(y, mean, tau, size)
 
 
 # %%
@@ -123,7 +126,12 @@ pyro.clear_param_store()
 for name, value in fits["two levels"].items():
     constraint = positive if name in {"scale", "width"} else dist.constraints.real
     pyro.param(name, value.detach(), constraint=constraint)
-known = pyro.condition(model, {"mean": torch.tensor(1.0), "tau": torch.tensor(0.5)})
+
+
+def known(y):
+    data(y, 1.0, 0.5)
+
+
 numbers, joint, own = (1, 2, 5, 10, 20, 50, 100, 200), [], []
 for n in numbers:
     joint.append(ImportanceSampler(known, members, num_particles=1000, plates=())(y[:n]).ess)

@@ -146,7 +146,7 @@ plt.show()
 # Annealed importance sampling moves the guide's draws to the posterior by Hamiltonian Monte Carlo. 64 chains
 # from the independent guide find what 8192 of its draws did not.
 
-sampler = AnnealedImportanceSampler(model, guides["independent"], num_chains=64, num_temperatures=100)
+sampler = AnnealedImportanceSampler(model, guides["independent"], num_chains=64, num_temperatures=300)
 annealed = sampler(year, y)
 print(f"annealed: {annealed.log_marginal:.2f} +- {annealed.monte_carlo_error:.2f}   exact: {exact:.2f}")
 
