@@ -16,9 +16,10 @@ FUZZ_ARGS ?=
 # Of test-versions: which legs, if not all, and options of scripts/versions.py.
 LEGS ?=
 VERSIONS_ARGS ?=
+SITE ?= docs/_build/site
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-versions fuzz lint types docs check bench clean
+.PHONY: help venv demo test test-versions fuzz lint types docs docs-site check bench clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +67,10 @@ types: $(FULL)  ## Check types with mypy
 docs: $(FULL)  ## Build the documentation; warnings are errors
 	@echo "building docs/_build/html"
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# SITE is a folder to publish; pages of other versions in it stay.
+docs-site: docs  ## Put the documentation beside those of other versions, into SITE=docs/_build/site
+	@$(BIN)/python scripts/site.py docs/_build/html $(SITE)
 
 check: lint types test docs  ## All of lint, types, test and docs
 

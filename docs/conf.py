@@ -35,6 +35,17 @@ templates_path = ["_templates"]
 html_theme = "furo"
 html_title = f"pyro-iw {release}"
 html_theme_options = {"navigation_with_keys": True}
+# The theme's own, and the choice of a version.
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "sidebar/search.html",
+        "sidebar/versions.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "sidebar/scroll-end.html",
+    ]
+}
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_copy_source = False

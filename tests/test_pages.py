@@ -2,7 +2,9 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -46,3 +48,20 @@ def test_a_tutorial_is_short_and_draws(path):
         r"^ORDER = (\[.*?\])", (ROOT / "docs" / "_ext" / "tutorials.py").read_text(), re.M | re.S
     )
     assert path.name in ast.literal_eval(order[1])
+
+
+def test_versions_stand_side_by_side(tmp_path):
+    """The newest release is what one lands on, whichever was published last."""
+    spec = importlib.util.spec_from_file_location("site_script", ROOT / "scripts" / "site.py")
+    site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
+    for version in ("0.9.0", "0.10.0", "0.11.0rc1", "0.2.0"):
+        html = tmp_path / "html"
+        html.mkdir(exist_ok=True)
+        (html / "objects.inv").write_bytes(f"# Sphinx\n# Project: p\n# Version: {version}\n# zlib\n".encode())
+        (html / "index.html").write_text(version)
+        site.main([str(html), str(tmp_path / "site")])
+    versions = json.loads((tmp_path / "site" / "versions.json").read_text())
+    assert versions == ["0.11.0rc1", "0.10.0", "0.9.0", "0.2.0"]
+    assert 'href="0.10.0/index.html"' in (tmp_path / "site" / "index.html").read_text()
+    assert all((tmp_path / "site" / name / "index.html").read_text() == name for name in versions)
