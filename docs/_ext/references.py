@@ -64,19 +64,15 @@ def known():
     for project in ("pyro", "torch"):
         for name, _, _ in entries(project)[1]:
             for home in HOMES:
-                if name.startswith(home) and "." not in name[len(home) :].replace("poutine.", ""):
-                    names.setdefault(name[len(home) :], name)
+                short = name.removeprefix(home)
+                if short.startswith("poutine.") or (short[:1].isupper() and "." not in short):
+                    names.setdefault(short, name)
             names[name] = name
     for module in (pyro_iw.nn, pyro_iw.bounds, pyro_iw):
         for name in module.__all__:
             if name not in NOT_LINKED and callable(getattr(module, name)):
                 names[name] = names[f"{module.__name__}.{name}"] = f"{module.__name__}.{name}"
-    # The first of these is a word of the English language, the others are too short to be meant.
-    return {
-        name: full
-        for name, full in names.items()
-        if name not in {"sample", "param", "module", "plate", "factor"}
-    }
+    return names
 
 
 def target(text, names):

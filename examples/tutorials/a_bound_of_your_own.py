@@ -2,21 +2,23 @@ r"""
 A bound of your own
 ===================
 
-A bound is a function of log-weights. Written in a few lines of PyTorch it has gradients, plates, minibatches
-and estimators at once. The example is the jackknife of IWAE (Nowozin, 2018), which takes out the leading term
-of the bias:
+A bound is a function of log-weights. Written in a few lines of PyTorch it has gradients,
+plates, minibatches and estimators at once. The example is the jackknife of IWAE (Nowozin,
+2018), which takes out the leading term of the bias:
 
 .. math:: V = K\, L_K - (K - 1)\, \frac1K \sum_{i=1}^K L_{K - 1}^{(-i)}
 
-with :math:`L_K` the logarithm of the mean of K weights, and :math:`L^{(-i)}` the same without the i-th.
+with :math:`L_K` the logarithm of the mean of K weights, and :math:`L^{(-i)}` the same
+without the i-th.
 """
 
 # %%
 # The formula
 # -----------
 #
-# ``log_w`` has shape ``[M, K, *cells]``; the first two dims go. The mean without one weight is the whole sum
-# less that weight; ``log1p`` keeps it exact where one weight is almost everything.
+# ``log_w`` has shape ``[M, K, *cells]``; the first two dims go. The mean without one weight
+# is the whole sum less that weight; ``log1p`` keeps it exact where one weight is almost
+# everything.
 
 import math
 
@@ -48,9 +50,9 @@ class Jackknife(Bound):
 # Does it do what it says?
 # ------------------------
 #
-# On weights with a known mean. A log-normal weight :math:`w = e^{\sigma \epsilon - \sigma^2 / 2}` has mean 1,
-# so the truth is 0 and what is left is bias. (The mean weight less 1 has expectation 0 and most of the noise:
-# it is taken off.)
+# On weights with a known mean. A log-normal weight :math:`w = e^{\sigma \epsilon - \sigma^2
+# / 2}` has mean 1, so the truth is 0 and what is left is bias. (The mean weight less 1 has
+# expectation 0 and most of the noise: it is taken off.)
 
 pyro.set_rng_seed(0)
 Ks, sigma = (4, 8, 16, 32, 64), 0.7
@@ -76,8 +78,9 @@ plt.show()
 # As a loss
 # ---------
 #
-# ``ImportanceWeightedELBO`` takes the bound; from there on it is a loss like all others. The model is a
-# normal seen through noise, with a scale to be learned, and the guide's family contains its posterior.
+# ``ImportanceWeightedELBO`` takes the bound; from there on it is a loss like all others.
+# The model is a normal seen through noise, with a scale to be learned, and the guide's
+# family contains its posterior.
 
 
 def model(x):
@@ -98,8 +101,13 @@ x = math.sqrt(1 + 2.0**2) * torch.randn(300)  # scale 2
 
 
 def above_log_p(loss, num_draws=50):
-    exact = dist.Normal(0.0, (1 + pyro.param("scale").detach() ** 2).sqrt()).log_prob(x).mean()
-    return -sum(loss.loss(model, guide, x) for _ in range(num_draws)) / num_draws / len(x) - exact
+    exact = (
+        dist.Normal(0.0, (1 + pyro.param("scale").detach() ** 2).sqrt()).log_prob(x).mean()
+    )
+    return (
+        -sum(loss.loss(model, guide, x) for _ in range(num_draws)) / num_draws / len(x)
+        - exact
+    )
 
 
 guide(x), model(x)  # makes the parameters
@@ -111,9 +119,10 @@ for K in (4, 16, 64):
 # Training with it goes wrong
 # ---------------------------
 #
-# The particle weights of :math:`V` come from autograd, and nothing else is needed to train. But what is
-# corrected for its bias is no lower bound any more. The guide climbs :math:`V` whether or not that is good
-# for anything, and finds out that ever wider proposals make it exceed :math:`\log p(x)`.
+# The particle weights of :math:`V` come from autograd, and nothing else is needed to train.
+# But what is corrected for its bias is no lower bound any more. The guide climbs :math:`V`
+# whether or not that is good for anything, and finds out that ever wider proposals make it
+# exceed :math:`\log p(x)`.
 
 
 def train(loss, steps=300):
@@ -123,7 +132,8 @@ def train(loss, steps=300):
     for _ in range(steps):
         svi.step(x)
         widths.append(pyro.param("width").item())
-    print(f"{loss!s:42s} scale {pyro.param('scale').item():.2f}, above log p(x): {above_log_p(loss):+.3f}")
+    scale, above = pyro.param("scale").item(), above_log_p(loss)
+    print(f"{loss!s:42s} scale {scale:.2f}, above log p(x): {above:+.3f}")
     return widths
 
 
@@ -136,8 +146,8 @@ widths = {
 # Another objective for the guide
 # -------------------------------
 #
-# The property ``guide_bound`` names what the guide climbs instead. Model and guide then have a set of weights
-# each, in one backward pass. Estimators go with it as with any bound.
+# The property ``guide_bound`` names what the guide climbs instead. Model and guide then
+# have a set of weights each, in one backward pass. Estimators go with it as with any bound.
 
 
 class Sober(Jackknife):
@@ -146,18 +156,22 @@ class Sober(Jackknife):
         return IWAE(self.K)
 
 
-widths["jackknife(4), guide IWAE"] = train(ImportanceWeightedELBO(Sober(4), estimator="dreg"))
+widths["jackknife(4), guide IWAE"] = train(
+    ImportanceWeightedELBO(Sober(4), estimator="dreg")
+)
 
 fig, ax = plt.subplots()
 for (name, path), style in zip(widths.items(), ("-", "-", "--"), strict=True):
     ax.plot(path, style, label=name)
 best = x.square().mean() - 1
-ax.axhline((best / (1 + best)).sqrt(), color="black", linestyle=":", linewidth=1, label="posterior")
+ax.axhline(
+    (best / (1 + best)).sqrt(), color="black", linestyle=":", linewidth=1, label="posterior"
+)
 ax.set(xlabel="step", ylabel="width of the guide")
 ax.legend()
 plt.show()
 print(f"maximum likelihood: scale {best.sqrt():.2f}")
 
 # %%
-# Five lines made an objective with gradients, and one figure showed not to climb it. :doc:`../your_own_bound`
-# has the tests that a formula should pass before it is trusted.
+# Five lines made an objective with gradients, and one figure showed not to climb it.
+# :doc:`../your_own_bound` has the tests that a formula should pass before it is trusted.

@@ -2,9 +2,12 @@ r"""
 Discrete latents
 ================
 
-A discrete latent has no path for a gradient to take. What there is instead, on a model small enough for the
-exact answer: a binary factor analysis, in which four switches decide which patterns an image is the sum of.
+A discrete latent has no path for a gradient to take. What there is instead, on a model
+small enough for the exact answer: a binary factor analysis, in which four switches decide
+which patterns an image is the sum of.
 """
+
+# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # Images that are sums of patterns
@@ -39,8 +42,8 @@ plt.show()
 # Model, guide and the truth
 # --------------------------
 #
-# There are :math:`2^4 = 16` states of the switches, so :math:`\log p(x)` is a sum that can be written out,
-# and every way of training judged by it.
+# There are :math:`2^4 = 16` states of the switches, so :math:`\log p(x)` is a sum that can
+# be written out, and every way of training judged by it.
 
 
 class Switches(nn.Module):
@@ -64,7 +67,9 @@ class Switches(nn.Module):
     @torch.no_grad()
     def log_p(self, x):
         joint = dist.Bernoulli(logits=self.prior).log_prob(states).sum(-1)
-        joint = joint + dist.Normal(states @ self.patterns, 0.5).log_prob(x[:, None]).sum(-1)
+        joint = joint + dist.Normal(states @ self.patterns, 0.5).log_prob(x[:, None]).sum(
+            -1
+        )
         return joint.logsumexp(-1).mean()
 
 
@@ -78,8 +83,8 @@ print(f"log p(x) of the model that made the data: {best.log_p(x):.2f}")
 # Estimators
 # ----------
 #
-# With ``estimator="auto"``, the default, a guide without a path is refused by name: a gradient that is
-# silently zero would be worse. The error lists what there is.
+# With ``estimator="auto"``, the default, a guide without a path is refused by name: a
+# gradient that is silently zero would be worse. The error lists what there is.
 
 try:
     IWAE_ELBO(K=8).loss_and_grads(Switches().model, Switches().guide, x)
@@ -90,9 +95,10 @@ except ValueError as error:
 # Noise of the gradient
 # ---------------------
 #
-# ``"score"`` multiplies the score of the guide by the bound, ``"vimco"`` takes off what the other particles
-# expect, ``"ovis"`` takes off the best linear control, and ``"rws"`` fits the guide by weighted draws
-# instead. Their signal-to-noise ratio at the same parameters, for the guide:
+# ``"score"`` multiplies the score of the guide by the bound, ``"vimco"`` takes off what the
+# other particles expect, ``"ovis"`` takes off the best linear control, and ``"rws"`` fits
+# the guide by weighted draws instead. Their signal-to-noise ratio at the same parameters,
+# for the guide:
 
 pyro.clear_param_store()
 pyro.set_rng_seed(1)
@@ -106,16 +112,18 @@ for estimator in ("score", "vimco", "ovis", "rws"):
 # Training
 # --------
 #
-# The first three climb the same bound. With eight particles and four switches their controls matter little,
-# and the curves lie on one another. Wake-wake's gradient is the least noisy, but of another objective for the
-# guide.
+# The first three climb the same bound. With eight particles and four switches their
+# controls matter little, and the curves lie on one another. Wake-wake's gradient is the
+# least noisy, but of another objective for the guide.
 
 curves = {}
 for estimator in ("score", "vimco", "ovis", "rws"):
     pyro.clear_param_store()
     pyro.set_rng_seed(1)
     pair = Switches()
-    svi = SVI(pair.model, pair.guide, Adam({"lr": 0.02}), loss=IWAE_ELBO(K=8, estimator=estimator))
+    svi = SVI(
+        pair.model, pair.guide, Adam({"lr": 0.02}), loss=IWAE_ELBO(K=8, estimator=estimator)
+    )
     curves[estimator] = []
     for step in range(400):
         if step % 20 == 0:
@@ -135,9 +143,9 @@ plt.show()
 # Summing out instead
 # -------------------
 #
-# A site of the model that is enumerated needs no guide at all: it is summed out for each particle. Here the
-# four switches are made sites of their own, all of them enumerated, and training is exact. It pays as long as
-# the sum can be afforded.
+# A site of the model that is enumerated needs no guide at all: it is summed out for each
+# particle. Here the four switches are made sites of their own, all of them enumerated, and
+# training is exact. It pays as long as the sum can be afforded.
 
 
 class Enumerated(Switches):
@@ -171,14 +179,17 @@ for name, value in {
 # The patterns
 # ------------
 #
-# What the data were made of (above) and what was learned (below), each beside the one it resembles most.
+# What the data were made of (above) and what was learned (below), each beside the one it
+# resembles most.
 
 with torch.no_grad():
     order = torch.cdist(patterns, exact.patterns).argmin(1)
 fig, axes = plt.subplots(2, 4, figsize=(5.6, 2.9))
 for column in range(4):
     axes[0, column].imshow(patterns[column].reshape(4, 4), cmap="gray")
-    axes[1, column].imshow(exact.patterns[order[column]].detach().reshape(4, 4), cmap="gray")
+    axes[1, column].imshow(
+        exact.patterns[order[column]].detach().reshape(4, 4), cmap="gray"
+    )
 for ax in axes.flat:
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
@@ -187,5 +198,5 @@ axes[1, 0].set_ylabel("learned")
 plt.show()
 
 # %%
-# :doc:`../which_estimator` says which estimator when; :doc:`../porting` has mixtures, chains and sites that
-# the guide enumerates.
+# :doc:`../which_estimator` says which estimator when; :doc:`../porting` has mixtures,
+# chains and sites that the guide enumerates.

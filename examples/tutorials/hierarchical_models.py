@@ -2,16 +2,17 @@ r"""
 Hierarchical models
 ===================
 
-A population with a mean and a spread, and an effect for each of its members: global latents, and a local one
-for each index of a plate. One importance weight for everything fails as the plate grows. A weight for each
-local latent, given the global ones, does not.
+A population with a mean and a spread, and an effect for each of its members: global
+latents, and a local one for each index of a plate. One importance weight for everything
+fails as the plate grows. A weight for each local latent, given the global ones, does not.
 """
 
 # %%
 # Two hundred small groups
 # ------------------------
 #
-# Each member has three observations; the spread ``tau`` of the effects is what one wants to know.
+# Each member has three observations; the spread ``tau`` of the effects is what one wants to
+# know.
 
 import matplotlib.pyplot as plt
 import pyro
@@ -32,7 +33,9 @@ positive = dist.constraints.positive
 def data(y, mean, tau, size=None):
     with pyro.plate("member", len(y), size, dim=-1) as rows:
         effect = pyro.sample("effect", dist.Normal(mean, tau))
-        observed = dist.Normal(effect[..., None], 1.0).expand((*effect.shape, 3)).to_event(1)
+        observed = (
+            dist.Normal(effect[..., None], 1.0).expand((*effect.shape, 3)).to_event(1)
+        )
         pyro.sample("y", observed, obs=y[rows])
 
 
@@ -46,12 +49,16 @@ def model(y, size=None):
 # A guide for members alike
 # -------------------------
 #
-# One rule for all members, from the average of their data to their effect. It does not know ``mean`` and
-# ``tau``, as most amortised guides do not, so it cannot be the conditional posterior.
+# One rule for all members, from the average of their data to their effect. It does not know
+# ``mean`` and ``tau``, as most amortised guides do not, so it cannot be the conditional
+# posterior.
 
 
 def members(y, size=None):
-    weight, offset = pyro.param("weight", torch.tensor(0.5)), pyro.param("offset", torch.tensor(0.0))
+    weight, offset = (
+        pyro.param("weight", torch.tensor(0.5)),
+        pyro.param("offset", torch.tensor(0.0)),
+    )
     width = pyro.param("width", torch.tensor(0.5), constraint=positive)
     with pyro.plate("member", len(y), size, dim=-1) as rows:
         pyro.sample("effect", dist.Normal(offset + weight * y[rows].mean(-1), width))
@@ -69,8 +76,9 @@ def guide(y, size=None):
 # One weight for all
 # ------------------
 #
-# Training with the ELBO, with the joint IWAE, and on two levels: ``local=IWAE(16)`` gives each member 16
-# particles of its own. The last works on minibatches too; here, of 50 members.
+# Training with the ELBO, with the joint IWAE, and on two levels: ``local=IWAE(16)`` gives
+# each member 16 particles of its own. The last works on minibatches too; here, of 50
+# members.
 
 
 def fit(loss, *size, steps=800):
@@ -92,15 +100,17 @@ fits = {
 # The spread of the population
 # ----------------------------
 #
-# With the effects integrated out by hand, the posterior of ``mean`` and ``tau`` can be had on a grid, and
-# compared with the guide of each fit.
+# With the effects integrated out by hand, the posterior of ``mean`` and ``tau`` can be had
+# on a grid, and compared with the guide of each fit.
 
 grid = torch.linspace(0.2, 0.9, 200)
 means = torch.linspace(0.6, 1.4, 81)
 average, marginal = y.mean(-1), (grid**2 + 1 / 3).sqrt()
 log_joint = dist.Normal(means[:, None], marginal).log_prob(average[:, None, None]).sum(0)
 log_joint = (
-    log_joint + dist.Normal(0.0, 2.0).log_prob(means)[:, None] + dist.LogNormal(-1.0, 1.0).log_prob(grid)
+    log_joint
+    + dist.Normal(0.0, 2.0).log_prob(means)[:, None]
+    + dist.LogNormal(-1.0, 1.0).log_prob(grid)
 )
 posterior = log_joint.logsumexp(0).softmax(0) / (grid[1] - grid[0])
 
@@ -118,9 +128,9 @@ plt.show()
 # Why the joint weight fails
 # --------------------------
 #
-# It is a product over all members. Here ``mean`` and ``tau`` are held at their true values, so that there is
-# nothing else to weigh: the ESS of 1000 particles with one weight for all members, and with a weight for
-# each.
+# It is a product over all members. Here ``mean`` and ``tau`` are held at their true values,
+# so that there is nothing else to weigh: the ESS of 1000 particles with one weight for all
+# members, and with a weight for each.
 
 pyro.clear_param_store()
 for name, value in fits["two levels"].items():
@@ -134,7 +144,9 @@ def known(y):
 
 numbers, joint, own = (1, 2, 5, 10, 20, 50, 100, 200), [], []
 for n in numbers:
-    joint.append(ImportanceSampler(known, members, num_particles=1000, plates=())(y[:n]).ess)
+    joint.append(
+        ImportanceSampler(known, members, num_particles=1000, plates=())(y[:n]).ess
+    )
     own.append(ImportanceSampler(known, members, num_particles=1000)(y[:n]).ess.mean())
 
 fig, ax = plt.subplots()
@@ -150,9 +162,9 @@ plt.show()
 # Shrinkage
 # ---------
 #
-# ``local=`` gives the sampler local particles too: 16 for each member and each of 1000 draws of ``mean`` and
-# ``tau``. Posterior means of the effects come from the same weights. They lie between a member's own average
-# and the population's.
+# ``local=`` gives the sampler local particles too: 16 for each member and each of 1000
+# draws of ``mean`` and ``tau``. Posterior means of the effects come from the same weights.
+# They lie between a member's own average and the population's.
 
 samples = ImportanceSampler(model, guide, num_particles=1000, local={"member": 16})(y)
 estimate = samples.expectation("effect")
@@ -160,12 +172,22 @@ fig, ax = plt.subplots(figsize=(4.4, 4))
 ax.scatter(average, estimate, s=8, alpha=0.7)
 ax.plot([-1, 3], [-1, 3], color="black", linestyle=":", linewidth=1, label="no shrinkage")
 ax.axhline(samples.expectation("mean"), color="C1", linewidth=1, label="population mean")
-ax.set(xlabel="average of the member's data", ylabel="posterior mean of the effect", aspect="equal")
+ax.set(
+    xlabel="average of the member's data",
+    ylabel="posterior mean of the effect",
+    aspect="equal",
+)
 ax.legend()
 plt.show()
 error = {"averages": average, "posterior means": estimate}
-print({name: f"{(value - effects).square().mean().sqrt():.3f}" for name, value in error.items()}, "rms error")
+print(
+    {
+        name: f"{(value - effects).square().mean().sqrt():.3f}"
+        for name, value in error.items()
+    },
+    "rms error",
+)
 
 # %%
-# More in :doc:`../hierarchical`, among it several plates side by side and what to do when minibatches do not
-# cover a group.
+# More in :doc:`../hierarchical`, among it several plates side by side and what to do when
+# minibatches do not cover a group.

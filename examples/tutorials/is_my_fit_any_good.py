@@ -2,15 +2,17 @@ r"""
 Is my fit any good?
 ===================
 
-A loss that no longer falls says that training is over, not that the guide is near the posterior. Importance
-weights say more. Here they judge two guides of a Bayesian regression whose evidence is known exactly.
+A loss that no longer falls says that training is over, not that the guide is near the
+posterior. Importance weights say more. Here they judge two guides of a Bayesian regression
+whose evidence is known exactly.
 """
 
 # %%
 # A regression with a known answer
 # --------------------------------
 #
-# Years are not centred, so that intercept and slope are strongly correlated in the posterior.
+# Years are not centred, so that intercept and slope are strongly correlated in the
+# posterior.
 
 import matplotlib.pyplot as plt
 import pyro
@@ -46,8 +48,8 @@ print(f"log p(y) = {exact:.2f}")
 # Two guides
 # ----------
 #
-# ``AutoNormal`` leaves the correlation out, ``AutoMultivariateNormal`` has it. Both are fitted with the ELBO,
-# and both losses stand still at the end.
+# ``AutoNormal`` leaves the correlation out, ``AutoMultivariateNormal`` has it. Both are
+# fitted with the ELBO, and both losses stand still at the end.
 
 
 def fit(guide):
@@ -69,21 +71,24 @@ for name, auto in (("independent", AutoNormal), ("correlated", AutoMultivariateN
 # Evidence, ESS and k̂
 # --------------------
 #
-# All three come from the same weights. ESS is the number of independent draws that the weighted ones are
-# worth; k̂ is the tail of the weights, and above 0.7 neither number can be trusted.
+# All three come from the same weights. ESS is the number of independent draws that the
+# weighted ones are worth; k̂ is the tail of the weights, and above 0.7 neither number can
+# be trusted.
 
 samples = {
-    name: ImportanceSampler(model, guide, num_particles=5000)(year, y) for name, guide in guides.items()
+    name: ImportanceSampler(model, guide, num_particles=5000)(year, y)
+    for name, guide in guides.items()
 }
 for name, of in samples.items():
-    print(f"{name:12s} log p(y) {of.log_marginal:.2f}   ESS {of.ess:.0f} of 5000   khat {of.khat:.2f}")
+    print(f"{name:12s} log p(y) {of.log_marginal:.2f}", end="   ")
+    print(f"ESS {of.ess:.0f} of 5000   khat {of.khat:.2f}")
 
 # %%
 # A few particles hold the weight
 # -------------------------------
 #
-# The dotted line is a guide equal to the posterior. With the independent guide the heaviest few per cent of
-# the particles hold most of the weight.
+# The dotted line is a guide equal to the posterior. With the independent guide the heaviest
+# few per cent of the particles hold most of the weight.
 
 fig, ax = plt.subplots()
 for colour, (name, of) in enumerate(samples.items()):
@@ -99,10 +104,10 @@ plt.show()
 # How many particles would do?
 # ----------------------------
 #
-# The bound rises with the number of particles, by the guide's divergence from the posterior in all. The
-# correlated guide has arrived at :math:`\log p` with a handful. The other flattens too, but some tenths of a
-# nat below: no draw has reached the ends of the posterior. A flat curve alone proves nothing; k̂ is what gave
-# it away.
+# The bound rises with the number of particles, by the guide's divergence from the posterior
+# in all. The correlated guide has arrived at :math:`\log p` with a handful. The other
+# flattens too, but some tenths of a nat below: no draw has reached the ends of the
+# posterior. A flat curve alone proves nothing; k̂ is what gave it away.
 
 fig, ax = plt.subplots()
 for name, guide in guides.items():
@@ -116,8 +121,9 @@ plt.show()
 # What the weights mend
 # ---------------------
 #
-# The independent guide is too narrow in both directions. Resampled by weight, its draws have turned towards
-# the posterior and are wider, but weights cannot make draws where there are none.
+# The independent guide is too narrow in both directions. Resampled by weight, its draws
+# have turned towards the posterior and are wider, but weights cannot make draws where there
+# are none.
 
 
 def pairs(draws):
@@ -131,7 +137,9 @@ exact_draws = dist.MultivariateNormal(posterior_mean, posterior_covariance).samp
 
 fig, axes = plt.subplots(1, 3, figsize=(8, 2.9), sharex=True, sharey=True)
 for ax, (title, draws) in zip(
-    axes, {"guide": own, "resampled": resampled, "exact posterior": exact_draws}.items(), strict=True
+    axes,
+    {"guide": own, "resampled": resampled, "exact posterior": exact_draws}.items(),
+    strict=True,
 ):
     ax.scatter(*draws.T, s=4, alpha=0.5)
     spread = draws.std(0)
@@ -143,12 +151,17 @@ plt.show()
 # When no number of particles helps
 # ---------------------------------
 #
-# Annealed importance sampling moves the guide's draws to the posterior by Hamiltonian Monte Carlo. 64 chains
-# from the independent guide find what 8192 of its draws did not.
+# Annealed importance sampling moves the guide's draws to the posterior by Hamiltonian Monte
+# Carlo. 64 chains from the independent guide find what 8192 of its draws did not.
 
-sampler = AnnealedImportanceSampler(model, guides["independent"], num_chains=64, num_temperatures=300)
+sampler = AnnealedImportanceSampler(
+    model, guides["independent"], num_chains=64, num_temperatures=300
+)
 annealed = sampler(year, y)
-print(f"annealed: {annealed.log_marginal:.2f} +- {annealed.monte_carlo_error:.2f}   exact: {exact:.2f}")
+print(
+    f"annealed: {annealed.log_marginal:.2f} +- {annealed.monte_carlo_error:.2f}", end="   "
+)
+print(f"exact: {exact:.2f}")
 
 # %%
 # :doc:`../evaluation` has the same for data sets, hierarchical models, ArviZ and VAEs.

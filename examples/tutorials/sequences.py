@@ -2,17 +2,18 @@ r"""
 Sequences
 =========
 
-The importance weight of a sequence is a product over its steps, and with every step fewer particles count. A
-particle filter drops those that have come to weigh nothing and copies the others; ``FIVO_ELBO`` trains with
-what it estimates.
+The importance weight of a sequence is a product over its steps, and with every step fewer
+particles count. A particle filter drops those that have come to weigh nothing and copies
+the others; ``FIVO_ELBO`` trains with what it estimates.
 """
 
 # %%
 # A walk seen through noise
 # -------------------------
 #
-# Model and guide are objects with ``init`` and ``step``, as for Pyro's ``SMCFilter``. The walk pulls back to
-# zero by a factor that is to be learned, and the guide corrects each prediction by the next observation.
+# Model and guide are objects with ``init`` and ``step``, as for Pyro's ``SMCFilter``. The
+# walk pulls back to zero by a factor that is to be learned, and the guide corrects each
+# prediction by the next observation.
 
 import matplotlib.pyplot as plt
 import pyro
@@ -43,7 +44,10 @@ class Guide:
         pass
 
     def step(self, state, x):
-        pull, gain = pyro.param("guide_pull", torch.tensor(0.5)), pyro.param("gain", torch.tensor(0.2))
+        pull, gain = (
+            pyro.param("guide_pull", torch.tensor(0.5)),
+            pyro.param("gain", torch.tensor(0.2)),
+        )
         width = pyro.param("width", torch.tensor(1.0), constraint=positive)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(pull * state["z"] + gain * x, width))
@@ -80,15 +84,18 @@ def kalman(x, pull):
 # The length decides
 # ------------------
 #
-# The same untrained pair, 16 particles, sequences of growing length. ``ess_threshold=0`` never resamples,
-# which is IWAE.
+# The same untrained pair, 16 particles, sequences of growing length. ``ess_threshold=0``
+# never resamples, which is IWAE.
 
 lengths, gaps = (5, 10, 20, 40, 80), {"IWAE": [], "FIVO": []}
 _, long = simulate(80, 50)
 pyro.clear_param_store()
 for T in lengths:
     truth = kalman(long[:T], 0.5).sum().item()
-    for name, loss in (("IWAE", FIVO_ELBO(K=16, ess_threshold=0)), ("FIVO", FIVO_ELBO(K=16))):
+    for name, loss in (
+        ("IWAE", FIVO_ELBO(K=16, ess_threshold=0)),
+        ("FIVO", FIVO_ELBO(K=16)),
+    ):
         gaps[name].append((truth + loss.loss(Model(), Guide(), long[:T])) / 50)
 
 fig, ax = plt.subplots()
@@ -116,7 +123,9 @@ def train(loss, steps=120):
 
 
 candidates = torch.linspace(0.5, 1.0, 51)
-best = candidates[torch.stack([kalman(x, pull).sum() for pull in candidates]).argmax()].item()
+best = candidates[
+    torch.stack([kalman(x, pull).sum() for pull in candidates]).argmax()
+].item()
 fig, ax = plt.subplots()
 for name, loss in (
     ("ELBO", FIVO_ELBO(K=1, ess_threshold=0)),
@@ -134,14 +143,17 @@ print(f"maximum likelihood: {best:.2f}, FIVO: {pyro.param('pull').item():.2f}")
 # Judging the trained pair
 # ------------------------
 #
-# ``ParticleFilter`` estimates :math:`\log p(x)` of each sequence with its Monte Carlo error, and knows the
-# states.
+# ``ParticleFilter`` estimates :math:`\log p(x)` of each sequence with its Monte Carlo
+# error, and knows the states.
 
 filtered = ParticleFilter(Model(), Guide(), num_particles=200, num_filters=4)(x)
 truth = kalman(x, pyro.param("pull").item()).detach()
 off = (filtered.log_marginal - truth).detach()
-print(f"log p(x) per sequence: {filtered.log_marginal.mean():.3f}, exact {truth.mean():.3f}")
-print(f"errors of single sequences: {off.std():.3f}, as foretold: {filtered.monte_carlo_error.mean():.3f}")
+print(
+    f"log p(x) per sequence: {filtered.log_marginal.mean():.3f}, exact {truth.mean():.3f}"
+)
+expected = filtered.monte_carlo_error.mean()
+print(f"errors of single sequences: {off.std():.3f}, as foretold: {expected:.3f}")
 
 # %%
 # What the filter knows of the walk
@@ -156,5 +168,5 @@ axes[0].set_xlabel("")
 plt.show()
 
 # %%
-# :doc:`../sequences` has masks for unequal lengths, the bias of the gradient, and doubly reparameterised
-# steps.
+# :doc:`../sequences` has masks for unequal lengths, the bias of the gradient, and doubly
+# reparameterised steps.
