@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._support.arguments import positive_integer
+from ._support.devices import wide
 from .logmean import without_dead
 
 __all__ = ["Bound", "describe"]
@@ -127,12 +128,12 @@ class Bound:
     def difference(self, log_w: Tensor, replacement: Tensor) -> Tensor:
         """The value less :meth:`replaced`, to all digits that its size of about 1 / K has.
 
-        Without a closed form the two are subtracted in float64.
+        Without a closed form the two are subtracted in float64 (float32 on a device without it).
 
         Arguments and result are those of :meth:`replaced`.
         """
-        exact = log_w.double()
-        return (self.value(exact) - self.replaced(exact, replacement.double())).to(log_w.dtype)
+        exact = wide(log_w)
+        return (self.value(exact) - self.replaced(exact, wide(replacement))).to(log_w.dtype)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({describe(self)})"

@@ -37,6 +37,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import numbers
@@ -261,9 +262,13 @@ class VR(Bound):
         if self.alpha == 1:
             return log_w.mean((0, 1))
         power = 1 - self.alpha
-        # Close to the ELBO the division would blow up float32's rounding of the logarithm.
-        exact = log_w.double() if abs(power) < 1e-2 else log_w
-        return (logmeanexp(power * exact, (0, 1)) / power).to(log_w.dtype)
+        if abs(power) >= 1e-2:
+            return logmeanexp(power * log_w, (0, 1)) / power
+        # Close to the ELBO the division would blow up the rounding of a logarithm of about 1, but not that of
+        # one close to it.
+        top = (log_w.amax if power > 0 else log_w.amin)((0, 1))
+        top = top.masked_fill(~top.isfinite(), 0.0)
+        return top + torch.expm1(power * (log_w - top)).mean((0, 1)).log1p() / power
 
     def _softmax(self, log_w: Tensor) -> Tensor:
         if self.alpha == 1:
@@ -342,7 +347,7 @@ class TVO(Bound):
 
     def _terms(self, log_w: Tensor) -> tuple[Tensor, ...]:
         """On a new leftmost dim: widths, betas, softmaxes, means under them, and deviations from those."""
-        betas = log_w.new_tensor(self.partitions).reshape(-1, *[1] * log_w.dim())
+        betas = _on_device(self.partitions, log_w.dtype, log_w.device).reshape(-1, *[1] * log_w.dim())
         # Tempered by 0 a dead particle counts like any other, where 0 * -inf would be NaN.
         dead = log_w == -math.inf
         log_w = log_w.masked_fill(dead, 0.0)
@@ -381,6 +386,13 @@ class TVO(Bound):
         apart = (self.value(log_w) - self.value(without)).expand_as(top)
         heavy = s.amax(0).gather(1, top) > 0.5
         return change.scatter(1, top, torch.where(heavy, apart, change.gather(1, top)))
+
+
+@functools.lru_cache(maxsize=32)
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers as a tensor, which is copied to the device once and not at every step."""
+    with torch.inference_mode(False):  # else it could not take part in gradients later on
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _is_number(value: object) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._support.devices import wide_dtype
 from ._support.optional import require
 from ._support.warn import warn
 
@@ -67,9 +68,10 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The smoothed log-weights, of that shape, the unsmoothed ones unchanged; and k̂, of shape ``[*cells]``
-        in float64. It is inf where the tail is too small for a fit (fewer than 25 living particles; ArviZ 1.1
-        and newer want 30), and -inf where a quarter of it or more is one value at its foot, as if all are
-        equal: weights of few values are bounded. Nothing is smoothed in either case. It is never NaN.
+        in float64 (float32 on a device without it). It is inf where the tail is too small for a fit (fewer
+        than 25 living particles; ArviZ 1.1 and newer want 30), and -inf where a quarter of it or more is one
+        value at its foot, as if all are equal: weights of few values are bounded. Nothing is smoothed in
+        either case. It is never NaN.
 
     Raises:
         ImportError: if ArviZ is missing.
@@ -81,7 +83,7 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
         0.5
     """
     smooth = _arviz()
-    raw = log_weights.detach().double().cpu()
+    raw = log_weights.detach().cpu().double()
     smoothed = raw.reshape(len(raw), -1).T.contiguous().numpy().copy()  # [cells, S]
     top = smoothed.max(1, keepdims=True)
     with np.errstate(invalid="ignore"):  # inf - inf, of cells that have no tail
@@ -98,7 +100,8 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
         smoothed[rows] = table
     back = torch.from_numpy(np.ascontiguousarray(smoothed.T)).reshape(raw.shape)
     shape = torch.from_numpy(khat.reshape(raw.shape[1:]))
-    return back.to(log_weights), shape.to(log_weights.device)
+    device = log_weights.device
+    return back.to(log_weights.dtype).to(device), shape.to(wide_dtype(device)).to(device)
 
 
 def _smooth_living(smooth: Smoothing, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ._support.arguments import positive_integer
+from ._support.devices import wide, wide_dtype
 
 __all__ = ["multinomial", "systematic"]
 
@@ -50,9 +51,15 @@ def systematic(weights: Tensor, num_samples: int) -> Tensor:
                 [2, 1],
                 [2, 1]])
     """
+    dtype = wide_dtype(weights.device)
+    offsets = torch.rand((1, *weights.shape[1:]), dtype=dtype, device=weights.device)
+    return systematic_at(weights, num_samples, offsets)
+
+
+def systematic_at(weights: Tensor, num_samples: int, offsets: Tensor) -> Tensor:
+    """:func:`systematic`, given the offsets u in [0, 1), of shape ``[1, *cells]`` and as wide as may be."""
     count = positive_integer("num_samples", num_samples)
-    offsets = torch.rand((1, *weights.shape[1:]), dtype=torch.float64, device=weights.device)
-    steps = torch.arange(count, dtype=torch.float64, device=weights.device)
+    steps = torch.arange(count, dtype=offsets.dtype, device=weights.device)
     return _invert(weights, (offsets + steps.reshape(-1, *[1] * (weights.dim() - 1))) / count)
 
 
@@ -67,14 +74,14 @@ def multinomial(weights: Tensor, num_samples: int) -> Tensor:
         tensor([1, 1, 1, 1])
     """
     shape = (positive_integer("num_samples", num_samples), *weights.shape[1:])
-    return _invert(weights, torch.rand(shape, dtype=torch.float64, device=weights.device))
+    return _invert(weights, torch.rand(shape, dtype=wide_dtype(weights.device), device=weights.device))
 
 
 def _invert(weights: Tensor, positions: Tensor) -> Tensor:
     """The particles at these positions in [0, 1), of shape ``[n, *cells]``."""
     if weights.dim() == 0 or weights.shape[0] == 0:
         raise ValueError(f"weights must be of shape [S, *cells] with S >= 1, got {list(weights.shape)}")
-    weights = weights.detach().movedim(0, -1).double().nan_to_num(nan=0.0)
+    weights = wide(weights.detach().movedim(0, -1)).nan_to_num(nan=0.0)
     # A parallel sum need neither ascend nor stay put where a weight is 0, but what is inverted must: a
     # particle of weight 0 takes on the sum before it, and so has no position to itself.
     total = weights.cumsum(-1).masked_fill(~(weights > 0), -math.inf).cummax(-1).values

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._support.devices import accelerator_in_use
 from .arguments import Refused
 from .private import (
     StorageWeakRef,
@@ -64,8 +65,7 @@ class Observer:
         for seed, generator in enumerate(self.generators):
             generator.manual_seed(seed + 1)
         own = [torch.default_generator]
-        if torch.cuda.is_initialized():
-            own += torch.cuda.default_generators
+        own += getattr(accelerator_in_use(), "default_generators", ())
         self._last = [(each, each.get_state()) for each in (*own, *self.generators)]
         with rejection_sampling_by(torch.ops.pyro_iw.von_mises), _Operations(self), _Reads(self):
             yield

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import transform_to
 
+from .._support.devices import rng_state, set_rng_state, wide_dtype
 from ..gradients.graph import has_hooks
 from ..gradients.surrogate import Estimate, refuse_second_derivative
 from ..tracing.handlers import handlers_in_force
@@ -35,13 +36,13 @@ class Piece:
 
     def __init__(self, recorded: Recorded, inputs: Sequence[Tensor]) -> None:
         self.fixed = recorded.fixed
-        self.device = next((t.device for t in self.fixed if t.device.type == "cuda"), None)
+        self.device = next((t.device for t in self.fixed if t.device.type != "cpu"), None)
         self.function = inductor.inductor(recorded.graph, [t.detach() for t in (*self.fixed, *inputs)])
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the graph gives for these further inputs."""
         with torch.no_grad():
-            if self.device is None:
+            if self.device is None or self.device.type != "cuda":
                 return self.function([*self.fixed, *inputs])
             torch.compiler.cudagraph_mark_step_begin()
             # The next replay of a CUDA graph writes over what this one returns.
@@ -64,8 +65,8 @@ class Program(ABC):
     def __init__(self, args: list[Tensor], kl_weight: float, varies: bool) -> None:
         self.weight: Tensor | None = None
         if varies:
-            device = next((arg.device for arg in args if arg.device.type == "cuda"), torch.device("cpu"))
-            self.weight = torch.tensor(float(kl_weight), dtype=torch.float64, device=device)
+            device = next((arg.device for arg in args if arg.device.type != "cpu"), torch.device("cpu"))
+            self.weight = torch.tensor(float(kl_weight), dtype=wide_dtype(device), device=device)
         self.leaves: list[Tensor] = []
         self.leaf_args: list[int] = []
         self.generators: list[torch.Generator] = []
@@ -115,7 +116,7 @@ class Program(ABC):
     def random_state(self) -> list[Tensor]:
         """The state of all generators that the program draws from."""
         states = [generator.get_state() for generator in (torch.default_generator, *self.generators)]
-        return states if self.device is None else [*states, torch.cuda.get_rng_state(self.device)]
+        return states if self.device is None else [*states, rng_state(self.device)]
 
     def set_random_state(self, states: Sequence[Tensor]) -> None:
         """Put the generators to where they were."""
@@ -123,7 +124,7 @@ class Program(ABC):
         for generator, state in zip(generators, states, strict=False):
             generator.set_state(state)
         if self.device is not None:
-            torch.cuda.set_rng_state(states[-1], self.device)
+            set_rng_state(states[-1], self.device)
 
     def snapshot(self) -> Callable[[], None]:
         """What puts the random state, and the tensors that the program writes to, back to now."""

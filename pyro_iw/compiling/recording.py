@@ -8,7 +8,6 @@ a tensor's value to Python.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.fx.node import map_arg
 
+from .._support.random_state import RandomState
 from ..gradients.graph import leaves_below, without_hooks
 from ..tracing.traces import Pair
 from .arguments import Refused, rebuild
@@ -322,27 +322,24 @@ def _as_before(observer: Observer, guards: Guards) -> Iterator[Callable[[], None
 
     Gives a function that refuses a run that has drawn from Python's or NumPy's.
     """
-    python = random.getstate()
-    numpy: Any = np.random.get_state()  # noqa: NPY002 - the state models may use
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    before = RandomState.now()
 
     def check() -> None:
-        after: Any = np.random.get_state()  # noqa: NPY002
+        after = RandomState.now()
         for name, changed in (
-            ("Python's random", python != random.getstate()),
-            ("numpy.random", numpy[2] != after[2] or not np.array_equal(numpy[1], after[1])),
+            ("Python's random", before.python != after.python),
+            (
+                "numpy.random",
+                before.numpy[2] != after.numpy[2] or not np.array_equal(before.numpy[1], after.numpy[1]),
+            ),
         ):
             if changed:
                 raise Refused(f"it draws from {name}, which would be drawn once and for all")
 
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
-            try:
-                yield check
-            finally:
-                observer.restore()
-                guards.rewind_random()
+        torch.manual_seed(0)
+        yield check
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        observer.restore()
+        guards.rewind_random()
+        before.restore()

@@ -23,6 +23,7 @@ from pyro.infer.elbo import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from .._support.devices import wide, wide_dtype
 from .._support.progress import progress_bar
 from .._support.warn import warn
 from ..tracing.messages import guide_messenger
@@ -126,9 +127,9 @@ def gradient_snr(
         Mean, standard deviation and ratio of every parameter, and the ratio of model and guide.
 
     Raises:
-        ValueError: if ``num_draws`` < 2, the loss has no ``differentiable_loss``, no parameter gets a
-            gradient, or model and guide have different ones of one name (as they may under
-            ``module_local_params``).
+        ValueError: if ``num_draws`` < 2, the loss has no ``differentiable_loss`` or has a
+            ``particle_group``, no parameter gets a gradient, or model and guide have different ones of one
+            name (as they may under ``module_local_params``).
 
     Example:
         >>> result = gradient_snr(IWAE_ELBO(K=16), model, guide, data, num_draws=200)
@@ -142,6 +143,11 @@ def gradient_snr(
         raise ValueError(f"num_draws must be an integer >= 2, for there to be a variance, got {num_draws!r}")
     if not hasattr(loss, "differentiable_loss"):
         raise ValueError(f"{loss!r} has no differentiable_loss to take gradients of")
+    if getattr(loss, "particle_group", None) is not None:
+        raise ValueError(
+            "The gradients of a loss with a particle_group are those of one rank's particles, and not of all."
+            " Measure the loss without particle_group, on one process."
+        )
     moments: dict[str, _Moments] = {}
     for draw in progress_bar(range(num_draws), show=progress, desc="gradients"):
         for name, gradient in _draw(loss, model, guide, args, kwargs).items():
@@ -168,7 +174,7 @@ def gradient_snr(
 
 
 class _Moments:
-    """Running mean and variance (Welford, 1962) in float64.
+    """Running mean and variance (Welford, 1962) in float64, where the device has it.
 
     Arguments:
         like: a tensor of the shape of what is added.
@@ -176,15 +182,15 @@ class _Moments:
     """
 
     def __init__(self, like: Tensor, count: int) -> None:
-        self.mean = torch.zeros_like(like, dtype=torch.float64)
+        self.mean = torch.zeros_like(like, dtype=wide_dtype(like.device))
         self.squares = torch.zeros_like(self.mean)
         self.count = count
 
     def add(self, value: Tensor) -> None:
         self.count += 1
-        deviation = value.double() - self.mean
+        deviation = wide(value) - self.mean
         self.mean += deviation / self.count
-        self.squares += deviation * (value.double() - self.mean)
+        self.squares += deviation * (wide(value) - self.mean)
 
     def variance(self) -> Tensor:
         """The unbiased one."""

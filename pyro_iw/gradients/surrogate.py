@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._support.devices import autocast_dtype
 from ..tracing.traces import Index
 
 __all__ = ["Boundary", "Estimate", "Term", "Weights", "boundary_ratio", "refuse_second_derivative", "tie"]
@@ -100,9 +101,7 @@ class Boundary:
 
 def _refuse_half_precision(value: Tensor) -> None:
     """float16 has too few exponents for the ratio of two weights: it would overflow without a word."""
-    kind = value.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    if autocast or value.dtype == torch.float16:
+    if torch.float16 in (autocast_dtype(value.device.type), value.dtype):
         raise ValueError(
             "Particle weights that differ between model and path (PIWAE, estimator='dreg') need float32, "
             "float64 or bfloat16: in float16 their ratio overflows. Run this loss in another dtype, or "

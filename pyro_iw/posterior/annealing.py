@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._support.devices import wide
 from .hmc import Path, Point, Tuning, transition
 
 __all__ = ["Annealed", "Annealing", "temperatures"]
@@ -76,7 +77,7 @@ class Annealed(NamedTuple):
 
     Attributes:
         point: where they are.
-        log_w: what they have gathered, in float64, of shape ``[S, *cells]``.
+        log_w: what they have gathered, in float64 where the device has it, of shape ``[S, *cells]``.
         acceptance: mean probability with which their moves were accepted, of shape ``[*cells]``.
     """
 
@@ -116,10 +117,10 @@ class Annealing:
         Arguments:
             point: draws from the path's beginning.
         """
-        log_w = torch.zeros_like(point.log_w, dtype=torch.float64)
+        log_w = torch.zeros_like(wide(point.log_w))
         acceptance = torch.zeros_like(log_w)
         for step in range(1, len(self.betas)):
-            log_w += (self.betas[step] - self.betas[step - 1]) * point.log_w.double()
+            log_w += (self.betas[step] - self.betas[step - 1]) * wide(point.log_w)
             point, probability = self._transition(point, step)
             acceptance += probability
         return Annealed(point, log_w, acceptance.mean(0) / (len(self.betas) - 1))
@@ -130,12 +131,12 @@ class Annealing:
         Arguments:
             point: draws from the path's end, the posterior; the chains may share one.
         """
-        log_w = torch.zeros_like(point.log_w, dtype=torch.float64)
+        log_w = torch.zeros_like(wide(point.log_w))
         acceptance = torch.zeros_like(log_w)
         for step in range(len(self.betas) - 1, 0, -1):
             point, probability = self._transition(point, step)
             acceptance += probability
-            log_w += (self.betas[step] - self.betas[step - 1]) * point.log_w.double()
+            log_w += (self.betas[step] - self.betas[step - 1]) * wide(point.log_w)
         return Annealed(point, log_w, acceptance.mean(0) / (len(self.betas) - 1))
 
     def _transition(self, point: Point, step: int) -> tuple[Point, Tensor]:

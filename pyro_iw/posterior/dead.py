@@ -13,11 +13,15 @@ from .local_weights import total_log_weights
 __all__ = ["check_finite", "dead_site", "warn_of_dead"]
 
 
-def check_finite(particles: Particles | TwoLevels) -> None:
-    """Refuse NaN and +inf, naming the site."""
+def check_finite(particles: Particles | TwoLevels) -> bool:
+    """Refuse NaN and +inf, naming the site; whether a particle has zero density.
+
+    Both by one number, for which an accelerator is waited for once.
+    """
     log_w = total_log_weights(particles)
     bad = log_w.isnan() | log_w.isposinf()
-    if bool(bad.any()):
+    found = int(2 * bad.any().int() + log_w.isneginf().any().int())
+    if found >= 2:
         site = (
             particles.first_site(torch.isnan)
             or particles.first_site(torch.isposinf)
@@ -27,12 +31,11 @@ def check_finite(particles: Particles | TwoLevels) -> None:
             f"{int(bad.sum())} of {log_w.numel()} log-weights are NaN or +inf (first at site {site}), and "
             "so would be the estimate. Look for a NaN in the data or the parameters, or a scale of 0."
         )
+    return found == 1
 
 
-def dead_site(particles: Particles | TwoLevels) -> str | None:
-    """The first site at which a particle has zero density."""
-    if not bool(total_log_weights(particles).isneginf().any()):
-        return None
+def dead_site(particles: Particles | TwoLevels) -> str:
+    """The first site at which a particle has zero density, where one has."""
     return str(particles.first_site(torch.isneginf) or particles.first_site(torch.isposinf, role="guide"))
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .._support.arguments import check_loader, positive_integer, read_batch
+from .._support.devices import wide
 from .._support.progress import progress_bar
 from ..bounds import IWAE
 from ..running import RunningBound, RunningLogMean
@@ -159,11 +160,11 @@ def rate_distortion(sampler: ImportanceSampler, *args: Any, **kwargs: Any) -> Ra
                 latent.setdefault(site.name, []).append(site)
             else:
                 data.append(site)
-        distortion = distortion - particles.log_prob(data).double().sum(0) / sampler.num_particles
+        distortion = distortion - wide(particles.log_prob(data)).sum(0) / sampler.num_particles
         for name, both in latent.items():
             log_q = particles.log_prob([site for site in both if site.role == "guide"])
             log_p = particles.log_prob([site for site in both if site.role == "model"])
-            share = (log_q - log_p).double().sum(0) / sampler.num_particles
+            share = wide(log_q - log_p).sum(0) / sampler.num_particles
             rates[name] = rates.get(name, 0.0) + share
     return RateDistortion(distortion, rates)
 
@@ -274,7 +275,7 @@ class _Activity:
 
     def add(self, means: Tensor) -> None:
         """Add means ``[runs, datapoints, units]``."""
-        means = means.double().cpu()
+        means = means.cpu().double()
         runs, count = means.shape[:2]
         each = means.mean(0)
         if runs > 1:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .._support.devices import wide
 from .._support.warn import warn
 from ..logmean import softmax
 from ..psis import khat_threshold, pareto_smoothed
@@ -75,13 +76,13 @@ class LeaveOneOut:
     @property
     def elpd(self) -> float:
         """The sum of the values, in nats: the expected log predictive density, as ArviZ calls it."""
-        return self.values.double().sum().item()
+        return wide(self.values).sum().item()
 
     @property
     def standard_error(self) -> float:
         """Of :attr:`elpd`, as an estimate for other data of that size; NaN for a single cell."""
         count = self.values.numel()
-        return math.nan if count == 1 else self.values.double().std().item() * math.sqrt(count)
+        return math.nan if count == 1 else wide(self.values).std().item() * math.sqrt(count)
 
     def __repr__(self) -> str:
         return (
@@ -113,7 +114,7 @@ def leave_one_out(log_weights: Tensor, log_likelihood: Tensor) -> LeaveOneOut:
             "more, or run the sampler on the data without these cells.",
             RuntimeWarning,
         )
-    smoothed, log_likelihood = smoothed.double(), log_likelihood.double()
+    smoothed, log_likelihood = wide(smoothed), wide(log_likelihood)
     values = (smoothed + log_likelihood).logsumexp(0) - smoothed.logsumexp(0)
     # To first order a value is a mean over the particles, of which these are the shares.
     shares = softmax(smoothed, 0) * ((log_likelihood - values).exp() - 1)

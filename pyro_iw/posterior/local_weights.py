@@ -27,6 +27,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from .._support.arguments import positive_integer
+from .._support.devices import wide
 from ..logmean import logmeanexp, softmax
 from ..tracing.cells import is_subsampled
 from ..tracing.levels import LocalScale, TwoLevels, collect_levels
@@ -77,7 +78,7 @@ class LocalWeights(NamedTuple):
     @property
     def ess(self) -> Tensor:
         """Effective number of the local particles of each particle, ``[S, *cells]``; 0 if all are dead."""
-        log_w = self.log_weights.double()
+        log_w = wide(self.log_weights)
         return (2 * log_w.logsumexp(1) - (2 * log_w).logsumexp(1)).exp().nan_to_num(nan=0.0)
 
     def spread(self, per_top: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from .._support.devices import wide
 from ..tracing.latents import Enumerated, Latent, own_frames, own_shape
 from ..tracing.lkj import correct_draws
 from ..tracing.masks import masked_value
@@ -311,7 +312,7 @@ def _read_deterministic(name: str, site: Any, single: Tensor, size: int | None) 
 
 def _is_same(value: Tensor, single: Tensor) -> bool:
     """Whether a value is the one that it is on a single draw."""
-    return torch.allclose(value.double(), single.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+    return torch.allclose(wide(value), wide(single), rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 _MIXED = (

@@ -68,7 +68,7 @@ def _check_support(name: str, model: Site, guide: Site) -> None:
     if wanted is None or proposed is None:
         return
     low, high = (torch.as_tensor(limit) for limit in wanted)
-    guide_low, guide_high = (torch.as_tensor(limit).to(low.device) for limit in proposed)
+    guide_low, guide_high = (torch.as_tensor(limit) for limit in proposed)
     slack = 1e-6 * torch.maximum(guide_low.abs(), guide_high.abs()).nan_to_num(posinf=0.0)  # rounding
     if bool((guide_low > low + slack).any()) or bool((guide_high < high - slack).any()):
         raise ValueError(

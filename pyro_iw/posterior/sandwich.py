@@ -29,6 +29,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from .._support.arguments import positive_integer, read_batch
+from .._support.devices import wide
 from .._support.nested import leaves, map_leaves
 from .._support.random_state import fork_rng
 from ..running import RunningLogMean
@@ -81,18 +82,18 @@ class Sandwich:
     @property
     def mean_gap(self) -> float:
         """Mean of the gaps over datapoints and simulations, in nats."""
-        return self.gap.double().mean().item()
+        return wide(self.gap).mean().item()
 
     @property
     def mean_gap_error(self) -> float:
         """Standard error of :attr:`mean_gap`, from the spread of the gaps; NaN for a single one."""
-        gaps = self.gap.double().flatten()
+        gaps = wide(self.gap).flatten()
         return gaps.std().item() / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
 
     def __repr__(self) -> str:
         return (
             f"Sandwich(mean_gap={self.mean_gap:.3f}, mean_gap_error={self.mean_gap_error:.2g}, "
-            f"lower={self.lower.double().mean().item():.3f}, upper={self.upper.double().mean().item():.3f}, "
+            f"lower={wide(self.lower).mean().item():.3f}, upper={wide(self.upper).mean().item():.3f}, "
             f"N={self.gap.numel()})"
         )
 
@@ -110,6 +111,7 @@ def sandwich(
     plates: str | Iterable[str] | None = None,
     vectorize_particles: bool = True,
     max_plate_nesting: float = math.inf,
+    compile: bool = False,
     progress: bool = True,
     **kwargs: Any,
 ) -> Sandwich:
@@ -132,6 +134,7 @@ def sandwich(
         plates: likewise.
         vectorize_particles: likewise.
         max_plate_nesting: likewise.
+        compile: likewise.
         progress: likewise.
         kwargs: keyword arguments of model and guide.
 
@@ -156,6 +159,7 @@ def sandwich(
         plates=plates,
         vectorize_particles=vectorize_particles,
         max_plate_nesting=max_plate_nesting,
+        compile=compile,
         progress=progress,
     )
     parts = []

@@ -43,6 +43,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from .._support.arguments import positive_integer
+from .._support.devices import wide_dtype
 from .._support.optional import is_arviz_0, require
 from .._support.version import __version__
 
@@ -167,7 +168,8 @@ def to_arviz(
 
 def _copies_together(indices: Tensor, num_particles: int) -> Tensor:
     """The indices ``[n, *cells]`` of resampled particles, in random order but for copies of the same one."""
-    order = torch.rand((num_particles, *indices.shape[1:]), dtype=torch.float64, device=indices.device)
+    dtype = wide_dtype(indices.device)
+    order = torch.rand((num_particles, *indices.shape[1:]), dtype=dtype, device=indices.device)
     return indices.gather(0, order.gather(0, indices).argsort(0))
 
 

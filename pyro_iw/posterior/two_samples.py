@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._support.arguments import positive_integer
+from .._support.devices import wide
 from .._support.optional import require
 from .._support.progress import progress_bar
 
@@ -139,7 +140,8 @@ class TwoSamples:
         which turns :math:`h_{ij}` into :math:`s_i s_j h_{ij}` with random signs and changes nothing if they
         are exchangeable.
 
-        Time grows with :math:`N^2`, memory with N times ``chunk_size``. All is computed in float64.
+        Time grows with :math:`N^2`, memory with N times ``chunk_size``. All is computed in float64
+        (in float32 on a device without it).
 
         References:
             | A Kernel Two-Sample Test (Gretton et al., 2012), lemma 6
@@ -169,8 +171,8 @@ class TwoSamples:
         positive_integer("num_permutations", num_permutations)
         positive_integer("chunk_size", chunk_size)
         # Distances by |a|² - 2 a·b + |b|² lose the digits that a common mean takes.
-        mean = self.prior.double().mean(0)
-        guide, prior = self.guide.detach().double() - mean, self.prior.detach().double() - mean
+        mean = wide(self.prior).mean(0)
+        guide, prior = wide(self.guide.detach()) - mean, wide(self.prior.detach()) - mean
         if bandwidth is None:
             bandwidth = _median_distance(prior[:_MEDIAN_DRAWS])
         elif not 0 < bandwidth < math.inf:

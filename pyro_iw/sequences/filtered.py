@@ -11,6 +11,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from .._support.arguments import positive_integer
+from .._support.devices import wide
 from ..resampling import multinomial
 from ..tracing.latents import Latent, place
 from .smoothing import Past, smooth
@@ -206,7 +207,7 @@ class FilteredSequences:
 
     def __repr__(self) -> str:
         return (
-            f"FilteredSequences(log_marginal={self.log_marginal.double().sum().item():.4f}, "
+            f"FilteredSequences(log_marginal={wide(self.log_marginal).sum().item():.4f}, "
             f"T={self.num_steps}, sequences={max(1, self.log_marginal.numel())}, "
             f"num_particles={self.num_particles}, num_filters={self.num_filters})"
         )

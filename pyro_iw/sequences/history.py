@@ -103,7 +103,10 @@ class History(Watch):
         steps = [self._steps[t] for t in range(len(sequences))]
         cells = steps[-1].estimate.shape[1:]
         active = torch.stack(
-            [torch.ones(cells, dtype=torch.bool) if s.active is None else s.active for s in steps]
+            [
+                torch.ones_like(s.estimate[0], dtype=torch.bool) if s.active is None else s.active
+                for s in steps
+            ]
         )
         # Beyond its end a sequence stays what it was, see filtering.
         running = active.int().flip(0).cummax(0).values.flip(0).bool()

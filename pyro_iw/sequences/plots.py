@@ -152,7 +152,7 @@ def plot_trajectories(
         NotImplementedError: as :meth:`~pyro_iw.FilteredSequences.smooth`.
     """
     name = filtered._name(name)
-    draws = (filtered.smooth if smoothed else filtered.trajectories)(num_samples)[name].double()
+    draws = (filtered.smooth if smoothed else filtered.trajectories)(num_samples)[name].cpu().double()
     lines = np.stack([_series(filtered, name, draw, sequence, element) for draw in draws])
     axes = _axes(ax, "plot_trajectories")
     time = np.arange(lines.shape[1])
@@ -190,7 +190,7 @@ def _series(
         ) from error
     if chosen.dim() != 1:
         raise ValueError(f"element must be {site.event_dim} number(s) for site {name!r}, got {element!r}")
-    return chosen.double().detach().cpu().numpy()
+    return chosen.detach().cpu().double().numpy()
 
 
 def _over_time(axes: Axes, values: Tensor, sequence: Sequence, label: str | None) -> None:
@@ -206,7 +206,7 @@ def _over_time(axes: Axes, values: Tensor, sequence: Sequence, label: str | None
             raise ValueError(f"sequence must be {values.dim() - 1} number(s), got {sequence!r}")
         axes.plot(chosen.detach().cpu().numpy(), label=label)
         return
-    array = values.flatten(1).double() if values.dim() > 1 else values.unsqueeze(1).double()
+    array = (values.flatten(1) if values.dim() > 1 else values.unsqueeze(1)).cpu().double()
     mean = array.nanmean(1).cpu().numpy()
     (line,) = axes.plot(mean, label=label)
     if array.shape[1] > 1:

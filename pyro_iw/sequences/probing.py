@@ -236,7 +236,7 @@ def _check_memory(
     before = RandomState.now()
     runs = [_repeat(pair, sequences, known, moments, indices, change) for change in (_Exchanged, _Copied)]
     after = RandomState.now()
-    if not torch.equal(before.cpu, after.cpu) or any(map(_differ, before.cuda, after.cuda)):
+    if not torch.equal(before.cpu, after.cpu) or any(map(_differ, before.devices, after.devices)):
         return
     for number, (moment, exchanged, copied) in enumerate(zip(moments, *runs, strict=True)):
         carried = known.carried[number]

@@ -14,6 +14,7 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from .._support.devices import wide
 from .messages import is_delta
 from .sites import Site, plate_key
 
@@ -263,13 +264,18 @@ def _shared_scale(
     if any(widest.shape[dim] > 1 and dim not in dims for dim in range(-widest.dim(), 0)):
         return None
     # A user's tensor has to be compared by value, which on an accelerator waits for the device.
-    reference = widest.double()
+    reference = wide(widest)
+    tolerance = 1e-8 + 1e-6 * reference.abs()
+    same = []
     for scale in scales:
-        other = torch.as_tensor(scale, dtype=torch.float64, device=widest.device)
+        if scale is widest:
+            continue
+        other = wide(scale.to(widest.device)) if isinstance(scale, Tensor) else scale
         try:
-            equal = torch.allclose(other.expand_as(reference), reference, rtol=1e-6)
+            difference = reference - other
         except RuntimeError:  # the shapes do not broadcast
             return None
-        if not equal:
+        if difference.shape != reference.shape:
             return None
-    return widest
+        same.append((difference.abs() <= tolerance).all())
+    return widest if not same or bool(torch.stack(same).all()) else None

@@ -28,6 +28,7 @@ from pyro.distributions import MaskedDistribution, Unit
 from torch import Tensor
 from torch.distributions import biject_to
 
+from .._support.devices import wide
 from .._support.random_state import RandomState
 from .messages import is_delta, is_latent
 from .minibatches import OneMinibatch
@@ -239,7 +240,7 @@ class _Function:
 
 
 def _moves(one: Tensor, other: Tensor) -> Tensor:
-    one, other = one.detach().double(), other.detach().double()
+    one, other = wide(one.detach()), wide(other.detach())
     return ~((one - other).abs() <= _STILL * (1 + one.abs()))
 
 
@@ -280,8 +281,8 @@ def _excess(run: _Run, moving: Sequence[str], still: Sequence[str]) -> float | N
             output, run.inputs, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         rows.append(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-    log_det = torch.stack(rows).double().slogdet().logabsdet
-    terms = [term.detach().double() for name, term in run.terms.items() if name not in still]
+    log_det = wide(torch.stack(rows)).slogdet().logabsdet
+    terms = [wide(term.detach()) for name, term in run.terms.items() if name not in still]
     excess = (log_det + torch.stack(terms).sum()).item()
     return None if excess != excess else excess
 

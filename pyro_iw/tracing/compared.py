@@ -11,6 +11,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import constraints
 
+from .._support.devices import autocast_dtype, wide
 from .sites import Site, read_sites
 from .traces import PairTraces, Traces
 
@@ -104,8 +105,9 @@ def accuracy(*densities: Tensor) -> float:
     """The relative accuracy to expect of log densities, given what they may have been computed from."""
     kind = densities[0].device.type
     dtypes = {density.dtype for density in densities} | {torch.get_default_dtype()}
-    if torch.is_autocast_enabled(kind):
-        dtypes.add(torch.get_autocast_dtype(kind))
+    autocast = autocast_dtype(kind)
+    if autocast is not None:
+        dtypes.add(autocast)
     cuda = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     if (kind == "cuda" and cuda) or torch.get_float32_matmul_precision() != "highest":
         dtypes.add(torch.float16)  # as many digits as TF32
@@ -115,7 +117,7 @@ def accuracy(*densities: Tensor) -> float:
 def largest(one: Tensor, other: Tensor, tolerance: tuple[float, float] | None) -> Difference | None:
     """Where two log densities differ most; None if nowhere by more than relative accuracy times the size."""
     try:
-        one, other = torch.broadcast_tensors(one.double(), other.double())
+        one, other = torch.broadcast_tensors(wide(one), wide(other))
     except RuntimeError:  # they do not even have the same shape
         return Difference(math.inf, math.nan, math.nan)
     same = (one == other) | (one.isnan() & other.isnan())

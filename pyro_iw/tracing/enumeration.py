@@ -27,6 +27,7 @@ from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from .._support.devices import wide
 from .guide_values import ids_of, is_enumerated_in_guide
 
 __all__ = ["Marginals", "common_scale", "components", "is_enumerated", "marginalize"]
@@ -198,7 +199,7 @@ def common_scale(scales: list[tuple[str, Any]], one_context: bool) -> float | Te
     for name, scale in scales:
         if isinstance(scale, Tensor) or isinstance(first, Tensor):
             here, there = torch.as_tensor(scale), torch.as_tensor(first)
-            same = here.shape == there.shape and torch.allclose(here.double(), there.double(), rtol=1e-6)
+            same = here.shape == there.shape and torch.allclose(wide(here), wide(there), rtol=1e-6)
             # A scale that varies over a plate inside the sum has no place outside of it.
             same = same and (here.numel() == 1 or one_context)
         else:

@@ -58,7 +58,7 @@ class _Edge(NamedTuple):
         """The log density there, of the entries that are crossed; None where it is not given."""
         try:
             log_prob = fn.log_prob(self.at(step))
-            return log_prob.masked_select(self.crossed.expand(log_prob.shape))
+            return log_prob.masked_select(self.crossed.to(log_prob.device).expand(log_prob.shape))
         except (ValueError, RuntimeError, IndexError, NotImplementedError):
             return None  # as by Pyro's validation
 
@@ -158,7 +158,8 @@ def _edges(prior: Any, proposal: Any) -> Iterator[_Edge]:
     if ours is None or theirs is None or not isinstance(value, Tensor):
         return
     for sign, end, other in zip((1, -1), ours, theirs, strict=True):
-        end, other = (torch.as_tensor(limit, device=value.device).detach() for limit in (end, other))
+        # Numbers stay on the host, where they can be looked at without waiting for a device.
+        end, other = (torch.as_tensor(limit).detach() for limit in (end, other))
         beyond = sign * (end - other) > 1e-6 * end.abs()  # and not by rounding
         crossed = end.isfinite() & beyond
         if bool(crossed.any()):

@@ -6,8 +6,9 @@ the parameters of every distribution are widened to float32 as it comes to a sam
 sampled or scored; both happen outside of autocast. The networks stay as they are.
 
 What a distribution has computed when it was made goes through autocast too, and is made again where it
-matters: the normaliser of a categorical one, whose probabilities would sum to 1 only within 0.01, and the
-small matrix of a multivariate normal of low rank.
+matters: the normaliser of a categorical one and of each step of a discrete hidden Markov model, whose
+probabilities would sum to 1 only within 0.01, and the small matrix of a multivariate normal of low rank. What
+Pyro's Gaussian chains multiply as they are made cannot be had again, and they are refused.
 """
 
 from __future__ import annotations
@@ -17,37 +18,25 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
+from pyro.distributions import DiscreteHMM
+from pyro.ops.gamma_gaussian import GammaGaussian
+from pyro.ops.gaussian import Gaussian
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, ExpTransform, LowRankMultivariateNormal, Transform
 
-__all__ = ["autocasts", "in_full_precision", "wide_densities"]
+from .._support.devices import autocast_types
+
+__all__ = ["in_full_precision", "wide_densities"]
 
 _HALF = (torch.float16, torch.bfloat16)
 #: The type of a transform's inverse.
 _INVERSE: type[Transform] = type(ExpTransform().inv)
 
 
-def _is_known(kind: str) -> bool:
-    """Whether this PyTorch has autocast for a type of device: before 2.5 not for Apple's."""
-    try:
-        torch.is_autocast_enabled(kind)
-    except RuntimeError:
-        return False
-    return True
-
-
-_KINDS = tuple([kind for kind in ("cpu", "cuda", "mps", "xpu") if _is_known(kind)])
-
-
-def autocasts() -> list[str]:
-    """The types of the devices for which autocast is on."""
-    return [kind for kind in _KINDS if torch.is_autocast_enabled(kind)]
-
-
 def in_full_precision() -> AbstractContextManager[Any]:
     """A context without autocast."""
-    kinds = autocasts()
+    kinds = autocast_types()
     if not kinds:
         return nullcontext()
     stack = ExitStack()
@@ -58,7 +47,7 @@ def in_full_precision() -> AbstractContextManager[Any]:
 
 def wide_densities() -> Any:
     """A context for model and guide to run in: nothing but where autocast is on."""
-    return _WideDensities() if autocasts() else nullcontext()
+    return _WideDensities() if autocast_types() else nullcontext()
 
 
 class _WideDensities(Messenger):
@@ -68,6 +57,7 @@ class _WideDensities(Messenger):
         fn = msg["fn"]
         if not isinstance(fn, Distribution):
             return
+        _refuse_rounded(msg["name"], fn)
         msg["fn"] = _widened(fn, {})
         if msg["value"] is None and not msg["done"] and not msg["is_observed"]:
             with in_full_precision():
@@ -101,11 +91,30 @@ def _widened(value: Any, known: dict[int, Any]) -> Any:
                 result._inv = None  # type: ignore[union-attr]
             if isinstance(result, Categorical):
                 _normalise(result)
+            elif isinstance(result, DiscreteHMM):
+                for name in ("initial_logits", "transition_logits"):
+                    setattr(result, name, getattr(result, name).log_softmax(-1))
         if isinstance(result, LowRankMultivariateNormal):
             result = copy.copy(result)
             result._capacitance_tril = _capacitance_tril(result)
     known[id(value)] = value, result  # the value too, so that no other gets its id meanwhile
     return result
+
+
+def _refuse_rounded(name: str, fn: Any) -> None:
+    """Refuse what has been multiplied in fewer digits than can be given back."""
+    while isinstance(base := getattr(fn, "base_dist", None), Distribution):
+        fn = base
+    for made in vars(fn).values():
+        if isinstance(made, Gaussian | GammaGaussian) and any(
+            isinstance(part, Tensor) and part.dtype in _HALF for part in vars(made).values()
+        ):
+            raise ValueError(
+                f"The {type(fn).__name__} of site {name!r} has been made under autocast, which multiplied "
+                "its matrices in fewer digits than float32 has, and its density would be off by nats. Make "
+                f"it under torch.autocast({made.log_normalizer.device.type!r}, enabled=False), of parameters "
+                "that are turned to float32 by .float()."
+            )
 
 
 def _is_back(value: Any, name: str) -> bool:

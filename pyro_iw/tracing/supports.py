@@ -119,8 +119,12 @@ def _limits_of_mixture(component: Any) -> tuple[Any, Any] | None:
         return None
     dim = -1 - len(component.event_shape)
     shape = component.batch_shape + component.event_shape
-    low, high = (torch.as_tensor(end).expand(shape) for end in both)
-    return low.amin(dim), high.amax(dim)
+    low, high = (torch.as_tensor(end) for end in both)
+    # A number is that of all components.
+    return (
+        low.expand(shape).amin(dim) if low.dim() else low,
+        high.expand(shape).amax(dim) if high.dim() else high,
+    )
 
 
 def _limits_of_image(fn: Any) -> tuple[Any, Any] | None:

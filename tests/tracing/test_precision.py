@@ -1,5 +1,6 @@
 """Autocast: networks in bfloat16, densities and weights in float32."""
 
+import itertools
 import math
 
 import pyro
@@ -9,7 +10,14 @@ import torch
 from pyro.distributions import transforms
 from torch import nn
 
-from pyro_iw import IWAE_ELBO, ImportanceSampler, LocallyEnhancedELBO
+from pyro_iw import (
+    FIVO_ELBO,
+    IWAE_ELBO,
+    AnnealedImportanceSampler,
+    ImportanceSampler,
+    LocallyEnhancedELBO,
+    ParticleFilter,
+)
 from pyro_iw.bounds import IWAE, MIWAE
 from pyro_iw.tracing.precision import _widened
 
@@ -152,6 +160,126 @@ def test_a_normal_of_low_rank():
     covariance = factor.double() @ factor.double().mT + 0.3 * torch.eye(6)
     wanted = torch.distributions.MultivariateNormal(torch.zeros(6).double(), covariance)
     torch.testing.assert_close(particles.log_q.double(), wanted.log_prob(z), rtol=1e-5, atol=1e-4)
+
+
+class Walk:
+    """A chain of ten latents, each of 64 numbers, by networks."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.move, self.emit = nn.Linear(64, 64), nn.Linear(64, X)
+        self.x = torch.randn(5, N, X)
+
+    def init(self, state):
+        state["z"] = torch.zeros(64)
+
+    def step(self, state, x):
+        pyro.module("move", self.move), pyro.module("emit", self.emit)
+        with pyro.plate("data", N):
+            state["z"] = pyro.sample("z", dist.Normal(self.move(state["z"]), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.emit(state["z"]), 1.0).to_event(1), obs=x)
+
+
+class Steered(Walk):
+    def init(self, state):
+        pass
+
+    def step(self, state, x):
+        pyro.module("steer", self.move)
+        with pyro.plate("data", N):
+            pyro.sample("z", dist.Normal(self.move(state["z"]), 1.1).to_event(1))
+
+
+def test_particle_filters():
+    """Densities of all moments in float32: without autocast they differ by the digits of the networks."""
+    model, guide = Walk(), Steered()
+    found = []
+    for autocast in (True, False):
+        pyro.set_rng_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            # Not resampled, where digits decide who goes on.
+            found.append(FIVO_ELBO(K=8, ess_threshold=0).loss_and_grads(model, guide, model.x))
+    assert found[0] != found[1]
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
+    pyro.set_rng_seed(0)
+    with bfloat16():
+        filtered = ParticleFilter(model, guide, 50, num_filters=2)(model.x)
+    assert filtered.log_marginal.dtype == filtered.weights.dtype == torch.float32
+    # In bfloat16 they would be among 256 numbers between 2 powers of 2.
+    assert not torch.equal(filtered.log_marginal, filtered.log_marginal.bfloat16().float())
+
+
+def test_annealing():
+    """The evidence of a linear decoder in closed form; bfloat16 decoded with 0.4 % of error."""
+    torch.manual_seed(0)
+    decoder, encoder = nn.Linear(4, 3), nn.Linear(3, 8)
+    x = torch.randn(N, 3)
+
+    def model():
+        with pyro.plate("data", N):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 0.5).to_event(1), obs=x)
+
+    def guide():
+        with pyro.plate("data", N):
+            loc, log_scale = encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    covariance = decoder.weight @ decoder.weight.T + 0.25 * torch.eye(3)
+    exact = torch.distributions.MultivariateNormal(decoder.bias, covariance).log_prob(x).detach()
+    pyro.set_rng_seed(0)
+    with bfloat16():
+        sampler = AnnealedImportanceSampler(model, guide, 64, 40, num_adaptation=20, progress=False)
+        samples = sampler()
+    for part in (samples.log_p, samples.log_weights):
+        assert part.dtype == torch.float32
+        assert not torch.equal(part, part.bfloat16().float())
+    off = (samples.log_marginal - exact).abs()
+    assert (off < 4 * samples.monte_carlo_error + 0.05).all(), (off, samples.monte_carlo_error)
+
+
+class TestChains:
+    """Distributions of whole sequences, which compute as they are made."""
+
+    def test_a_discrete_hidden_markov_model_sums_to_one(self):
+        generator = torch.Generator().manual_seed(0)
+        start, move, emit = (torch.randn(shape, generator=generator) for shape in ((4,), (4, 4), (4, 2)))
+        with bfloat16():
+            move, emit = (nn.Identity()(3 * part).bfloat16() for part in (move, emit))
+            fn = dist.DiscreteHMM(start.bfloat16(), move.expand(3, 4, 4), dist.Categorical(logits=emit))
+        before = fn.transition_logits
+        wide = _widened(fn, {})
+        outcomes = torch.tensor(list(itertools.product((0, 1), repeat=3)))
+        assert abs(fn.log_prob(outcomes).float().exp().sum() - 1) > 1e-3
+        assert abs(wide.log_prob(outcomes).exp().sum() - 1) < 1e-5
+        assert fn.transition_logits is before
+
+    def chain(self, matrix):
+        normal = dist.MultivariateNormal(torch.zeros(2), torch.eye(2))
+        return dist.GaussianHMM(normal, matrix, normal, torch.eye(2), normal, duration=4)
+
+    def run(self, make):
+        def model():
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", make(), obs=torch.zeros(4, 2))
+
+        def guide():
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+        with bfloat16():
+            return IWAE_ELBO(K=2, vectorize_particles=False).loss(model, guide)
+
+    def test_a_gaussian_one_is_refused_and_the_way_out_works(self):
+        matrix = torch.tensor([[0.5, 0.1], [0.2, 0.4]])
+        with pytest.raises(ValueError, match=r"GaussianHMM of site 'x'.*enabled=False"):
+            self.run(lambda: self.chain(matrix))
+
+        def outside():
+            with torch.autocast("cpu", enabled=False):
+                return self.chain(matrix)
+
+        exact = self.chain(matrix).log_prob(torch.zeros(4, 2))
+        assert self.run(outside) == pytest.approx(-exact.item(), rel=1e-5)
 
 
 class TestWidening:
