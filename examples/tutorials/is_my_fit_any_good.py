@@ -88,7 +88,7 @@ for name, of in samples.items():
 # -------------------------------
 #
 # The dotted line is a guide equal to the posterior. With the independent guide the heaviest
-# few per cent of the particles hold most of the weight.
+# tenth of the particles holds more than half of the weight.
 
 fig, ax = plt.subplots()
 for colour, (name, of) in enumerate(samples.items()):

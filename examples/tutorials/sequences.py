@@ -85,7 +85,7 @@ def kalman(x, pull):
 # ------------------
 #
 # The same untrained pair, 16 particles, sequences of growing length. ``ess_threshold=0``
-# never resamples, which is IWAE.
+# never resamples, which is IWAE. With 80 steps it is 40 nats short of the truth, FIVO 3.
 
 lengths, gaps = (5, 10, 20, 40, 80), {"IWAE": [], "FIVO": []}
 _, long = simulate(80, 50)
@@ -110,6 +110,9 @@ plt.show()
 # %%
 # Training
 # --------
+#
+# A bound with a gap that depends on the parameters moves them. The ELBO makes the walk pull
+# harder than it does, since such walks are easier to guess; FIVO ends at maximum likelihood.
 
 
 def train(loss, steps=120):
