@@ -129,10 +129,9 @@ plt.show()
 # --------------------------
 #
 # It is a product over all members. Here ``mean`` and ``tau`` are held at their true values,
-# so that
-# there is nothing else to weigh: the ESS of 1000 particles with one weight for all members,
-# and with a weight for each. This guide fits well, and still 200 members leave a tenth; what
-# each of them takes away is a factor.
+# so that there is nothing else to weigh: the ESS of 1000 particles with one weight for all
+# members, and with a weight for each. This guide fits well, and still 200 members leave a
+# tenth; what each of them takes away is a factor.
 
 pyro.clear_param_store()
 for name, value in fits["two levels"].items():

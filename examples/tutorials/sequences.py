@@ -111,8 +111,8 @@ plt.show()
 # Training
 # --------
 #
-# A bound with a gap that depends on the parameters moves them. The ELBO makes the walk pull
-# harder than it does, since such walks are easier to guess; FIVO ends at maximum likelihood.
+# The gap of a bound depends on the parameters, and so moves them: the ELBO settles on too
+# small a factor, while FIVO ends at maximum likelihood.
 
 
 def train(loss, steps=120):
