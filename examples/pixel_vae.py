@@ -6,10 +6,11 @@ PixelCNN (van den Oord et al., 1606.05328) for its decoder, each with and withou
 PixelCNN alone. For each: log p̂, rate and distortion, active units, and draws of which those in a row share
 their z. Try::
 
-    python examples/pixel_vae.py                               # MIWAE(2, 4) on 8×8 digits
+    python examples/pixel_vae.py                               # MIWAE(2, 4) on 8×8 digits: 6 minutes of CPU
     python examples/pixel_vae.py --layers 1                    # a PixelCNN that sees two pixels far
     python examples/pixel_vae.py --loss iwae --estimator dreg
-    python examples/pixel_vae.py --data mnist --data-dir data --train-size 10000 --epochs 3 --kl-warmup 1
+    python examples/pixel_vae.py --data mnist --data-dir data --channels 8 -K 2 --train-size 6000 \\
+        --test-size 200 --epochs 2 --kl-warmup 1 --learning-rate 2e-3 --nll-particles 50
 
 All bounds are reported in nats per datapoint.
 """
@@ -189,8 +190,8 @@ def table(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any]) -> Figure:
     """Rate against distortion, the units' activity, and draws."""
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.5, 1))
     plane, units = above.subplots(1, 2)
     arms = results["arms"]
     for arm, colour, marker in zip(ARMS, COLOURS, MARKERS, strict=True):
@@ -210,7 +211,7 @@ def draw(results: dict[str, Any]) -> Figure:
     units.set_title("Activity of the latent units")
     units.set_xlabel("units, the most active one first")
     units.set_ylabel("variance over images of the guide's mean")
-    units.legend()
+    units.legend(loc="lower left")
     below.suptitle("Draws from the models: those of a row have one z")
     for axes, arm in zip(below.subplots(1, len(ARMS)), ARMS, strict=True):
         bits = torch.tensor([[float(bit) for bit in image] for image in arms[arm]["draws"]])
