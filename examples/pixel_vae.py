@@ -1,10 +1,10 @@
 """Does an autoregressive decoder ignore z? A gated PixelCNN beside the fully connected VAE.
 
-A decoder that sees the pixels before each pixel can model images without latents: the posterior then collapses
-to the prior. Five models of the same images, trained alike: the fully connected VAE and the one with a gated
-PixelCNN (van den Oord et al., 1606.05328) for its decoder, each with and without a warm-up of the KL term, and the
-PixelCNN alone. For each: log p̂, rate and distortion, active units, and draws of which those in a row share
-their z. Try::
+A decoder that sees the pixels before each pixel can model images without latents: the posterior then
+collapses to the prior. Five models of the same images, trained alike: the fully connected VAE and the one
+with a gated PixelCNN (van den Oord et al., 1606.05328) for its decoder, each with and without a warm-up of
+the KL term, and the PixelCNN alone. For each: log p̂, rate and distortion, active units, and draws, of which
+those in a row share their z. Try::
 
     python examples/pixel_vae.py                               # MIWAE(2, 4) on 8×8 digits: 6 minutes of CPU
     python examples/pixel_vae.py --layers 1                    # a PixelCNN that sees two pixels far
@@ -58,8 +58,9 @@ WARM = ", warm-up"
 ARMS = (FULLY, FULLY + WARM, ALONE, PIXEL, PIXEL + WARM)
 COLOURS = ("tab:blue", "tab:cyan", "black", "tab:red", "tab:orange")
 MARKERS = ("o", "^", "s", "o", "^")
-# Particles an image for the rate and the distortion, and pixels (particles × images × pixels) in memory at once.
+# Particles an image for the rate and the distortion.
 RATE_PARTICLES = 50
+# Pixels in memory at once: particles × images × pixels of an image.
 MAX_PIXELS = 400_000
 # Draws a picture: those of a row have one z.
 ROWS, COLUMNS = 6, 5
@@ -174,7 +175,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{settings['loss']} on {settings['data']}, {settings['epochs']} epochs, "
         f"{results['heldout_images']} held-out images, nats per image",
-        f"{'decoder':<25}{'NLL':>14}{'log p̂ − alone':>17}{'rate':>8}{'distortion':>12}{'gap':>7}{'active':>8}",
+        f"{'decoder':<25}{'NLL':>14}{'log p̂ − alone':>17}{'rate':>8}{'distortion':>12}{'gap':>7}"
+        f"{'active':>8}",
     ]
     for arm, r in results["arms"].items():
         nll = plus_minus(r["nll"], r["nll_monte_carlo_error"])
@@ -206,12 +208,12 @@ def draw(results: dict[str, Any]) -> Figure:
     plane.set_xlabel("rate KL(q(z | x) ‖ p(z)) [nats per image]")
     plane.set_ylabel("distortion −E log p(x | z) [nats per image]")
     plane.legend()
-    units.axhline(0.01, color="grey", linestyle="--", label="active above")
+    threshold = units.axhline(0.01, color="grey", linestyle="--", label="active above")
     units.set_yscale("log")
     units.set_title("Activity of the latent units")
     units.set_xlabel("units, the most active one first")
     units.set_ylabel("variance over images of the guide's mean")
-    units.legend(loc="lower left")
+    units.legend(handles=[threshold], loc="upper right")  # colours and marks are those of the plane
     below.suptitle("Draws from the models: those of a row have one z")
     for axes, arm in zip(below.subplots(1, len(ARMS)), ARMS, strict=True):
         bits = torch.tensor([[float(bit) for bit in image] for image in arms[arm]["draws"]])
@@ -231,7 +233,12 @@ def _equal_elbo(plane: Any, nll: float) -> None:
         weight = 1.2 if i == 0 else 0.5
         line = nll + i * step
         plane.plot(
-            (left, right), (line - left, line - right), color="grey", linestyle=":", linewidth=weight, label=label
+            (left, right),
+            (line - left, line - right),
+            color="grey",
+            linestyle=":",
+            linewidth=weight,
+            label=label,
         )
     plane.set_xlim(left, right)
     plane.set_ylim(low, high)

@@ -11,6 +11,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_iw import ImportanceSampler, LogMarginal, active_units
+from pyro_iw._support.random_state import set_back
 from pyro_iw.bounds import IWAE, Bound
 
 from .networks import VAE
@@ -33,16 +34,16 @@ EVALUATION_BATCH = 100
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """A scope with its own random state, so that to evaluate does not change the training."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with set_back():
         torch.manual_seed(seed)
         yield
 
 
 def mean_bound(vae: VAE, images: Tensor, loss: ELBO, *, seed: int) -> float:
     """The bound of ``loss`` on binarised images, in nats per datapoint."""
-    with seeded(seed, images.device), torch.no_grad():
+    with seeded(seed), torch.no_grad():
         batches = images.split(EVALUATION_BATCH)
         return -sum(loss.loss(vae.model, vae.guide, batch) for batch in batches) / len(images)
 
@@ -90,7 +91,7 @@ def evidence(
 ) -> LogMarginal:
     """The same with its errors, and another bound on the same draws."""
     sampler, batches = sampler_and_batches(vae, images, num_particles, max_rows)
-    with seeded(seed, images.device):
+    with seeded(seed):
         return sampler.log_marginal_dataset(batches, bound=bound)
 
 
@@ -102,8 +103,8 @@ def guide_means(vae: VAE, images: Tensor) -> Tensor:
 
 def evaluate(
     vae: VAE, images: Tensor, loss: ELBO, *, nll_particles: int, num_particles: int, seed: int
-) -> dict[str, float]:
-    """Held-out results, in nats per datapoint where not a count.
+) -> tuple[dict[str, float], Tensor]:
+    """Held-out results, in nats per datapoint where not a count, and log p̂ of each image, ``[N]``.
 
     Arguments:
         vae: The model and its guide.
@@ -117,7 +118,7 @@ def evaluate(
     bound = IWAE(min(num_particles, nll_particles))
     found = evidence(vae, images, nll_particles, seed=seed, bound=bound)
     active = active_units(vae.guide, images.split(1000))["z"].num_active
-    return {
+    results = {
         "heldout_bound": mean_bound(vae, images, loss, seed=seed),
         "heldout_iwae_bound": found.mean + found.minus_kl,
         "iwae_particles": bound.K,
@@ -127,6 +128,7 @@ def evaluate(
         "minus_kl_error": found.minus_kl_error,
         "active_units": active,
     }
+    return results, found.values
 
 
 def plus_minus(value: float, error: float) -> str:

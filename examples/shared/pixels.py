@@ -57,8 +57,8 @@ class VerticalStack(nn.Module):
 class HorizontalStack(nn.Module):
     """The logits ``[N, 1, H, W]``, from the pixels to the left, the code and the vertical stack.
 
-    No row depends on another one but by what is given: the map of z, ``[N, 4, H, W]``, and the vertical stack's
-    features, one ``[N, 2·channels, H, W]`` a layer.
+    No row depends on another one but by what is given: the map of z, ``[N, 4, H, W]``, and the features of
+    the vertical stack, one ``[N, 2·channels, H, W]`` a layer.
     """
 
     def __init__(self, channels: int, layers: int) -> None:
@@ -90,9 +90,9 @@ class GatedPixelCNN(nn.Module):
     .. math:: \log p(x \mid z) = \sum_i \log \mathrm{Bernoulli}(x_i \mid \sigma(l_i)), \qquad
         l_i = f(x_{<i}, z)
 
-    Two stacks, so that nothing above lies in a blind spot: with L layers a pixel sees 2L rows up, 2L columns to
-    each side there, and 2L pixels to its left. z enters every layer of the horizontal stack by way of a map
-    of its own, as the paper's s = m(h): a fully connected network, as a VAE has for a decoder. The vertical
+    Two stacks, so that nothing above lies in a blind spot: with L layers a pixel sees 2L rows up, 2L columns
+    to each side there, and 2L pixels to its left. z enters every layer of the horizontal stack by way of a
+    map of its own, as the paper's s = m(h): a fully connected network, as a VAE has for a decoder. The vertical
     stack does not see z, and so is computed once for all particles.
 
     References:
@@ -108,7 +108,12 @@ class GatedPixelCNN(nn.Module):
     """
 
     def __init__(
-        self, image_shape: tuple[int, int], latent: int, channels: int = 16, layers: int = 4, hidden: int = 200
+        self,
+        image_shape: tuple[int, int],
+        latent: int,
+        channels: int = 16,
+        layers: int = 4,
+        hidden: int = 200,
     ) -> None:
         super().__init__()
         self.image_shape = tuple(image_shape)
@@ -180,7 +185,9 @@ class PixelVAE(VAE):
         layers: Likewise.
     """
 
-    def __init__(self, image_shape: tuple[int, int], latent: int, channels: int = 16, layers: int = 4) -> None:
+    def __init__(
+        self, image_shape: tuple[int, int], latent: int, channels: int = 16, layers: int = 4
+    ) -> None:
         super().__init__(image_shape[0] * image_shape[1], latent)
         self.decoder = GatedPixelCNN(image_shape, latent, channels, layers)
 
