@@ -62,7 +62,7 @@ class ChannelsLast(nn.Module):
 class Convolutional:
     """Convolutions that halve height and width two or three times, and one full layer beside the code.
 
-    All but the last are batch-normalised: without that, most codes of a short run were of no effect.
+    All but the last are batch-normalised.
 
     Arguments:
         shape: Height and width, both divisible by four; and the number of colours, if they have any.
