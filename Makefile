@@ -16,9 +16,12 @@ FUZZ_ARGS ?=
 # Of test-versions: which legs, if not all, and options of scripts/versions.py.
 LEGS ?=
 VERSIONS_ARGS ?=
+# Of pictures: which, if not all.
+PICTURES ?=
+SITE ?= docs/_build/site
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-versions fuzz lint types docs check bench release clean
+.PHONY: help venv demo test test-versions fuzz lint types docs docs-site pictures check bench release clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST))
@@ -67,6 +70,14 @@ docs: $(FULL)  ## Build the documentation; warnings are errors
 	@echo "building docs/_build/html"
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
+# One by name: make pictures PICTURES="snr bias". Curves on MNIST need its files in data/.
+pictures: $(BASE)  ## Draw the pictures of docs/images again (hours; PICTURES="bias khat": those alone)
+	@$(BIN)/python scripts/pictures.py $(PICTURES)
+
+# SITE is a folder to publish; pages of other versions in it stay.
+docs-site: docs  ## Put the documentation beside those of other versions, into SITE=docs/_build/site
+	@$(BIN)/python scripts/site.py docs/_build/html $(SITE)
+
 check: lint types test docs  ## All of lint, types, test and docs
 
 # NumPyro takes part where it is installed: $(BIN)/pip install -c constraints.txt '.[bench]'.
@@ -83,6 +94,6 @@ release: $(FULL)  ## Build wheel and source archive in dist, and check them
 	@$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## Remove .venv and everything generated
-	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build results
+	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build docs/api docs/tutorials results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

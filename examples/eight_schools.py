@@ -43,6 +43,8 @@ ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 NAMES = ["mu", "tau", *(f"theta[{school}]" for school in SCHOOLS)]
 METHODS = {"guide": "guide alone", "importance": "guide + weights", "nuts": "NUTS"}
 FILES = ("eight_schools.json", "eight_schools.png", "posterior.nc")
+# What the picture shows: τ has no negative values, which its mean less an sd may be.
+QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95}
 WARMUP = 500
 SMOKE = {"steps": 20, "K": 4, "num_particles": 200, "nuts_samples": 20}
 
@@ -90,11 +92,17 @@ def quantities(draws: Mapping[str, Tensor]) -> Tensor:
 
 
 def compare(draws: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, dict[str, float]]]:
-    """By quantity and method: ``mean``, ``sd``, ``shift`` of the mean in NUTS's sds, ``ratio`` of the sds."""
-    moments = {m: torch.std_mean(quantities(given).double(), 0) for m, given in draws.items()}
+    """By quantity and method: ``mean``, ``sd``, ``shift`` of the mean in NUTS's sds, ``ratio`` of the sds.
+
+    And the quantiles of :data:`QUANTILES`, by name.
+    """
+    drawn = {m: quantities(given).double() for m, given in draws.items()}
+    moments = {m: torch.std_mean(values, 0) for m, values in drawn.items()}
     unit, centre = moments["nuts"]
+    levels = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
     columns = {
         method: {"mean": mean, "sd": sd, "shift": (mean - centre) / unit, "ratio": sd / unit}
+        | dict(zip(QUANTILES, drawn[method].quantile(levels, 0), strict=True))
         for method, (sd, mean) in moments.items()
     }
     return {
@@ -147,17 +155,19 @@ def table(results: dict) -> str:
 
 
 def save_figure(results: dict, path: Path) -> None:
-    """Mean ± sd of every quantity, a line for each method."""
+    """Median of every quantity, and what 90 % of the draws lie between, a line for each method."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for i, (method, label) in enumerate(METHODS.items()):
         rows = [row[method] for row in results["quantities"].values()]
         heights = [j + 0.22 * (i - 1) for j in range(len(rows))]
-        means, sds = ([row[key] for row in rows] for key in ("mean", "sd"))
-        axes.errorbar(means, heights, xerr=sds, fmt="o", markersize=4, capsize=2, color=f"C{i}", label=label)
+        low, median, high = (torch.tensor([row[key] for row in rows]) for key in QUANTILES)
+        bars = torch.stack([median - low, high - median])
+        style = {"fmt": "osD"[i], "markersize": 4, "capsize": 2, "color": f"C{i}"}
+        axes.errorbar(median.numpy(), heights, xerr=bars.numpy(), label=label, **style)
     axes.set_yticks(range(len(NAMES)), NAMES)
     axes.invert_yaxis()
-    axes.set(xlabel="posterior mean ± sd [points]")
+    axes.set(xlabel="posterior median, and quantiles of 5 % and 95 % [points]")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=100)

@@ -23,10 +23,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from pyro.distributions.transforms import Permute, conditional_spline_autoregressive
 from torch import Tensor, nn
 
 from pyro_iw import ImportanceSampler
+from pyro_iw.psis import khat_threshold
 from shared.networks import mlp
 from shared.options import loss_of, positive_int
 from shared.skeleton import finish, fit, parse, training_parser
@@ -36,6 +38,8 @@ SPREAD, NOISE = 2.0, 0.3
 SMOKE = {"epochs": 1, "train_size": 100, "test_size": 10, "num_particles": 100}
 REACH = 8.0
 PICTURED = 3
+# Contours of the posterior, as shares of its highest density.
+LEVELS = (0.05, 0.5)
 
 
 def distances(z: Tensor) -> Tensor:
@@ -130,23 +134,85 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def window(axis: Tensor, density: Tensor, draws: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Limits of x and y of a square that holds a posterior's contours, both stations and nearly all draws.
+
+    Arguments:
+        axis: The grid's points, shape ``[G]``.
+        density: The posterior on the grid, 1 at its highest, shape ``[G, G]`` with y before x.
+        draws: Of all guides, shape ``[n, 2]``.
+    """
+    inside = density > 0.02
+    places = [axis[inside.any(dim)] for dim in (0, 1)]
+    quantiles = draws.quantile(torch.tensor([0.01, 0.99]), 0).T
+    lows, highs = [], []
+    for place, ends, stations in zip(places, quantiles, STATIONS.T, strict=True):
+        lows.append(min(place.min().item(), ends[0].item(), stations.min().item()))
+        highs.append(max(place.max().item(), ends[1].item(), stations.max().item()))
+    half = 0.55 * max(high - low for low, high in zip(lows, highs, strict=True))
+    x, y = ((low + high) / 2 for low, high in zip(lows, highs, strict=True))
+    return (x - half, x + half), (y - half, y + half)
+
+
 def draw(results: dict) -> Figure:
-    """Draws from both guides on the posteriors of a few datapoints, and k̂ of all of them."""
+    """Draws from both guides on the posteriors of a few datapoints."""
     x, guides = torch.tensor(results["x"]), results["guides"]
-    figure = Figure(figsize=(3 * (PICTURED + 1), 5.6), layout="constrained")
-    axes = figure.subplots(len(guides), PICTURED + 1, squeeze=False)
-    log_p, axis = log_joint(x[:PICTURED], steps=200)
-    for row, (name, found) in zip(axes, guides.items(), strict=True):
-        draws = torch.tensor(found["draws"])
-        for n, place in enumerate(row[:PICTURED]):
-            density = (log_p[n] - log_p[n].max()).exp()
-            place.scatter(*draws[:, n].T, s=3, color="C0", alpha=0.5)
-            place.contour(axis, axis, density, levels=[0.05, 0.5], colors=["C1", "C3"], linewidths=1.2)
+    figure = Figure(figsize=(3 * PICTURED + 0.6, 3.2 * len(guides) + 0.6), layout="constrained")
+    axes = figure.subplots(len(guides), PICTURED, squeeze=False)
+    log_p, axis = log_joint(x[:PICTURED], steps=400)
+    drawn = {name: torch.tensor(found["draws"]) for name, found in guides.items()}
+    for n, column in enumerate(axes.T):
+        density = (log_p[n] - log_p[n].max()).exp()
+        xlim, ylim = window(axis, density, torch.cat([draws[:, n] for draws in drawn.values()]))
+        for place, (name, found) in zip(column, guides.items(), strict=True):
+            place.scatter(*drawn[name][:, n].T, s=3, color="C0", alpha=0.5)
+            place.contour(axis, axis, density, levels=LEVELS, colors=["C1", "C3"], linewidths=1.2)
             place.scatter(*STATIONS.T, marker="^", color="black", s=20)
-            place.set(xlim=(-5, 5), ylim=(-5, 5), aspect="equal", title=f"{name}, k̂ {found['khat'][n]:.2f}")
-        row[-1].hist(found["khat"], bins=20, range=(-0.5, 1.5))
-        row[-1].axvline(0.7, color="black", linestyle="--")
-        row[-1].set(xlabel="k̂", ylabel="held-out datapoints", title=f"{name}, all")
+            khat = f"{found['khat'][n]:.2f}".replace("-", "−")
+            place.set(xlim=xlim, ylim=ylim, aspect="equal", title=f"{name}, k̂ {khat}", xlabel="z₁")
+        for place in column[:-1]:
+            place.set_xlabel("")
+    for place in axes[:, 0]:
+        place.set_ylabel("z₂")
+    handles = [
+        Line2D([], [], linestyle="", marker="o", markersize=4, color="C0", label="draws from the guide"),
+        Line2D([], [], color="C3", label=f"posterior, {LEVELS[1]:.0%} of its highest density"),
+        Line2D([], [], color="C1", label=f"{LEVELS[0]:.0%}"),
+        Line2D([], [], linestyle="", marker="^", markersize=5, color="black", label="stations"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    return figure
+
+
+def draw_khat(results: dict) -> Figure:
+    """k̂ of every held-out datapoint under both guides, and how far log p̂ is off by it."""
+    threshold = khat_threshold(results["settings"]["num_particles"])
+    truth = torch.tensor(results["log_evidence"])
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    known = {
+        # A k̂ of infinity is null in the file.
+        name: torch.tensor([math.nan if value is None else value for value in found["khat"]])
+        for name, found in results["guides"].items()
+    }
+    for (name, khat), colour, marker in zip(known.items(), ("C1", "C0"), ("s", "o"), strict=True):
+        error = torch.tensor(results["guides"][name]["log_evidence"]) - truth
+        ranks = torch.arange(1, len(khat) + 1) / len(khat)
+        label = f"{name}: {(khat > threshold).float().mean():.0%} above {threshold:.2f}"
+        style = {"s": 12, "color": colour, "marker": marker, "alpha": 0.7, "linewidths": 0}
+        left.scatter(ranks, khat.sort().values, label=label, **style)
+        right.scatter(khat, error, label=name, **style)
+    left.axhline(threshold, color="black", linestyle="--", linewidth=1)
+    right.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.2f}")
+    right.axhline(0, color="0.6", linewidth=1)
+    left.set(xlabel="share of the held-out datapoints, in ascending order", ylabel="Pareto k̂")
+    left.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    right.set(xlabel="Pareto k̂", ylabel="log p̂ − log p [nats]")
+    left.set_title("Can the weights be trusted?")
+    right.set_title("How far the evidence is off")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
     return figure
 
 
@@ -159,7 +225,7 @@ def main(argv: list[str] | None = None) -> dict:
     add("--train-size", type=positive_int, default=1000, help="datapoints to train on")
     add("--test-size", type=positive_int, default=100, help="datapoints to judge by")
     add("--num-particles", type=positive_int, default=2000, help="a datapoint, to judge by")
-    return finish(parse(parser, argv, SMOKE), "flow_guide", run, draw, table)
+    return finish(parse(parser, argv, SMOKE), "flow_guide", run, draw, table, also={"khat": draw_khat})
 
 
 if __name__ == "__main__":

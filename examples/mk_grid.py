@@ -43,8 +43,9 @@ METRICS = {
     "iwae": "IWAE-{budget} bound",
     "log_marginal": "log p̂",
     "minus_kl": "−KL",
-    "ess": "ESS of the guide",
+    "ess": "ESS of {nll_particles} draws",
 }
+UNITS = dict.fromkeys(METRICS, "nats per datapoint") | {"ess": "effective draws of the guide"}
 SETTINGS = ("data", "train_size", "test_size", "epochs", "batch_size", "learning_rate", "estimator")
 SETTINGS += ("budget", "nll_particles")
 SMOKE = {"train_size": 100, "test_size": 40, "epochs": 1, "nll_particles": 20, "budget": 4, "seeds": 2}
@@ -174,7 +175,7 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 def format_table(results: dict[str, Any]) -> str:
     """A markdown table, a cell of the grid a row: mean ± standard deviation over the seeds."""
-    titles = [title.format(budget=results["settings"]["budget"]) for title in METRICS.values()]
+    titles = [title.format(**results["settings"]) for title in METRICS.values()]
     lines = [f"| trained with | {' | '.join(titles)} | active units |", "|:--|" + "--:|" * (len(titles) + 1)]
     for cell in results["cells"]:
         entries = []
@@ -203,7 +204,8 @@ def save_figure(results: dict[str, Any], path: Path) -> None:
     ciwae = [cell for cell in cells if cell["loss"] == "ciwae"]
     figure = Figure(figsize=(13, 6), layout="constrained")
     rows = figure.subplots(2, len(METRICS))
-    for (above, below), (metric, title) in zip(rows.T, METRICS.items(), strict=True):
+    for column, (metric, title) in zip(rows.T, METRICS.items(), strict=True):
+        above, below = column
         draw_curve(above, [cell["K"] for cell in miwae], miwae, metric, label="MIWAE(M, K)")
         draw_curve(above, [cell["K"] for cell in piwae], piwae, metric, label="PIWAE(M, K)")
         above.set_xscale("log", base=2)
@@ -211,11 +213,11 @@ def save_figure(results: dict[str, Any], path: Path) -> None:
         betas = [0.0, *(cell["beta"] for cell in ciwae), 1.0]
         draw_curve(below, betas, [iwae, *ciwae, elbo], metric, color="C2", label=f"CIWAE({budget}, β)")
         below.set_xlabel("β: 0 is IWAE, 1 the ELBO")
-        for axes in (above, below):
-            axes.set_title(title.format(budget=budget))
+        for axes in column:
+            axes.set_title(title.format(**results["settings"]))
+            axes.set_ylabel(UNITS[metric])
             axes.grid(alpha=0.3)
     for axes in rows[:, 0]:
-        axes.set_ylabel("nats per datapoint")
         axes.legend()
     figure.savefig(path, dpi=100)
 

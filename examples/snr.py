@@ -20,15 +20,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
 from pyro_iw import (
     CIWAE_ELBO,
@@ -51,6 +54,8 @@ WINDOWS = {
     "phi": {"S ≤ 64": (1, 64), "S ≥ 16": (16, math.inf)},
 }
 SYMBOLS = {"theta": "θ", "phi": "φ"}
+# PIWAE's gradient of θ is IWAE's and that of φ MIWAE's.
+SAME_AS = {("piwae", "theta"): "iwae", ("piwae", "phi"): "miwae"}
 SMOKE = {"datapoints": 32, "draws": 20, "max_draws": 20, "max_k": 16, "dimension": 3}
 # How far above the floor of its own estimate a ratio has to lie.
 CLEAR = 4.0
@@ -160,15 +165,38 @@ def ratios(result: GradientSNR) -> dict[str, float]:
     }
 
 
+class Counted:
+    """A loss that says when a gradient of it is drawn, so that a bar can move within a measurement."""
+
+    def __init__(self, loss: ImportanceWeightedELBO, tell: Callable[[], Any]) -> None:
+        self.loss, self.tell = loss, tell
+
+    def differentiable_loss(self, *args: Any) -> Tensor:
+        self.tell()
+        return self.loss.differentiable_loss(*args)
+
+
 def measure(
-    pair: Gaussian, loss: ImportanceWeightedELBO, *, draws: int, max_draws: int, seed: int
+    pair: Gaussian,
+    loss: ImportanceWeightedELBO,
+    *,
+    draws: int,
+    max_draws: int,
+    seed: int,
+    bar: tqdm | None = None,
 ) -> dict[str, float]:
-    """One point of a curve, from a random state of its own, so that it does not depend on the others."""
+    """One point of a curve, from a random state of its own, so that it does not depend on the others.
+
+    ``bar`` counts particles; its total is to hold ``draws`` gradients of this loss, and grows with more.
+    """
+    counted: Any = loss
+    if bar is not None:
+        counted = Counted(loss, lambda: bar.update(loss.bound.num_particles))
     while True:
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
         with pyro.validation_enabled(False):
-            result = gradient_snr(loss, pair.model, pair.guide, num_draws=draws, progress=sys.stderr.isatty())
+            result = gradient_snr(counted, pair.model, pair.guide, num_draws=draws, progress=False)
         point = ratios(result)
         smallest = min(point["theta"], point["phi"])
         if smallest >= CLEAR * result.floor or draws >= max_draws:
@@ -192,7 +220,8 @@ def run(args: argparse.Namespace) -> dict:
     grid = powers_of_four(args.max_k)
     curves: dict[str, dict] = {}
     names = [(bound, estimator) for bound in args.bounds for estimator in args.estimators]
-    with progress_bar(len(names) * len(grid), "signal-to-noise") as bar:
+    total = len(names) * sum(grid) * args.draws
+    with progress_bar(total, "signal-to-noise", unit=" particles", unit_scale=True) as bar:
         for bound, estimator in names:
             start = time.perf_counter()
             points = []
@@ -205,9 +234,9 @@ def run(args: argparse.Namespace) -> dict:
                         draws=args.draws,
                         max_draws=max(args.draws, args.max_draws),
                         seed=args.seed + 1,
+                        bar=bar,
                     )
                 )
-                bar.update()
             curve: dict = {key: [point[key] for point in points] for key in points[0]}
             curve["slopes"] = {
                 group: {name: slope(grid, curve[group], *window) for name, window in windows.items()}
@@ -243,30 +272,78 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def distinct(results: dict, group: str) -> dict[str, tuple[str, str, str]]:
+    """The curves that differ, by label: name of the curve to draw, bound and estimator.
+
+    The estimator makes no difference to θ, and bounds of :data:`SAME_AS` none. Of curves that are one but for
+    the noise of their draws, the one with the most draws stands for all.
+    """
+    same: dict[tuple[str, str], list[str]] = {}
+    for name in results["curves"]:
+        bound, estimator = name.split(", ")
+        bound = SAME_AS.get((bound, group), bound)
+        same.setdefault((bound, "" if group == "theta" else estimator), []).append(name)
+    found = {}
+    for (bound, estimator), names in same.items():
+        bounds = list(dict.fromkeys(name.split(", ")[0].upper() for name in names))
+        best = min(names, key=lambda name: sum(results["curves"][name]["floor"]))
+        found[" = ".join(bounds) + (f", {estimator}" if estimator else "")] = (best, bound, estimator)
+    return found
+
+
+def draw_guide(axes: Axes, particles: list[int], start: float, order: float, label: str) -> None:
+    """A dotted line of one slope, labelled at its end."""
+    ends = [start * s**order for s in (particles[0], particles[-1])]
+    axes.plot([particles[0], particles[-1]], ends, color="0.3", linestyle=(0, (1, 2)), linewidth=1.2)
+    above = order > 0
+    middle = math.sqrt(particles[0] * particles[-1])
+    place, offset = (middle, start * middle**order), (-4, 4) if above else (-4, -4)
+    axes.annotate(
+        label,
+        place,
+        offset,
+        textcoords="offset points",
+        ha="right",
+        va="bottom" if above else "top",
+        fontsize=9,
+        color="0.3",
+    )
+
+
 def save_figure(results: dict, path: Path) -> None:
-    """SNR(θ) and SNR(φ) against the number of particles, one line a bound and estimator."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    """SNR(θ) and SNR(φ) against the number of particles, a line for all curves that are one.
+
+    Dotted lines have the slopes that the paper derives: 1/2 for particles outside the logarithm, and -1/2
+    for φ under those inside.
+    """
+    particles, curves = results["particles"], results["curves"]
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     colours = {bound: f"C{i}" for i, bound in enumerate(BOUNDS)}
-    styles = dict(zip(ESTIMATORS, ("-", ":", "--"), strict=True))
+    styles = dict(zip(ESTIMATORS, ("-", ":", "--"), strict=True)) | {"": "-"}
+    markers = dict(zip(ESTIMATORS, ("o", "^", "s"), strict=True)) | {"": "o"}
     all_axes = figure.subplots(1, 2)
     for axes, group in zip(all_axes, WINDOWS, strict=True):
-        for name, curve in results["curves"].items():
-            bound, estimator = name.split(", ")
-            style = {"color": colours[bound], "linestyle": styles[estimator], "marker": "o", "markersize": 3}
-            axes.loglog(results["particles"], curve[group], label=name, **style)
+        for label, (name, bound, estimator) in distinct(results, group).items():
+            style = {"color": colours[bound], "linestyle": styles[estimator], "marker": markers[estimator]}
+            axes.loglog(particles, curves[name][group], label=label, markersize=4, **style)
         floors = [
-            min((curve[group][i], curve["floor"][i]) for curve in results["curves"].values())[1]
-            for i in range(len(results["particles"]))
+            min((curve[group][i], curve["floor"][i]) for curve in curves.values())[1]
+            for i in range(len(particles))
         ]
-        axes.plot(
-            results["particles"], floors, color="0.6", linewidth=1, label="floor 1/√draws, lowest curve"
-        )
-        axes.set_title(f"SNR({SYMBOLS[group]})")
+        axes.plot(particles, floors, color="0.6", linewidth=1, label="1/√draws: below, all is noise")
+        # Clear of the curves, which begin at no more than a few places.
+        starts = [curve[group][0] for curve in curves.values()]
+        draw_guide(axes, particles, 1.8 * max(starts), 0.5, "slope +½")
+        if group == "phi":
+            draw_guide(axes, particles, min(starts) / 1.8, -0.5, "slope −½")
+        estimators = "any estimator" if group == "theta" else "by estimator"
+        axes.set_title(f"SNR({SYMBOLS[group]}), {estimators}")
         axes.set_xlabel("particles S = M·K")
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False)
     all_axes[0].set_ylabel("mean over elements of |E g| / sd g")
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=100)
 
 

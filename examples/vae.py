@@ -133,16 +133,16 @@ def run(
     # First what took longest to make, and from the CPU, so that a machine without this device can load it.
     state = {name: tensor.cpu() for name, tensor in vae.state_dict().items()}
     checkpoint.write_torch(args.out / "vae.pt", {"state_dict": state, "settings": settings})
-    results: dict[str, float] = dict(
-        evaluate(
-            vae,
-            heldout,
-            loss,
-            nll_particles=args.nll_particles,
-            num_particles=args.M * args.K,
-            seed=args.seed,
-        )
+    results, log_p = evaluate(
+        vae,
+        heldout,
+        loss,
+        nll_particles=args.nll_particles,
+        num_particles=args.M * args.K,
+        seed=args.seed,
     )
+    # An image each, so that runs can be compared image by image.
+    checkpoint.write_arrays(args.out / "heldout.npz", {"log_p": log_p.cpu()})
     training_seconds = sum(record["seconds"] for record in history)
     results["train_bound"] = history[-1]["train_bound"]
     results["training_seconds"] = training_seconds

@@ -103,8 +103,8 @@ def guide_means(vae: VAE, images: Tensor) -> Tensor:
 
 def evaluate(
     vae: VAE, images: Tensor, loss: ELBO, *, nll_particles: int, num_particles: int, seed: int
-) -> dict[str, float]:
-    """Held-out results, in nats per datapoint where not a count.
+) -> tuple[dict[str, float], Tensor]:
+    """Held-out results, in nats per datapoint where not a count, and log p̂ of each image, ``[N]``.
 
     Arguments:
         vae: The model and its guide.
@@ -118,7 +118,7 @@ def evaluate(
     bound = IWAE(min(num_particles, nll_particles))
     found = evidence(vae, images, nll_particles, seed=seed, bound=bound)
     active = active_units(vae.guide, images.split(1000))["z"].num_active
-    return {
+    results = {
         "heldout_bound": mean_bound(vae, images, loss, seed=seed),
         "heldout_iwae_bound": found.mean + found.minus_kl,
         "iwae_particles": bound.K,
@@ -128,6 +128,7 @@ def evaluate(
         "minus_kl_error": found.minus_kl_error,
         "active_units": active,
     }
+    return results, found.values
 
 
 def plus_minus(value: float, error: float) -> str:

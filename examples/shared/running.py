@@ -91,9 +91,12 @@ def in_one_line(*errors: type[Exception], kept: str = "nothing is saved before t
             signal.signal(signal.SIGTERM, before)
 
 
-def progress_bar(total: int, description: str) -> tqdm:
-    """A progress bar, on a terminal alone: a log file would get a line for each look of it."""
-    return tqdm(total=total, desc=description, leave=False, disable=None)
+def progress_bar(total: int, description: str, **options: Any) -> tqdm:
+    """A progress bar, on a terminal alone: a log file would get a line for each look of it.
+
+    Further options are tqdm's.
+    """
+    return tqdm(total=total, desc=description, leave=False, disable=None, **options)
 
 
 @contextmanager

@@ -110,6 +110,7 @@ def finish(
     run: Callable[[argparse.Namespace], dict],
     draw: Callable[[dict], Figure],
     table: Callable[[dict], str],
+    also: Mapping[str, Callable[[dict], Figure]] | None = None,
 ) -> dict:
     """Seed, run, and leave ``<name>.json``, ``<name>.png`` and a table on the screen.
 
@@ -119,6 +120,7 @@ def finish(
         run: Makes the results.
         draw: The figure of results.
         table: Results in words.
+        also: Further figures, by the names of their files.
 
     Returns:
         The results, with ``settings`` and ``seconds``, as in the file.
@@ -133,7 +135,9 @@ def finish(
         # JSON knows neither NaN nor the infinite k̂ of too few particles.
         text = re.sub(r"-?\b(NaN|Infinity)\b", "null", json.dumps(results, indent=2))
         (args.out / f"{name}.json").write_text(text + "\n")
-        draw(results).savefig(args.out / f"{name}.png", dpi=100)
+        figures = {name: draw, **(also or {})}
+        for file, make in figures.items():
+            make(results).savefig(args.out / f"{file}.png", dpi=100)
     print(table(results), f"Took {results['seconds']:.0f} s.", sep="\n")
-    print(args.out / f"{name}.json", args.out / f"{name}.png", sep="\n")
+    print(args.out / f"{name}.json", *(args.out / f"{file}.png" for file in figures), sep="\n")
     return results

@@ -48,6 +48,12 @@ class AdversarialLosses(NamedTuple):
         guide: by site, in nats per cell, :math:`-\log \sigma(D(z))` of the guide's codes;
             :math:`\log 2 \approx 0.693` where they cannot be told apart.
         supervised: :math:`-\sum \log p(y \mid x)` in nats; None without that phase.
+
+    Example:
+        >>> discriminator = torch.nn.Sequential(torch.nn.Unflatten(0, (-1, 1)), torch.nn.Linear(1, 1))
+        >>> losses = AdversarialSVI(model, guide, discriminator, Adam({"lr": 1e-3})).step(data)
+        >>> list(losses.discriminator), losses.supervised
+        (['z'], None)
     """
 
     reconstruction: float

@@ -76,6 +76,11 @@ class AnnealedSamples(ImportanceSamples):
 
     Attributes:
         acceptance: mean probability with which a move was accepted, of shape ``[*cells]``.
+
+    Example:
+        >>> samples = AnnealedImportanceSampler(model, guide, num_temperatures=20)(data)
+        >>> samples.acceptance.shape, samples.log_weights.shape
+        (torch.Size([3]), torch.Size([16, 3]))
     """
 
     def __init__(

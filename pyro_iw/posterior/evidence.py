@@ -26,6 +26,11 @@ class Evidence(NamedTuple):
         log_marginal: :math:`\\log \\hat p(x)` in nats, of shape ``[*cells]``.
         monte_carlo_error: its standard error from the finite number of particles (delta method), likewise.
         ess: effective number of particles, likewise.
+
+    Example:
+        >>> evidence = ImportanceSampler(model, guide).evidence(data)
+        >>> evidence.log_marginal.shape, evidence.ess.shape
+        (torch.Size([3]), torch.Size([3]))
     """
 
     log_marginal: Tensor
@@ -50,6 +55,11 @@ class LogMarginal:
             bound (0 for IWAE of all of them). With ``jackknife`` it is that of the difference before the
             correction.
         estimator: what the values were estimated by, in words; of two parts of one data set it is the same.
+
+    Example:
+        >>> result = ImportanceSampler(model, guide).log_marginal_dataset([data[:2], data[2:]])
+        >>> result.values.shape
+        torch.Size([3])
     """
 
     values: Tensor

@@ -319,7 +319,8 @@ class ImportanceSampler:
             enumerated_sites(kept.traces),
         )
         samples = kept.as_samples(rerun)
-        warn_of_dead(samples.log_weights.amax(0), self.num_particles, kept.dead)
+        if kept.dead is not None:
+            warn_of_dead(samples.log_weights.amax(0), self.num_particles, kept.dead)
         return samples
 
     def particles(self, *args: Any, **kwargs: Any) -> Iterator[Any]:

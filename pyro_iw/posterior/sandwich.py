@@ -44,7 +44,9 @@ __all__ = ["Sandwich", "sandwich"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sandwich:
-    """Bounds of the log evidence of simulated data, from below and from above.
+    r"""Bounds of the log evidence of simulated data, from below and from above.
+
+    .. math:: E[\text{lower}] \le \log p(x) \le E[\text{upper}]
 
     Attributes:
         lower: those of the forward chains, in nats, of shape ``[num_simulations, *cells]``.
@@ -53,6 +55,11 @@ class Sandwich:
         upper_errors: likewise; that all reversed chains of a cell begin at one draw is not in it.
         num_chains: the number of chains for each.
         num_temperatures: the number of temperatures on their way.
+
+    Example:
+        >>> result = pyro_iw.sandwich(model, guide, data, num_temperatures=50)
+        >>> result.lower.shape, torch.equal(result.gap, result.upper - result.lower)
+        (torch.Size([1, 3]), True)
     """
 
     lower: Tensor

@@ -17,7 +17,7 @@ def test_minus_kl_compares_bounds_of_the_same_draws(draws: int, size: int) -> No
     network = VAE(6, latent=2, hidden=3)
     images = (torch.rand(9, 6) < 0.5).float()
     loss = IWAE_ELBO(K=8)
-    found = evaluation.evaluate(network, images, loss, nll_particles=draws, num_particles=8, seed=3)
+    found, values = evaluation.evaluate(network, images, loss, nll_particles=draws, num_particles=8, seed=3)
     assert found["iwae_particles"] == size
     # The draws again, taken by hand in groups of 8.
     with evaluation.seeded(3):
@@ -26,6 +26,7 @@ def test_minus_kl_compares_bounds_of_the_same_draws(draws: int, size: int) -> No
     log_p = (log_w.logsumexp(0) - math.log(draws)).mean().item()
     groups = log_w[: draws // size * size].reshape(-1, size, 9)
     iwae = (groups.logsumexp(1) - math.log(size)).mean().item()
+    torch.testing.assert_close(values.double(), log_w.logsumexp(0) - math.log(draws), rtol=0, atol=1e-4)
     assert found["heldout_nll"] == pytest.approx(-log_p, abs=1e-5)
     assert found["heldout_iwae_bound"] == pytest.approx(iwae, abs=1e-5)
     assert found["minus_kl"] == pytest.approx(iwae - log_p, abs=1e-5)

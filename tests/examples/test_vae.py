@@ -164,14 +164,25 @@ def test_bad_arguments(
 
 def test_demo_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = demo.main(["--smoke", "--out", str(tmp_path)])
-    assert set(metrics) == set(demo.LOSSES)
+    assert set(metrics) == set(demo.WAYS)
     for name in (*PICTURES, "comparison.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out
     lines = table.splitlines()
-    assert len(lines) == 2 + len(demo.LOSSES)
+    assert len(lines) == 2 + len(demo.WAYS)
     assert {line.count("|") for line in lines} == {1 + len(demo.HEADER)}
     results = json.loads((tmp_path / "comparison.json").read_text())
     assert all(finite(numbers) for numbers in results.values())
-    assert all(demo.COMMON_BOUND in metrics[loss]["history"][0] for loss in demo.LOSSES)
+    assert all(demo.COMMON_BOUND in one["history"][0] for one in metrics.values())
+    assert metrics["iwae-dreg"]["settings"]["estimator"] == "dreg"
+
+    # Image by image: the standard error from the sum of both variances less twice their covariance.
+    log_p = {name: one["log_p"].astype(float) for name, one in metrics.items()}
+    for name, numbers in results.items():
+        assert numbers["heldout_nll"] == pytest.approx(-log_p[name].mean(), rel=1e-6)
+        difference = numbers["heldout_nll"] - results["elbo"]["heldout_nll"]
+        assert numbers["nll_less_elbo"] == pytest.approx(difference, abs=1e-5)
+        (a, c), (_, b) = np.cov(log_p[name], log_p["elbo"])
+        error = math.sqrt(max(a + b - 2 * c, 0) / len(log_p[name]))
+        assert numbers["nll_less_elbo_error"] == pytest.approx(error, rel=1e-6, abs=1e-9)
