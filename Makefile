@@ -18,9 +18,10 @@ LEGS ?=
 VERSIONS_ARGS ?=
 # Of pictures: which, if not all.
 PICTURES ?=
+SITE ?= docs/_build/site
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-versions fuzz lint types docs pictures check bench clean
+.PHONY: help venv demo test test-versions fuzz lint types docs docs-site pictures check bench release clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +74,10 @@ docs: $(FULL)  ## Build the documentation; warnings are errors
 pictures: $(BASE)  ## Draw the pictures of docs/images again (hours; PICTURES="bias khat": those alone)
 	@$(BIN)/python scripts/pictures.py $(PICTURES)
 
+# SITE is a folder to publish; pages of other versions in it stay.
+docs-site: docs  ## Put the documentation beside those of other versions, into SITE=docs/_build/site
+	@$(BIN)/python scripts/site.py docs/_build/html $(SITE)
+
 check: lint types test docs  ## All of lint, types, test and docs
 
 # NumPyro takes part where it is installed: $(BIN)/pip install -c constraints.txt '.[bench]'.
@@ -81,7 +86,14 @@ bench: $(BASE)  ## Time and memory beside what a user would pick instead (half a
 	    $(BIN)/python benchmarks/$$script.py $(BENCH_ARGS) || exit 1; \
 	done
 
+# The two tools are only needed here, and bring a dozen packages: they are not among those of the tests.
+release: $(FULL)  ## Build wheel and source archive in dist, and check them
+	@rm -rf dist
+	@$(BIN)/python -m pip install -qq build twine
+	@$(BIN)/python -m build --outdir dist
+	@$(BIN)/python -m twine check --strict dist/*
+
 clean:  ## Remove .venv and everything generated
-	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build results
+	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build docs/api docs/tutorials results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -16,6 +16,9 @@ import pyro_iw
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
+# Made by "make docs", or run by it.
+collect_ignore_glob = ["docs/_ext/*", "docs/api/*", "docs/tutorials/*"]
+
 
 @pytest.fixture(autouse=True)
 def _clean_slate():

@@ -112,6 +112,14 @@ class VAE(nn.Module):
 
     def log_weights(self, x: Tensor, num_particles: int) -> Tensor:
         """By hand: log p(x, z) - log q(z | x), of shape ``[K, B]``, for ``x`` of shape ``[B, D]``."""
+        return self.log_weights_of(self.encode_once(x), x, num_particles)
+
+    def encode_once(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """By hand: what the guide computes of the data alone, mean and log scale of its first layer."""
+        raise NotImplementedError
+
+    def log_weights_of(self, given: tuple[Tensor, Tensor], x: Tensor, num_particles: int) -> Tensor:
+        """:meth:`log_weights`, with that at hand."""
         raise NotImplementedError
 
     def model(self, x: Tensor) -> None:
@@ -159,8 +167,11 @@ class OneLayerVAE(VAE):
         self.encoder = Gaussian(mlp(*self.widths), hidden, latent)
         self.decoder = nn.Sequential(mlp(latent, hidden, hidden), _head(hidden, pixels))
 
-    def log_weights(self, x: Tensor, num_particles: int) -> Tensor:
-        z, log_q = _draw(*self.encoder(x), num_particles)
+    def encode_once(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder(x)
+
+    def log_weights_of(self, given: tuple[Tensor, Tensor], x: Tensor, num_particles: int) -> Tensor:
+        z, log_q = _draw(*given, num_particles)
         return _log_bernoulli(self.decoder(z), x) + _log_standard_normal(z) - log_q
 
     def model(self, x: Tensor) -> None:
@@ -207,8 +218,11 @@ class TwoLayerVAE(VAE):
             ]
         )
 
-    def log_weights(self, x: Tensor, num_particles: int) -> Tensor:
-        z1, log_q1 = _draw(*self.encoder[0](x), num_particles)
+    def encode_once(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder[0](x)
+
+    def log_weights_of(self, given: tuple[Tensor, Tensor], x: Tensor, num_particles: int) -> Tensor:
+        z1, log_q1 = _draw(*given, num_particles)
         z2, log_q2 = _draw(*self.encoder[1](z1), None)
         loc, log_scale = self.decoder[0](z2)
         log_p1 = -0.5 * ((z1 - loc) * (-log_scale).exp()).square().sum(-1) - log_scale.sum(-1)
@@ -277,8 +291,11 @@ class ConvVAE(VAE):
         """Logits, of shape ``[*batch, D]``; particles are folded into the one batch dim of convolutions."""
         return self.decoder(z.flatten(0, -2)).reshape(*z.shape[:-1], self.pixels)
 
-    def log_weights(self, x: Tensor, num_particles: int) -> Tensor:
-        z, log_q = _draw(*self.encoder(x), num_particles)
+    def encode_once(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder(x)
+
+    def log_weights_of(self, given: tuple[Tensor, Tensor], x: Tensor, num_particles: int) -> Tensor:
+        z, log_q = _draw(*given, num_particles)
         return _log_bernoulli(self.decode(z), x) + _log_standard_normal(z) - log_q
 
     def model(self, x: Tensor) -> None:

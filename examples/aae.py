@@ -1,13 +1,15 @@
-"""Adversarial autoencoders: the five uses of Makhzani et al. (1511.05644), as modes.
+"""Adversarial autoencoders: the six uses of Makhzani et al. (1511.05644), as modes.
 
 ``unsupervised`` matches the codes of images to a prior: a Gaussian, a mixture, a swiss roll. ``steered``
-gives each class a part of the prior, from a few labels. ``semi-supervised`` splits images into class and
-style, ``clustering`` does so without any label, and ``reduction`` puts the clusters into a plane. Try::
+gives each class a part of the prior, from a few labels. ``supervised`` tells the decoder the class of every
+image, which leaves the style to the code. ``semi-supervised`` splits images into class and style from a few
+labels, ``clustering`` does so without any, and ``reduction`` puts the clusters into a plane. Try::
 
     python examples/aae.py --mode clustering                       # on 8×8 digits, under a minute
     python examples/aae.py --mode semi-supervised --seeds 5        # beside a classifier of the same labels
     python examples/aae.py --mode unsupervised --prior swiss-roll
     python examples/aae.py --mode steered --labels 100 --epochs 400
+    python examples/aae.py --mode supervised --data svhn --data-dir data --device cuda
     python examples/aae.py --mode reduction --data mnist --hidden 1000 --out results/plane --resume
 
 A run can be killed at any time; ``--resume`` goes on to the bit. Losses are in nats per image.
@@ -27,7 +29,8 @@ import torch
 
 from shared import checkpoint, datasets
 from shared.aae import evaluation, pictures
-from shared.aae.networks import HeadsAAE, LatentAAE
+from shared.aae.layers import Convolutional, FullyConnected
+from shared.aae.networks import ClassAAE, HeadsAAE, LatentAAE
 from shared.aae.priors import COMPONENTS, PRIORS
 from shared.aae.training import Data, Trainer, choose_labelled, train_classifier
 from shared.evaluation import seeded
@@ -35,19 +38,26 @@ from shared.options import as_settings, at_smoke_size, new_parser, positive_floa
 from shared.running import results_folder
 
 KIND = "examples/aae.py"
-DATA = ("digits", "mnist", "fashion-mnist")
+DATA = ("digits", "mnist", "fashion-mnist", *datasets.COLOUR)
 # What a mode does where the command line does not say.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "unsupervised": {"prior": "gaussian", "noise": 0.0, "epochs": 200},
     "steered": {"prior": "mixture", "noise": 0.1, "labels": 300, "epochs": 200},
+    "supervised": {"latent": 10, "noise": 0.1},
     "semi-supervised": {"latent": 10, "noise": 0.3, "labels": 100},
     "clustering": {"latent": 5, "noise": 0.1, "clusters": 16},
     "reduction": {"latent": 2, "noise": 0.1, "clusters": 20},
 }
+# Where the code, or a part of it, is a style.
+STYLED = ("supervised", "semi-supervised", "clustering")
 # Where a mode has none of its own.
 EPOCHS, LATENT = 100, 2
 # In more dims than this the style of 8×8 images holds their class too.
 DIGITS_LATENT = 3
+# The style of a photograph has more to hold: colours, light, the digits to the left and right.
+COLOUR_LATENT = 20
+# On colours.
+COLOUR_LABELS, COLOUR_CHANNELS = 1000, 32
 # The paper's, for its Parzen windows.
 GAUSSIAN_LATENT = 8
 SMOKE = {"train_size": 120, "test_size": 40, "epochs": 2, "hidden": 16, "parzen_samples": 100, "labels": 30}
@@ -63,7 +73,8 @@ FREE_SETTINGS = ("seeds", "resume", "out", "checkpoint_every", "data_dir", "devi
 
 def load_data(args: argparse.Namespace, seed: int) -> Data:
     """The set as it is; the rows that are labelled depend on the seed."""
-    data = datasets.load(args.data, args.data_dir).subset(args.train_size, args.test_size, seed=seed)
+    data = datasets.load(args.data, args.data_dir, extra=bool(args.extra))
+    data = data.subset(args.train_size, args.test_size, seed=seed)
     assert data.train_labels is not None
     assert data.test_labels is not None
     generator = torch.Generator().manual_seed(seed)
@@ -80,20 +91,23 @@ def load_data(args: argparse.Namespace, seed: int) -> Data:
     return Data(images, labels, *rest, few, data.image_shape)
 
 
-def make_pair(args: argparse.Namespace, pixels: int) -> LatentAAE | HeadsAAE:
+def make_pair(args: argparse.Namespace, shape: tuple[int, ...]) -> LatentAAE | HeadsAAE | ClassAAE:
+    layers = Convolutional(shape, args.channels) if args.channels else FullyConnected(math.prod(shape))
+    if args.mode == "supervised":
+        return ClassAAE(layers, COMPONENTS, args.latent, args.hidden, args.noise)
     if args.prior:
         prior = PRIORS[args.prior](args.latent)
-        return LatentAAE(pixels, prior, args.hidden, args.noise, steered=args.mode == "steered")
+        return LatentAAE(layers, prior, args.hidden, args.noise, steered=args.mode == "steered")
     heads = COMPONENTS if args.labels else args.clusters
     distance = DISTANCE if args.mode == "reduction" else None
-    return HeadsAAE(pixels, heads, args.latent, args.hidden, args.noise, distance)
+    return HeadsAAE(layers, heads, args.latent, args.hidden, args.noise, distance)
 
 
 def compare_classifier(data: Data, args: argparse.Namespace, seed: int, steps: int) -> dict[str, float]:
     """The error of the same classifier trained on the labels alone, with as many steps of the same kind."""
     assert data.few is not None
-    with seeded(seed, args.device):
-        pair = make_pair(args, data.images.shape[1]).to(args.device)
+    with seeded(seed):
+        pair = make_pair(args, data.shape).to(args.device)
         options = {"batch_size": args.batch_size, "learning_rate": args.learning_rate, "seed": seed}
         train_classifier(pair.encoder, data.few, steps=steps, **options)
         pair.eval()
@@ -115,9 +129,10 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any
 
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    pair = make_pair(args, data.images.shape[1]).to(args.device)
+    pair = make_pair(args, data.shape).to(args.device)
     options = {name: getattr(args, name) for name in ("hidden", "batch_size", "epochs", "learning_rate")}
-    trainer = Trainer(pair, data.images, data.few, seed=seed, **options)
+    known = data.labels if args.mode == "supervised" else None
+    trainer = Trainer(pair, data.images, data.few, labels=known, seed=seed, **options)
     if path.exists():
         saved = checkpoint.load(path, KIND)
         if differing := [name for name, value in settings.items() if saved["settings"].get(name) != value]:
@@ -129,7 +144,8 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any
         checkpoint.save(path, KIND, {"settings": settings, "training": trainer.state()})
 
     description = f"{args.mode} on {args.data}, seed {seed}"
-    trainer.run(save=save, save_every=args.checkpoint_every, description=description)
+    options = {"save_every": args.checkpoint_every, "description": description}
+    trainer.run(save=save, measure=lambda: evaluation.classification_error(pair, data), **options)
     results = evaluation.evaluate(pair, data, args.mode, parzen_samples=args.parzen_samples, seed=seed)
     if args.mode == "semi-supervised":
         results |= compare_classifier(data, args, seed, trainer.step)
@@ -170,14 +186,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mode", choices=DEFAULTS, default="unsupervised", help="which of the paper's uses")
     add("--prior", choices=PRIORS, help=f"of the code (default: {by_mode('prior')})")
     labels = (
-        f"images whose class is known (default: {by_mode('labels')}; optional in reduction, without default)"
+        f"images whose class is known (default: {by_mode('labels')}, or {COLOUR_LABELS} of svhn; "
+        "optional in reduction, without default)"
     )
     add("--labels", type=positive_int, help=labels)
     clusters = f"heads where there are no labels (default: {by_mode('clusters')})"
     add("--clusters", type=positive_int, help=clusters)
     latent = (
         f"dimension of the code, or of the style (default: {GAUSSIAN_LATENT} in unsupervised with a gaussian "
-        f"prior, else {LATENT}; {by_mode('latent')}; of these, at most {DIGITS_LATENT} on digits)"
+        f"prior, else {LATENT}; {by_mode('latent')}; of these, at most {DIGITS_LATENT} on digits; "
+        f"of a style {COLOUR_LATENT} on svhn)"
     )
     add("--latent", type=positive_int, help=latent)
     noise = f"standard deviation of what is added to the encoder's images (default: {by_mode('noise')})"
@@ -185,6 +203,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", choices=DATA, default="digits", help="the images")
     add("--data-dir", type=Path, default=Path("data"), help="where their files are; not for digits")
     add("--hidden", type=positive_int, default=256, help="width of both hidden layers; 1000 in the paper")
+    channels = (
+        f"of the finest convolution (default: {COLOUR_CHANNELS} on svhn; else all layers are fully connected)"
+    )
+    add("--channels", type=positive_int, help=channels)
+    # None without it, as in the settings of checkpoints that know nothing of it.
+    extra = "add the 531131 extra images of svhn to the training images: 8 GB, and twice that in the making"
+    add("--extra", action="store_true", default=None, help=extra)
     epochs = f"passes over the training images (default: {by_mode('epochs')}; else {EPOCHS})"
     add("--epochs", type=positive_int, help=epochs)
     add("--batch-size", type=positive_int, default=100, help="images a step, and labelled ones beside")
@@ -216,6 +241,14 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         del defaults["clusters"]  # the heads are the classes
     elif args.data == "digits":
         defaults["latent"] = min(defaults["latent"], DIGITS_LATENT)
+    if args.data in datasets.COLOUR:
+        args.channels = args.channels or COLOUR_CHANNELS
+        if args.mode in STYLED:
+            defaults["latent"] = COLOUR_LATENT
+        if args.mode == "semi-supervised":
+            defaults["labels"] = COLOUR_LABELS
+    elif args.extra:
+        parser.error(f"--extra: only svhn has extra images, not --data {args.data}")
     if (args.prior or defaults.get("prior")) == "gaussian":
         defaults["latent"] = GAUSSIAN_LATENT
     for name in ("prior", "labels", "clusters", "latent", "noise", "epochs"):

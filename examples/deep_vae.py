@@ -120,7 +120,7 @@ def evaluate(
     network.eval()
     bound = IWAE(min(IWAE_PARTICLES, nll_particles))
     sampler, batches = sampler_and_batches(network, heldout, nll_particles)
-    with seeded(seed, heldout.device):
+    with seeded(seed):
         evidence = sampler.log_marginal_dataset(batches, bound=bound)
         activity = active_units(network.guide, heldout.split(1000))
     layers = [activity[f"z{i}"] for i in range(1, len(network.encoders) + 1)]
@@ -146,7 +146,7 @@ def save_pictures(
     network: DeepVAE, heldout: Tensor, data: ImageData, history: list[dict], args: argparse.Namespace
 ) -> None:
     """What the trained model makes of noise and of held-out images, and its learning curve."""
-    with seeded(args.seed, heldout.device), pyro.plate("pictures", 64):
+    with seeded(args.seed), pyro.plate("pictures", 64):
         samples = network.logits(network.sample_latents(heldout)).sigmoid()
     title = "Decoder means of prior draws"
     pictures.save_images(samples.reshape(-1, *data.image_shape), 8, title, args.out / "samples.png")

@@ -236,7 +236,7 @@ def run(args: argparse.Namespace) -> dict:
     # Moved when all of them are there, so that what is in the folder is whole and of one evaluation.
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=args.out) as unfinished:
         folder = Path(unfinished)
-        with seeded(args.seed, args.device):
+        with seeded(args.seed):
             results, drawn = evaluate(sampler, images, args)
             with warnings.catch_warnings():
                 # Of a high k̂ or a low ESS, which the report states.

@@ -102,7 +102,7 @@ def train_and_measure(cell: Cell, seed: int, data: ImageData, args: argparse.Nam
         description=f"{cell.name}, seed {seed}",
     )
     sampler, batches = sampler_and_batches(network, heldout, args.nll_particles)
-    with seeded(seed, heldout.device):
+    with seeded(seed):
         evidence = sampler.log_marginal_dataset(batches, bound=IWAE(args.budget))
         units = active_units(network.guide, heldout.split(1000))["z"].num_active
     return {

@@ -159,9 +159,11 @@ def draw(results: dict) -> Figure:
     """Draws from each class, and which class the held-out images are taken for."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.imshow(tile(torch.tensor(results["samples"]), EACH).numpy(), cmap="gray", vmin=0, vmax=1)
-    left.set(title="Draws from each class")
-    left.set_axis_off()
+    samples = torch.tensor(results["samples"])
+    left.imshow(tile(samples, EACH).numpy(), cmap="gray", vmin=0, vmax=1)
+    rows = [(c + 0.5) * (samples.shape[1] + 1) for c in range(CLASSES)]
+    left.set(title="Draws from each class", ylabel="class", xticks=[])
+    left.set_yticks(rows, range(CLASSES))
     confusion = torch.tensor(results["confusion"])
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     right.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)

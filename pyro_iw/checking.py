@@ -41,6 +41,11 @@ class SiteCheck:
         event_shape: the shape of one event.
         plates: the plates around it, outermost first.
         has_path: whether a gradient flows through its value (or need not, where it has no parameters).
+
+    Example:
+        >>> site = check(model, guide, data).sites[0]
+        >>> site.role, site.name, site.batch_shape, site.has_path
+        ('guide', 'z', (3,), True)
     """
 
     role: str
@@ -66,6 +71,11 @@ class PairCheck:
         error: what a step raises; None if it does not.
         seconds: of the fastest of three steps with all particles, gradients included.
         seconds_of_one: likewise with a single particle.
+
+    Example:
+        >>> found = check(model, guide, data)
+        >>> found.error is None, found.estimators["dreg"] is None, found.seconds > 0
+        (True, True, True)
     """
 
     loss: ImportanceWeightedELBO

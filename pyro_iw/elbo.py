@@ -11,27 +11,28 @@ from __future__ import annotations
 
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
 import torch
-from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from ._support.arguments import as_plate_names, positive_integer
-from ._support.nested import leaves
-from ._support.random_state import RandomState
+from ._support.arguments import as_plate_names, positive_integer, weight_of_kl
+from ._support.random_state import RandomState, set_back
 from ._support.warn import warn
 from .bounds import Bound
-from .compiling.step import Compiler
+from .compiling.step import Compiler, without_others
 from .gradients.backward_subset import estimate_from_subset
 from .gradients.chunks import Chunks, InChunks, estimate_in_chunks
 from .gradients.estimators import get_estimator
+from .gradients.not_finite import explain_not_finite
+from .gradients.over_ranks import over_ranks, same_minibatches
 from .gradients.over_values import suited_to
 from .gradients.surrogate import Estimate
+from .ranks.particles import ParticleGroup
 from .tracing.cells import weighted_plates
 from .tracing.counterparts import check_guide
 from .tracing.jumps import find_jumps
@@ -41,8 +42,12 @@ from .tracing.particles import Particles, collect
 from .tracing.runner import Runner
 from .tracing.sites import Site, read_sites
 from .tracing.traces import Pair, Route, Traces, trace_pair
+from .training import TrainedLoss, gradient_step
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .compiling.program import CompiledStep
 
 __all__ = ["ImportanceWeightedELBO", "Keywords"]
@@ -62,9 +67,10 @@ class Keywords(TypedDict, total=False):
     retain_graph: bool | None
     compile: bool
     stratified: bool
+    particle_group: ProcessGroup | DeviceMesh | None
 
 
-class ImportanceWeightedELBO(ELBO):
+class ImportanceWeightedELBO(TrainedLoss):
     r"""Base class: any :class:`~pyro_iw.bounds.Bound` as a Pyro loss.
 
     Use it directly for a bound of your own. Log-weights are averaged per *cell* of the plates common to all
@@ -109,9 +115,16 @@ class ImportanceWeightedELBO(ELBO):
             :math:`\sum_y p_\theta(x, y, z_y) / q_\phi(z_y \mid y, x)`. The bound is tighter than
             :math:`\sum_y q_\phi(y \mid x) V(\ell_y)`, the default, but does not train
             :math:`q_\phi(y \mid x)`, which drops out of it.
+        particle_group: the P ranks, each a process of its own, that the M K particles are divided among: a
+            process group of :mod:`torch.distributed` or a mesh of one dimension, ``mesh["particles"]``; M and
+            K stay those of all. They share datapoints, and each has the whole bound for its loss. Gradients
+            are to be *averaged* over all ranks, as ``DistributedDataParallel(loss(model, guide))`` and
+            ``FusedOptim(..., process_group=...)`` do; see :mod:`~pyro_iw.ranks.particles`.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or P does not divide M K.
+        RankError: in a step, on every rank, if one of a particle group fails, does not come, has other data,
+            parameters or shapes than the others, or the same noise; naming the rank.
 
     Example:
         >>> class Median(pyro_iw.Bound):  # the middle of M independent IWAE bounds
@@ -136,6 +149,7 @@ class ImportanceWeightedELBO(ELBO):
         retain_graph: bool | None = None,
         compile: bool = False,
         stratified: bool = False,
+        particle_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         if not isinstance(bound, Bound):
             raise ValueError(f"bound must be a pyro_iw.Bound, got {bound!r}")
@@ -147,7 +161,7 @@ class ImportanceWeightedELBO(ELBO):
             retain_graph=retain_graph,
         )
         if not callable(kl_weight):
-            _check_kl_weight(kl_weight)
+            weight_of_kl(kl_weight)
         if chunk_size is not None:
             chunk_size = positive_integer("chunk_size", chunk_size)
         if backward_particles is not None:
@@ -171,8 +185,6 @@ class ImportanceWeightedELBO(ELBO):
         self.kl_weight = kl_weight
         self.chunk_size = chunk_size
         self.backward_particles = backward_particles
-        #: Number of gradient steps taken, which is calls of ``loss_and_grads`` and, with gradients enabled,
-        #: of ``differentiable_loss``. Set it to go on with a ``kl_weight`` schedule.
         self.steps = 0
         self._estimator = get_estimator(estimator)
         self._runner = Runner(
@@ -188,6 +200,11 @@ class ImportanceWeightedELBO(ELBO):
         self.compile = compile
         self.stratified = stratified
         self._compiler = Compiler()
+        self.particle_group = particle_group
+        self._ranks = None if particle_group is None else ParticleGroup(particle_group, bound)
+        self._said: tuple | None = None  # what must be the same on all ranks
+        #: Gives the plates of a step that came to nothing the minibatches that they had.
+        self._minibatches: AbstractContextManager[Any] = nullcontext()
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, in nats, without gradients.
@@ -201,12 +218,13 @@ class ImportanceWeightedELBO(ELBO):
         Raises:
             ValueError: if a log-weight is NaN or +inf, naming the site.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self._step(1.0):
             particles, estimate = self._estimate(Pair(model, guide, args, kwargs), kl_weight=1.0)
             loss = estimate.loss.item()
             self._check_finite(loss, particles, estimate)
         return loss
 
+    @gradient_step
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, in nats, leaving gradients in the parameters' ``.grad``.
 
@@ -214,16 +232,19 @@ class ImportanceWeightedELBO(ELBO):
         cover a site of the guide. ``.grad`` is untouched by an error, except that on an accelerator with
         Pyro's validation off, NaN and +inf are found only after the backward pass: zero it then.
         """
-        pair = Pair(model, guide, args, kwargs)
         kl_weight = self._next_kl_weight()
+        with self._step(kl_weight):
+            return self._loss_and_grads(Pair(model, guide, args, kwargs), kl_weight)
+
+    def _loss_and_grads(self, pair: Pair, kl_weight: float) -> float:
         compiled = self._compiled_step(pair, kl_weight)
         if compiled is not None:
             loss = compiled.loss.item()
             if math.isfinite(loss):
                 compiled.accumulate()
-                self.steps += 1
+                self._count()
                 return loss
-            compiled.rewind()  # the eager step on the same noise says what is wrong, and where
+            self._rewind(compiled)  # the eager step on the same noise says what is wrong, and where
         particles, estimate = self._estimate(pair, kl_weight)
         # Before the backward pass, so that .grad stays clean; on an accelerator that means to wait for
         # the device in mid-step, which is a price for validation alone.
@@ -236,28 +257,32 @@ class ImportanceWeightedELBO(ELBO):
         if not early:
             loss = estimate.loss.item()
             self._check_finite(loss, particles, estimate)
-        self.steps += 1
+        self._count()
         return loss
 
+    @gradient_step
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, in nats, as a scalar whose ``.backward()`` gives the estimator's gradients.
 
         Arguments and errors are those of :meth:`loss_and_grads`; NaN and +inf are looked for only where
         Pyro's validation is on. It can be differentiated once.
         """
-        pair = Pair(model, guide, args, kwargs)
         kl_weight = self._next_kl_weight()
+        with self._step(kl_weight):
+            return self._differentiable_loss(Pair(model, guide, args, kwargs), kl_weight)
+
+    def _differentiable_loss(self, pair: Pair, kl_weight: float) -> Tensor:
         compiled = self._compiled_step(pair, kl_weight)
         if compiled is not None:
             if not is_validation_enabled() or math.isfinite(compiled.loss.item()):
-                self.steps += 1
+                self._count()
                 return compiled.differentiable()
-            compiled.rewind()
+            self._rewind(compiled)
         particles, estimate = self._estimate(pair, kl_weight)
         if is_validation_enabled():
             self._check_finite(estimate.loss.item(), particles, estimate)
         if torch.is_grad_enabled():
-            self.steps += 1
+            self._count()
         return estimate.loss
 
     def _compiled_step(self, pair: Pair, kl_weight: float) -> CompiledStep | None:
@@ -270,12 +295,38 @@ class ImportanceWeightedELBO(ELBO):
             for name, value in vars(bound).items()
         )
         options = (attributes, self.plates, self.backward_particles, self.stratified, self.chunk_size)
-        chunks = None if not _is_less(self.chunk_size, self.num_particles) else self._in_chunks(self._route())
-        return self._compiler.run(pair, kl_weight, self._estimate, options, chunks)
+        chunks = None
+        recording: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if _is_less(self.chunk_size, self.num_particles):
+            chunks = self._in_chunks(self._route())
+        if self._ranks is not None:
+            self._ranks.ready()
+            recording = partial(without_others, self._ranks)
+        return self._compiler.run(pair, kl_weight, self._estimate, options, chunks, recording)
+
+    def _rewind(self, compiled: CompiledStep) -> None:
+        compiled.rewind()
+        if self._ranks is not None:
+            self._ranks.repeat()
+
+    def _step(self, kl_weight: float) -> AbstractContextManager[None]:
+        """A step, in which the ranks of a particle group take part together."""
+        if self._ranks is None:
+            return nullcontext()
+        if self._said is None:
+            self._said = str(self._bounds), self.estimator, self.plates
+        kind = "a gradient step" if torch.is_grad_enabled() else "a loss"
+        weight = None if isinstance(kl_weight, Tensor) else float(kl_weight)
+        return self._ranks.step(kind, *self._said, weight)
 
     def recompile(self) -> None:
         """Forget all compiled steps, and try again to compile what could not be."""
         self._compiler.forget()
+
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled; empty without ``compile=True``."""
+        return self._compiler.seconds
 
     def particles(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Particles:
         """Draw S = M K particles and return their log-weights, of shape ``[S, *cells]``, in nats.
@@ -298,18 +349,31 @@ class ImportanceWeightedELBO(ELBO):
     def _estimate(self, pair: Pair, kl_weight: float) -> tuple[Particles | Chunks, Estimate]:
         gradients = torch.is_grad_enabled()
         route = self._route() if gradients else None
-        if _is_less(self.chunk_size, self.num_particles):
-            return estimate_in_chunks(pair, kl_weight, self._in_chunks(route))
-        if route is not None and _is_less(self.backward_particles, self.num_particles):
-            collect = partial(self._collect, kl_weight)
-            return estimate_from_subset(
-                self._runner, collect, pair, self._estimator, self.bound, route, self.backward_particles
-            )
-        particles, _ = self._draw(kl_weight, pair, self.num_particles, route)
-        estimator = suited_to(self._estimator, particles)
-        if gradients:
-            estimator.check(particles, self.bound)
-        return particles, estimator.estimate(particles, self.bound, route)
+        number, begin, chosen = self.num_particles, None, None
+        if route is not None and _is_less(self.backward_particles, number):
+            chosen = self.backward_particles
+        estimator: Any = self._estimator
+        with ExitStack() as stack:
+            if self._ranks is not None:
+                estimator, number = over_ranks(estimator, self._ranks, chosen), self._ranks.own
+                self._ranks.ready()
+                self._minibatches = stack.enter_context(same_minibatches(self._ranks))
+                if _is_less(self.chunk_size, self.num_particles):
+                    stack.enter_context(set_back())
+                    begin = partial(self._ranks.begin, 0)
+            if _is_less(self.chunk_size, number):
+                return estimate_in_chunks(pair, kl_weight, self._in_chunks(route))
+            if _is_less(chosen, number):
+                assert route is not None
+                collect = partial(self._collect, kl_weight)
+                return estimate_from_subset(
+                    self._runner, collect, pair, estimator, self.bound, route, number, chosen
+                )
+            particles, _ = self._draw(kl_weight, pair, number, route, begin=begin)
+            estimator = suited_to(estimator, particles)
+            if gradients:
+                estimator.check(particles, self.bound)
+            return particles, estimator.estimate(particles, self.bound, route)
 
     def _route(self) -> Route:
         """How latent values travel where gradients are wanted."""
@@ -318,7 +382,15 @@ class ImportanceWeightedELBO(ELBO):
 
     def _in_chunks(self, route: Route | None) -> InChunks:
         assert self.chunk_size is not None
-        return InChunks(self._draw, self._estimator, self.bound, route, self.chunk_size)
+        step = InChunks(self._draw, self._estimator, self.bound, route, self.num_particles, self.chunk_size)
+        if self._ranks is None:
+            return step
+        return step._replace(
+            estimator=over_ranks(self._estimator, self._ranks),
+            num_particles=self._ranks.own,
+            begin=self._ranks.begin,
+            around=partial(same_minibatches, self._ranks),
+        )
 
     def _draw(
         self,
@@ -327,10 +399,10 @@ class ImportanceWeightedELBO(ELBO):
         num_particles: int,
         route: Route | None = None,
         minibatch: OneMinibatch | None = None,
-        note_state: bool = False,
+        begin: Callable[[], RandomState] | None = None,
     ) -> tuple[Particles, RandomState | None]:
         """Particles, and the random state that they were drawn from, as of :meth:`Runner.run`."""
-        traces = self._runner.run(pair, num_particles, route, minibatch, note_state)
+        traces = self._runner.run(pair, num_particles, route, minibatch, begin)
         return self._collect(kl_weight, traces), traces.began
 
     @property
@@ -371,41 +443,15 @@ class ImportanceWeightedELBO(ELBO):
     def _next_kl_weight(self) -> float:
         if not callable(self.kl_weight):
             return self.kl_weight
-        return _check_kl_weight(self.kl_weight(self.steps))
+        return weight_of_kl(self.kl_weight(self.steps))
 
     def _check_finite(self, loss: float, particles: Particles | Chunks, estimate: Estimate) -> None:
         """Warn of a bound of -inf, refuse NaN and +inf; name the site each arose at."""
         if math.isfinite(loss):
             return
-        log_w = torch.cat([part.reshape(-1) for part in leaves(particles.log_weights)])
-        bound = estimate.bound
-        bad = log_w.isnan() | log_w.isposinf()
-        if bool(bad.any()):
-            site = (
-                particles.first_site(torch.isnan)
-                or particles.first_site(torch.isposinf)
-                or particles.first_site(torch.isneginf, role="guide")
-            )
-            kind = "NaN" if bool(log_w.isnan().any()) else "+inf"
-            raise ValueError(
-                f"{int(bad.sum())} of {log_w.numel()} log-weights are {kind} (first at site {site}). No "
-                "gradient step should be taken on them: look for a NaN in the data or the parameters, a "
-                "scale of 0, or too large a learning rate."
-            )
-        bad = bound.isnan() | bound.isposinf()
-        if bool(bad.any()):
-            raise ValueError(
-                f"{self.bound!r} is NaN or +inf in {int(bad.sum())} of {bound.numel()} cell(s), though no "
-                "log-weight is: look at its value()."
-            )
-        if bool(bound.isneginf().any()):
-            site = particles.first_site(torch.isneginf) or particles.first_site(torch.isposinf, "guide")
-            warn(
-                f"The bound is -inf in {int(bound.isneginf().sum())} of {bound.numel()} cell(s), where "
-                f"{int(log_w.isneginf().sum())} particles have zero density (first at site {site}). Those "
-                "particles give no gradient.",
-                RuntimeWarning,
-            )
+        with self._minibatches:
+            others = (lambda: None) if self._ranks is None else self._ranks.refuse_others
+            explain_not_finite(self.bound, particles, estimate, others)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -430,6 +476,7 @@ class ImportanceWeightedELBO(ELBO):
             "retain_graph",
             "compile",
             "stratified",
+            "particle_group",
         )
         values = {name: getattr(self, name) for name in names}
         return "".join(
@@ -442,11 +489,3 @@ class ImportanceWeightedELBO(ELBO):
 
 def _is_less(number: int | None, num_particles: int) -> TypeGuard[int]:
     return number is not None and number < num_particles
-
-
-def _check_kl_weight(kl_weight: float) -> float:
-    is_number = isinstance(kl_weight, numbers.Real) and not isinstance(kl_weight, bool)
-    is_number = is_number or (isinstance(kl_weight, Tensor) and kl_weight.numel() == 1)
-    if not is_number or not 0 <= kl_weight < math.inf:
-        raise ValueError(f"kl_weight must be a finite number >= 0, got {kl_weight!r}")
-    return kl_weight

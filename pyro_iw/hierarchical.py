@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .bounds import MIWAE, Bound
 from .elbo import ImportanceWeightedELBO
@@ -12,6 +12,10 @@ from .gradients.two_levels import LocallyEnhanced, TwoLevelEstimator
 from .tracing.levels import check_local_plates, collect_levels
 from .tracing.sites import read_sites
 from .tracing.traces import Traces
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["LocallyEnhancedELBO"]
 
@@ -52,6 +56,8 @@ class LocallyEnhancedELBO(ImportanceWeightedELBO):
         strict_enumeration_warning: whether to warn of sites marked for sequential enumeration.
         retain_graph: as of ``Tensor.backward``.
         compile: compile gradient steps.
+        particle_group: the ranks that the global particles are divided among, each with all of its local
+            ones, see :class:`ImportanceWeightedELBO`. Their number divides that of the global particles.
 
     Raises:
         ValueError: if an argument is out of range, or a local bound has another for the guide, as
@@ -98,6 +104,7 @@ class LocallyEnhancedELBO(ImportanceWeightedELBO):
         strict_enumeration_warning: bool = True,
         retain_graph: bool | None = None,
         compile: bool = False,
+        particle_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         by_plate = _by_plate(local, over)
         outer = MIWAE(1, 1) if outer is None else outer
@@ -113,6 +120,7 @@ class LocallyEnhancedELBO(ImportanceWeightedELBO):
             strict_enumeration_warning=strict_enumeration_warning,
             retain_graph=retain_graph,
             compile=compile,
+            particle_group=particle_group,
         )
         self.local, self.over, self.outer = local, over, outer
         self.bound = LocallyEnhanced(outer, by_plate)

@@ -7,6 +7,7 @@ or multi-tensor kernels do their work in one call.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,9 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-__all__ = ["FusedOptim", "full_state", "replace_state", "waiting_state"]
+from .ranks.gradients import AveragedGradients
+
+__all__ = ["FusedOptim", "averages", "full_state", "replace_state", "waiting_state"]
 
 
 class FusedOptim(PyroOptim):
@@ -38,10 +41,16 @@ class FusedOptim(PyroOptim):
             constructor has it and the parameters allow it, unless ``fused``, ``foreach`` or
             ``differentiable`` is among them.
         clip_args: ``clip_norm`` and ``clip_value`` as in ``PyroOptim``, for each parameter by itself.
+        process_group: the ranks that train one model together, each on its own data: a process group of
+            :mod:`torch.distributed`, or a mesh of one dimension. A step is then along the mean of their
+            gradients, taken before clipping, and leaves all of them with the same parameters; see
+            :mod:`~pyro_iw.ranks.gradients`. Running statistics of batch normalisation are averaged with them
+            (each rank normalises by its own minibatch; ``torch.nn.SyncBatchNorm`` does so by that of all).
 
     Raises:
         ValueError: if ``optim_constructor`` does not make an optimiser (but is one, or makes a scheduler or
-            one of Pyro's wrappers), or ``optim_args`` is neither a dict nor a function.
+            one of Pyro's wrappers), ``optim_args`` is neither a dict nor a function, or ``process_group`` is
+            no group that this process belongs to.
 
     Example:
         >>> optim = FusedOptim(torch.optim.Adam, {"lr": 1e-3})
@@ -56,6 +65,7 @@ class FusedOptim(PyroOptim):
         optim_constructor: Callable[..., Any],
         optim_args: dict[str, Any] | Callable[..., dict[str, Any]],
         clip_args: dict[str, float] | Callable[..., dict[str, float]] | None = None,
+        process_group: Any = None,
     ) -> None:
         _check_constructor(optim_constructor)
         if not (callable(optim_args) or isinstance(optim_args, dict)):
@@ -76,6 +86,20 @@ class FusedOptim(PyroOptim):
         self._known: set[Tensor] = set()
         # Those that have had a gradient, which Pyro would fill with zeros.
         self._moved: set[Tensor] = set()
+        #: What averages the gradients over ranks, None without ``process_group``.
+        self.averaged: AveragedGradients | None = None
+        if process_group is not None:
+            self.averaged = AveragedGradients(process_group, self._describe)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedOptim:
+        other = copy.copy(self)
+        memo[id(self)] = other
+        for name, value in vars(self).items():
+            if name != "averaged":
+                setattr(other, name, copy.deepcopy(value, memo))
+        if self.averaged is not None:
+            other.averaged = self.averaged.copy(other._describe)
+        return other
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Take a step.
@@ -86,6 +110,10 @@ class FusedOptim(PyroOptim):
             kwargs: keyword arguments of it.
         """
         params = set(params)
+        if self.averaged is not None:
+            groups = [] if self.optimizer is None else self.optimizer.param_groups
+            rates = sorted({rate for group in groups if isinstance(rate := group.get("lr"), float)})
+            params = self.averaged(params, self._known, rates)
         if not params:
             return
         new = not params <= self._known
@@ -169,6 +197,10 @@ class FusedOptim(PyroOptim):
             options["fused"] = self._fuses[kind]
         return options
 
+    def _describe(self, name: str, param: Tensor) -> Any:
+        """What a new parameter is given to begin with."""
+        return self._options(param), self._state_waiting_to_be_consumed.get(name)
+
     def _can_fuse(self, param: Tensor, options: dict[str, Any]) -> bool:
         """Whether there is a fused kernel for such a parameter; PyTorch says so when a step is taken."""
         trial = torch.zeros(1, dtype=param.dtype, device=param.device, requires_grad=True)
@@ -204,6 +236,11 @@ class FusedOptim(PyroOptim):
         self._state_waiting_to_be_consumed = {**self.get_state(), **state_dict}
         self.optimizer = None
         self._known.clear()
+
+
+def averages(optim: PyroOptim) -> bool:
+    """Whether a step of an optimiser is one of all ranks of a group."""
+    return getattr(optim, "averaged", None) is not None
 
 
 def waiting_state(optim: PyroOptim) -> dict[str, Any]:

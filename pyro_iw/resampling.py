@@ -51,10 +51,15 @@ def systematic(weights: Tensor, num_samples: int) -> Tensor:
                 [2, 1],
                 [2, 1]])
     """
-    count = positive_integer("num_samples", num_samples)
     dtype = wide_dtype(weights.device)
     offsets = torch.rand((1, *weights.shape[1:]), dtype=dtype, device=weights.device)
-    steps = torch.arange(count, dtype=dtype, device=weights.device)
+    return systematic_at(weights, num_samples, offsets)
+
+
+def systematic_at(weights: Tensor, num_samples: int, offsets: Tensor) -> Tensor:
+    """:func:`systematic`, given the offsets u in [0, 1), of shape ``[1, *cells]`` and as wide as may be."""
+    count = positive_integer("num_samples", num_samples)
+    steps = torch.arange(count, dtype=offsets.dtype, device=weights.device)
     return _invert(weights, (offsets + steps.reshape(-1, *[1] * (weights.dim() - 1))) / count)
 
 

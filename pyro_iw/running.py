@@ -44,6 +44,15 @@ class RunningLogMean:
         self._second = second if is_new else torch.logaddexp(self._second, second)
         self.count += len(log_w)
 
+    def merge(self, other: RunningLogMean) -> None:
+        """Add the weights that another one has added up, with the same cells."""
+        if not self.count:
+            self._first, self._second, self.count = other._first, other._second, other.count
+        elif other.count:
+            self._first = torch.logaddexp(self._first, other._first)
+            self._second = torch.logaddexp(self._second, other._second)
+            self.count += other.count
+
     @property
     def value(self) -> Tensor:
         """Log of the mean weight, of shape ``[*cells]``."""
@@ -71,6 +80,7 @@ class RunningBound:
 
     Attributes:
         groups: the number of groups so far.
+        rest: log-weights of the last particles, too few for a group.
 
     Example:
         >>> running = RunningBound(pyro_iw.bounds.IWAE(K=2))
@@ -83,44 +93,58 @@ class RunningBound:
     def __init__(self, bound: Bound) -> None:
         self.bound = bound
         self.groups = 0
-        self._rest: Tensor | None = None
-        self._mean: Tensor
-        self._squares: Tensor
-        self._infinite: Tensor
-        self._begin(torch.tensor(0.0, dtype=torch.float64))
+        self.rest: Tensor | None = None
+        self._mean = self._squares = self._infinite = torch.tensor(0.0, dtype=torch.float64)
 
     def add(self, log_w: Tensor) -> None:
         """Add log-weights of shape ``[chunk, *cells]``."""
-        if self._rest is not None:
-            log_w = torch.cat([self._rest, log_w])
+        if self.rest is not None:
+            log_w = torch.cat([self.rest, log_w])
         size = self.bound.num_particles
         whole = len(log_w) // size * size
-        self._rest = log_w[whole:].clone()
+        self.rest = log_w[whole:].clone()
         if not whole:
             return
         # To a bound, groups are so many more cells.
         groups = log_w[:whole].reshape(-1, self.bound.M, self.bound.K, *log_w.shape[1:]).movedim(0, -1)
         values = wide(self.bound.value(groups))
-        if self.groups == 0:
-            self._begin(values.new_zeros(()))
         # Deviations from a mean of -inf are NaN, so that such values are added up on their own.
         finite = values.isfinite()
-        self._infinite = self._infinite + values.masked_fill(finite, 0.0).sum(-1)
-        self._take(values.masked_fill(~finite, 0.0), groups)
+        new = type(self)(self.bound)
+        new._infinite = values.masked_fill(finite, 0.0).sum(-1)
+        new._describe(values.masked_fill(~finite, 0.0), groups)
+        self.merge(new)
 
-    def _begin(self, zero: Tensor) -> None:
-        """Take the place of the first values' sums, on their device."""
-        self._mean = self._squares = self._infinite = zero
+    def _describe(self, values: Tensor, groups: Tensor) -> None:
+        """Begin with finite values ``[*cells, new]`` of groups of log-weights ``[M, K, *cells, new]``."""
+        self.groups = values.shape[-1]
+        self._mean = values.mean(-1)
+        self._squares = (values - self._mean.unsqueeze(-1)).square().sum(-1)
 
-    def _take(self, values: Tensor, groups: Tensor) -> None:
-        """Add finite values ``[*cells, new]`` of groups of log-weights ``[M, K, *cells, new]``."""
-        new = values.shape[-1]
-        total = self.groups + new
-        deviation = values.mean(-1) - self._mean
-        spread = (values - values.mean(-1, keepdim=True)).square().sum(-1)
-        self._squares = self._squares + spread + deviation**2 * (self.groups * new / total)
-        self._mean = self._mean + deviation * (new / total)
-        self.groups = total
+    def merge(self, other: RunningBound) -> None:
+        """Add the groups that another one of the same bound and cells has added up, without what it has left
+        over.
+        """
+        if not self.groups:
+            # Without a copy of what is not there to the device of what is.
+            kept = {"bound": self.bound, "rest": self.rest}
+            vars(self).update(vars(other) | kept)
+        elif other.groups:
+            self._add(other)
+
+    def _add(self, other: RunningBound) -> None:
+        """Add groups to those that are there."""
+        between, share = self._pooled(other)
+        deviation = other._mean - self._mean
+        self._infinite = self._infinite + other._infinite
+        self._squares = self._squares + other._squares + deviation**2 * between
+        self._mean = self._mean + deviation * share
+        self.groups += other.groups
+
+    def _pooled(self, other: RunningBound) -> tuple[float, float]:
+        """What the distance of two means weighs in the sum of squares of both, and in their common mean."""
+        total = self.groups + other.groups
+        return self.groups * other.groups / total, other.groups / total
 
     @property
     def value(self) -> Tensor:
@@ -161,34 +185,36 @@ class RunningGap(RunningBound):
         0.024
     """
 
-    def _begin(self, zero: Tensor) -> None:
-        super()._begin(zero)
+    def __init__(self, bound: Bound) -> None:
+        super().__init__(bound)
         # Mean weights of the groups are kept relative to exp(_top), the largest of them so far.
-        self._top = zero - math.inf
-        self._weight = self._weight_squares = self._products = zero
+        self._top = torch.tensor(-math.inf, dtype=torch.float64)
+        self._weight = self._weight_squares = self._products = torch.tensor(0.0, dtype=torch.float64)
 
-    def _take(self, values: Tensor, groups: Tensor) -> None:
+    def _describe(self, values: Tensor, groups: Tensor) -> None:
+        super()._describe(values, groups)
         logs = logmeanexp(wide(groups), (0, 1))
-        top = torch.maximum(self._top, logs.amax(-1))
+        self._top = logs.amax(-1)
+        weights = (logs - self._top.masked_fill(self._top.isneginf(), 0.0).unsqueeze(-1)).exp()
+        self._weight = weights.mean(-1)
+        centred = weights - self._weight.unsqueeze(-1)
+        self._weight_squares = centred.square().sum(-1)
+        self._products = (centred * values).sum(-1)
+
+    def _add(self, other: RunningBound) -> None:
+        assert isinstance(other, RunningGap)
+        between, share = self._pooled(other)
+        top = torch.maximum(self._top, other._top)
         base = top.masked_fill(top.isneginf(), 0.0)
-        shrink = (self._top - base).exp()  # 0 at first
-        weights = (logs - base.unsqueeze(-1)).exp()
-        new = weights.shape[-1]
-        total = self.groups + new
-        old = self._weight * shrink
-        apart = weights.mean(-1) - old
-        centred = weights - weights.mean(-1, keepdim=True)
-        between = self.groups * new / total
-        self._products = (
-            self._products * shrink
-            + (centred * values).sum(-1)
-            + apart * (values.mean(-1) - self._mean) * between
-        )
+        mine, theirs = (self._top - base).exp(), (other._top - base).exp()  # 0 for no weight
+        apart = other._weight * theirs - self._weight * mine
+        deviation = other._mean - self._mean
+        self._products = self._products * mine + other._products * theirs + apart * deviation * between
         self._weight_squares = (
-            self._weight_squares * shrink**2 + centred.square().sum(-1) + apart**2 * between
+            self._weight_squares * mine**2 + other._weight_squares * theirs**2 + apart**2 * between
         )
-        self._weight, self._top = old + apart * (new / total), top
-        super()._take(values, groups)
+        self._weight, self._top = self._weight * mine + apart * share, top
+        super()._add(other)
 
     def gap_error(self, everything: RunningLogMean) -> Tensor:
         """Standard error of :attr:`value` less the log mean weight.

@@ -1,6 +1,8 @@
 """The house: which part of the package may import which, and that each stays of a size to be read."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,12 @@ MAY_IMPORT = {
     "optim": {"_support", "ranks"},
     "tracing": {"_support", "maths"},
     "gradients": {"_support", "maths", "ranks", "tracing"},
-    "posterior": {"_support", "maths", "ranks", "tracing"},
+    "posterior": {"_support", "maths", "ranks", "tracing", "compiling"},
     "adversarial": {"_support", "maths", "ranks", "tracing", "optim"},
-    "sequences": {"_support", "maths", "tracing", "gradients", "compiling"},
+    "sequences": {"_support", "maths", "tracing", "gradients", "compiling", "training"},
     "compiling": {"_support", "maths", "ranks", "tracing", "gradients"},
-    "elbo": {"_support", "maths", "ranks", "tracing", "gradients", "compiling"},
+    "training": {"ranks", "tracing"},
+    "elbo": {"_support", "maths", "ranks", "tracing", "gradients", "compiling", "training"},
     "losses": {"_support", "maths", "elbo"},
     "hierarchical": {"_support", "maths", "tracing", "gradients", "elbo"},
     "checking": {"_support", "tracing", "gradients", "elbo", "hierarchical", "losses"},
@@ -84,3 +87,19 @@ def test_a_module_says_what_it_is_and_can_be_read_at_one_sitting(path):
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text)), "a module opens with a sentence on what it is for"
     assert text.count("\n") <= 500
+
+
+def test_each_name_has_a_home_and_importing_the_package_imports_none_of_them():
+    assert sorted(pyro_iw._HOME_OF) == sorted(pyro_iw.__all__)
+    for name in pyro_iw.__all__:
+        assert getattr(pyro_iw, name).__name__ == name
+    assert {*pyro_iw.__all__, *pyro_iw._MODULES} <= set(dir(pyro_iw))
+    for name in pyro_iw._MODULES:
+        assert getattr(pyro_iw, name).__name__ == f"pyro_iw.{name}"
+    with pytest.raises(AttributeError, match="module 'pyro_iw' has no attribute 'IWAE'"):
+        _ = pyro_iw.IWAE
+    program = "import sys, pyro_iw; print(*[n for n in sys.modules if n.startswith(('pyro_iw', 'torch'))])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) == {"pyro_iw", "pyro_iw._support", "pyro_iw._support.version"}

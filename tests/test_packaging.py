@@ -70,15 +70,20 @@ def test_the_source_archive_can_be_tested(built):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
+    made = {ROOT / "docs" / "api", ROOT / "docs" / "tutorials"}  # by "make docs"
     wanted = {
         path.relative_to(ROOT).as_posix()
         for folder in ("pyro_iw", "tests", "examples", "benchmarks", "docs", "scripts")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".py", ".md", ".png"} and not {"_build", "results"} & set(path.parts)
+        if path.suffix in {".py", ".md", ".png"}
+        and not {"_build", "results"} & set(path.parts)
+        and not made & set(path.parents)
     }
     wanted |= {"LICENSE", "README.md", "Makefile", "conftest.py", "constraints.txt", "pyproject.toml"}
     assert wanted <= names
-    assert not any("__pycache__" in name or name.startswith((".venv", "docs/_build")) for name in names)
+    assert not any(
+        "__pycache__" in name or name.startswith((".venv", "docs/_build", "docs/tutorials")) for name in names
+    )
 
 
 def test_to_arviz_without_an_installation(wheel, tmp_path):
@@ -156,10 +161,11 @@ def test_what_is_imported_is_required():
     assert {"torch", "opt_einsum"} <= plain
     assert {PIP_NAMES.get(name, name) for name in plain} <= needed[""]
     assert {("arviz", "arviz"), ("sklearn", "examples")} <= asked
-    for module, extra in asked:
+    plain, asked_by_examples = imported("examples")
+    assert ("lightning", "lightning") in asked_by_examples
+    for module, extra in asked | asked_by_examples:
         name = BROUGHT.get(module, module)
         assert PIP_NAMES.get(name, name) in needed[extra], (module, extra)
-    plain, _ = imported("examples")
     optional = {"torchvision"}  # which downloads a data set where the user has it
     assert {PIP_NAMES.get(name, name) for name in plain - optional} <= needed[""] | needed["examples"]
 

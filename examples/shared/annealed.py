@@ -41,7 +41,7 @@ def annealed_report(
     images, estimates = images[: args.ais_images], estimates[: args.ais_images].double().cpu()
     sizes = {"num_chains": args.ais_chains, "num_temperatures": args.ais_temperatures}
     start = time.process_time()
-    with seeded(args.seed, images.device):
+    with seeded(args.seed):
         sampler = AnnealedImportanceSampler(network.model, network.guide, **sizes)
         found = sampler.log_marginal_dataset(images.split(100))
         seconds = time.process_time() - start

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyro_iw._support.devices import accelerator
+from pyro_iw._support.random_state import RandomState
 
 __all__ = [
     "load",
@@ -115,21 +117,22 @@ def load(path: Path, kind: str) -> dict[str, Any]:
 
 def random_state() -> dict[str, Any]:
     """The state of PyTorch's, NumPy's and Python's global generators, for :func:`save`."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the state that models may use
+    state = RandomState.now()
+    name, keys, *rest = state.numpy
     return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cpu": state.cpu,
+        "devices": state.devices,
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "python": random.getstate(),
+        "python": state.python,
     }
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Go on from what :func:`random_state` gave; on a machine with fewer GPUs, without theirs."""
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available():
-        for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda, device)
+    """Go on from what :func:`random_state` gave; on a machine with fewer accelerators, without theirs."""
+    saved = state["devices"] if "devices" in state else state["cuda"]  # as checkpoints of version 0.1 have it
+    kind = accelerator()
+    devices = [] if kind is None else saved[: torch.get_device_module(kind).device_count()]
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    random.setstate(state["python"])
+    RandomState(
+        state["cpu"], devices, (name, keys.numpy().astype(np.uint32), *rest), state["python"]
+    ).restore()

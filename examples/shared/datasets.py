@@ -1,7 +1,7 @@
-"""Small image sets for the examples, as probabilities that a pixel is on.
+"""Small image sets for the examples, as probabilities that a pixel is on, or as colours.
 
 ``digits`` comes with scikit-learn, so nothing is downloaded. The other sets are read from a folder
-that the user names; ``mnist`` and ``fashion-mnist`` are downloaded into it where torchvision
+that the user names; ``mnist``, ``fashion-mnist`` and ``svhn`` are downloaded into it where torchvision
 can be imported.
 """
 
@@ -18,9 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["NAMES", "ImageData", "binarize", "heldout_images", "load", "read_idx"]
+from . import svhn
+
+__all__ = ["COLOUR", "NAMES", "ImageData", "binarize", "heldout_images", "load", "read_idx"]
 
 NAMES = ("digits", "mnist", "binarized-mnist", "omniglot", "fashion-mnist")
+# Whose pixels are no probabilities: red, green and blue, for programs that ask for them.
+COLOUR = ("svhn",)
 
 DIGITS_TRAIN_SIZE = 1500
 DIGITS_SPLIT_SEED = 0
@@ -42,9 +46,9 @@ class ImageData:
     """Training and held-out images of one set.
 
     Attributes:
-        name: One of :data:`NAMES`.
-        train: Probabilities in [0, 1], shape ``[N, H, W]``, float32.
-        test: Held-out probabilities, shape ``[N', H, W]``, float32.
+        name: One of :data:`NAMES` or :data:`COLOUR`.
+        train: Probabilities in [0, 1], shape ``[N, H, W]``, float32; or colours in [0, 1], ``[N, H, W, 3]``.
+        test: Those held out, shape ``[N', H, W]`` or ``[N', H, W, 3]``, float32.
         train_labels: Class ids, shape ``[N]``, or ``None`` where the set has none.
         test_labels: Class ids, shape ``[N']``, or ``None``.
         binary: Whether every pixel is 0 or 1 already, so that no binarisation is due.
@@ -58,9 +62,9 @@ class ImageData:
     binary: bool = False
 
     @property
-    def image_shape(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.train.shape[1], self.train.shape[2]
+    def image_shape(self) -> tuple[int, ...]:
+        """Height and width in pixels; and 3, if they have colours."""
+        return tuple(self.train.shape[1:])
 
     def subset(self, train_size: int | None = None, test_size: int | None = None, seed: int = 0) -> ImageData:
         """A random subset; shuffled first, because some files are sorted by class."""
@@ -89,19 +93,20 @@ def heldout_images(data: ImageData, seed: int) -> torch.Tensor:
     return binarize(data.test, torch.Generator().manual_seed(seed))
 
 
-def load(name: str, data_dir: str | Path = "data") -> ImageData:
+def load(name: str, data_dir: str | Path = "data", extra: bool = False) -> ImageData:
     """Load an image set.
 
     Arguments:
-        name: One of :data:`NAMES`.
+        name: One of :data:`NAMES` or :data:`COLOUR`.
         data_dir: The folder to read from; ``digits`` needs none.
+        extra: Whether the extra images of ``svhn`` follow its training images.
 
     Raises:
         ValueError: If the name is unknown or a file does not hold what it should.
         FileNotFoundError: If no file of the set is found; the message lists what was tried.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")
+    if name not in NAMES + COLOUR:
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(NAMES + COLOUR)}")
     folder = Path(data_dir)
     if name == "digits":
         return _load_digits()
@@ -109,6 +114,8 @@ def load(name: str, data_dir: str | Path = "data") -> ImageData:
         return _load_binarized_mnist(folder)
     if name == "omniglot":
         return _load_omniglot(folder)
+    if name == "svhn":
+        return _load_svhn(folder, extra)
     return _load_mnist_like(name, folder)
 
 
@@ -191,6 +198,22 @@ def _load_omniglot(folder: Path) -> ImageData:
     )
 
 
+def _load_svhn(folder: Path, extra: bool) -> ImageData:
+    arrays, failure = svhn.read(folder, extra), ""
+    if arrays is None:
+        failure = svhn.download(folder, extra)
+        arrays = svhn.read(folder, extra)
+    if arrays is not None:
+        return _from_bytes("svhn", arrays)
+    files = [svhn.FILES[part] for part in svhn.parts(extra)]
+    raise _missing(
+        "svhn",
+        [f"{', '.join(str(folder / file) for file in files)}", f"torchvision.datasets.SVHN ({failure})"],
+        f"Put {' and '.join(files)}, the cropped digits in MATLAB's format, into that folder, "
+        "name another one with --data-dir, or install torchvision to download them.",
+    )
+
+
 # A PNG file's name, for messages, and its content, by character (alphabet/character01).
 Drawings = dict[str, list[tuple[str, bytes]]]
 
@@ -258,9 +281,11 @@ def _from_bytes(name: str, arrays: dict[str, np.ndarray]) -> ImageData:
     """Check the four arrays against each other and scale 0..255 to [0, 1]."""
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        if images.ndim != 3 or images.dtype != np.uint8 or images.size == 0:
+        colours = (3,) if name in COLOUR else ()
+        wanted = "[N, H, W, 3]" if colours else "[N, H, W]"
+        if images.ndim < 3 or images.shape[3:] != colours or images.dtype != np.uint8 or images.size == 0:
             raise ValueError(
-                f"{name}: {part}_images should be uint8 of shape [N, H, W] and not empty, "
+                f"{name}: {part}_images should be uint8 of shape {wanted} and not empty, "
                 f"not {images.dtype} of shape {list(images.shape)}"
             )
         if labels.shape != images.shape[:1]:

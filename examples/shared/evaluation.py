@@ -11,6 +11,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_iw import ImportanceSampler, LogMarginal, active_units
+from pyro_iw._support.random_state import set_back
 from pyro_iw.bounds import IWAE, Bound
 
 from .networks import VAE
@@ -33,16 +34,16 @@ EVALUATION_BATCH = 100
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """A scope with its own random state, so that to evaluate does not change the training."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with set_back():
         torch.manual_seed(seed)
         yield
 
 
 def mean_bound(vae: VAE, images: Tensor, loss: ELBO, *, seed: int) -> float:
     """The bound of ``loss`` on binarised images, in nats per datapoint."""
-    with seeded(seed, images.device), torch.no_grad():
+    with seeded(seed), torch.no_grad():
         batches = images.split(EVALUATION_BATCH)
         return -sum(loss.loss(vae.model, vae.guide, batch) for batch in batches) / len(images)
 
@@ -90,7 +91,7 @@ def evidence(
 ) -> LogMarginal:
     """The same with its errors, and another bound on the same draws."""
     sampler, batches = sampler_and_batches(vae, images, num_particles, max_rows)
-    with seeded(seed, images.device):
+    with seeded(seed):
         return sampler.log_marginal_dataset(batches, bound=bound)
 
 

@@ -63,9 +63,12 @@ class VAE(nn.Module):
         with pyro.plate("data", len(x)):
             loc = x.new_zeros(self.latent)
             z = pyro.sample("z", dist.Normal(loc, torch.ones_like(loc)).to_event(1))
-            # Under particles z is [S, B, latent]; x [B, D] broadcasts against the logits.
-            pixels = dist.Bernoulli(logits=self.decoder(z), validate_args=False)
-            pyro.sample("x", pixels.to_event(1), obs=x)
+            pyro.sample("x", self.likelihood(z), obs=x)
+
+    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z) of an image, one for each z ``[*batch, latent]``."""
+        # Under particles z is [S, B, latent]; x [B, D] broadcasts against the logits.
+        return dist.Bernoulli(logits=self.decoder(z), validate_args=False).to_event(1)
 
     def guide(self, x: Tensor) -> None:
         pyro.module("encoder", self.encoder)

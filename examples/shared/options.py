@@ -39,7 +39,7 @@ __all__ = [
 LOSSES = ("elbo", "iwae", "miwae", "ciwae", "piwae", "vr", "tvo")
 ESTIMATORS = ("auto", "reparam", "stl", "dreg", "rws")
 # The options of add_loss_options, under which a command line keeps them: keywords of make_loss.
-LOSS_OPTIONS = ("loss", "M", "K", "beta", "alpha", "partitions", "estimator")
+LOSS_OPTIONS = ("loss", "M", "K", "beta", "alpha", "partitions", "estimator", "backward_particles")
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -109,6 +109,11 @@ def add_loss_options(parser: argparse.ArgumentParser, loss: str = "miwae", M: in
     add("--alpha", type=finite_float, default=0.5, help="the order of vr: 0 is iwae, 1 the elbo")
     add("--partitions", type=positive_int, default=5, help="steps from the prior to the posterior in tvo")
     add("--estimator", choices=ESTIMATORS, default="auto", help="of the guide's gradient")
+    add(
+        "--backward-particles",
+        type=positive_int,
+        help="go backward through that many particles an image, chosen by weight (default: all of them)",
+    )
 
 
 def at_smoke_size(args: argparse.Namespace, sizes: Mapping[str, float]) -> argparse.Namespace:

@@ -31,18 +31,21 @@ MAX_COLOURS = 20
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """Images ``[N, H, W]`` on a grid, with a line of NaN (drawn as background) in between."""
-    n, height, width = images.shape
+    """Images ``[N, H, W]`` or ``[N, H, W, 3]`` on a grid, with a line of NaN (drawn as background) between.
+
+    In colour NaN would be drawn as black: there it is made white.
+    """
+    n, height, width, *colours = images.shape
     rows = math.ceil(n / columns)
-    grid = images.new_full((rows * (height + 1) + 1, columns * (width + 1) + 1), math.nan)
+    grid = images.new_full((rows * (height + 1) + 1, columns * (width + 1) + 1, *colours), math.nan)
     for i, image in enumerate(images):
         top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
         grid[top : top + height, left : left + width] = image
-    return grid
+    return grid.nan_to_num(1.0) if colours else grid
 
 
 def save_images(images: Tensor, columns: int, title: str, path: Path) -> None:
-    """Images ``[N, H, W]`` of intensities in [0, 1], as one grid."""
+    """Images ``[N, H, W]`` or ``[N, H, W, 3]`` of intensities in [0, 1], as one grid."""
     grid = tile(images.cpu(), columns)
     figure = Figure(figsize=(6, 6 * grid.shape[0] / grid.shape[1] + 0.4), layout="constrained")
     axes = figure.add_subplot()
@@ -53,7 +56,7 @@ def save_images(images: Tensor, columns: int, title: str, path: Path) -> None:
 
 
 def save_reconstructions(originals: Tensor, rebuilt: Tensor, path: Path, columns: int = 12) -> None:
-    """Images ``[N, H, W]``, each above its reconstruction; what does not fill a row is left out."""
+    """Images, grey or not, each above its reconstruction; what does not fill a row is left out."""
     columns = min(columns, len(originals))
     whole = len(originals) // columns * columns
     rows = zip(originals[:whole].split(columns), rebuilt[:whole].split(columns), strict=True)

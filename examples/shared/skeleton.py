@@ -19,7 +19,14 @@ from torch import Tensor
 
 from pyro_iw import ImportanceWeightedELBO
 
-from .options import add_loss_options, at_smoke_size, new_parser, positive_float, positive_int
+from .options import (
+    add_loss_options,
+    as_settings,
+    at_smoke_size,
+    new_parser,
+    positive_float,
+    positive_int,
+)
 from .running import in_one_line, progress_bar, smoke_apart, step
 
 __all__ = ["finish", "fit", "parse", "training_parser"]
@@ -123,7 +130,7 @@ def finish(
     pyro.set_rng_seed(args.seed)
     with in_one_line():
         args.out.mkdir(parents=True, exist_ok=True)
-        results = {"settings": {**vars(args), "out": str(args.out)}, **run(args)}
+        results = {"settings": as_settings(args), **run(args)}
         results["seconds"] = time.perf_counter() - start
         # JSON knows neither NaN nor the infinite k̂ of too few particles.
         text = re.sub(r"-?\b(NaN|Infinity)\b", "null", json.dumps(results, indent=2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["as_plate_names", "check_loader", "positive_integer", "read_batch"]
+__all__ = ["as_plate_names", "check_loader", "positive_integer", "read_batch", "weight_of_kl"]
 
 
 def positive_integer(name: str, value: int) -> int:
@@ -53,3 +55,12 @@ def read_batch(batch: Any, to_args: Callable[[Any], Any] | None = None) -> tuple
     if isinstance(given, dict):
         return (), given
     return (tuple(given) if isinstance(given, tuple | list) else (given,)), {}
+
+
+def weight_of_kl(kl_weight: float) -> float:
+    """The weight of the KL term; ValueError unless it is a finite number >= 0."""
+    is_number = isinstance(kl_weight, numbers.Real) and not isinstance(kl_weight, bool)
+    is_number = is_number or (isinstance(kl_weight, Tensor) and kl_weight.numel() == 1)
+    if not is_number or not 0 <= kl_weight < math.inf:
+        raise ValueError(f"kl_weight must be a finite number >= 0, got {kl_weight!r}")
+    return kl_weight

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .devices import rng_states, set_rng_state
+from .devices import accelerator_in_use, rng_states, set_rng_state
 
-__all__ = ["RandomState", "fork_rng"]
+__all__ = ["RandomState", "fork_rng", "set_back"]
 
 
 class RandomState(NamedTuple):
@@ -29,6 +29,17 @@ class RandomState(NamedTuple):
         """The present state."""
         numpy, python = np.random.get_state(), random.getstate()  # noqa: NPY002 - the state models may use
         return cls(torch.get_rng_state(), rng_states(), numpy, python)
+
+    @classmethod
+    def seeded(cls, seed: int) -> RandomState:
+        """The state that comes of a seed, which is the present one from here on."""
+        torch.default_generator.manual_seed(seed)
+        module = accelerator_in_use()
+        if module is not None:  # PyTorch's own would look at the stack at each call, where it is not in use
+            getattr(module, "manual_seed_all", module.manual_seed)(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        return cls.now()
 
     def sharing(self, before: RandomState) -> RandomState:
         """The same state; what it has in common with an earlier one is held in memory once."""
@@ -46,11 +57,18 @@ class RandomState(NamedTuple):
 
 
 @contextmanager
-def fork_rng() -> Iterator[None]:
-    """Random draws from a stream apart, which leave the states of all generators as they were."""
+def set_back() -> Iterator[None]:
+    """Leave the states of all generators as they were."""
     state = RandomState.now()
     try:
-        torch.manual_seed(int(torch.randint(2**62, ())))
         yield
     finally:
         state.restore()
+
+
+@contextmanager
+def fork_rng() -> Iterator[None]:
+    """Random draws from a stream apart, which leave the states of all generators as they were."""
+    with set_back():
+        torch.manual_seed(int(torch.randint(2**62, ())))
+        yield

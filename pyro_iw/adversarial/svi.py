@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from .._support.random_state import RandomState
 from .._support.warn import warn
-from ..optim import full_state, replace_state, waiting_state
+from ..optim import averages, full_state, replace_state, waiting_state
+from ..ranks.data_axis import phases_among_ranks
 from ..tracing.batch_norm import watch_batch_norm
 from ..tracing.minibatches import OneMinibatch
 from ..tracing.traces import Pair
@@ -47,6 +48,12 @@ class AdversarialLosses(NamedTuple):
         guide: by site, in nats per cell, :math:`-\log \sigma(D(z))` of the guide's codes;
             :math:`\log 2 \approx 0.693` where they cannot be told apart.
         supervised: :math:`-\sum \log p(y \mid x)` in nats; None without that phase.
+
+    Example:
+        >>> discriminator = torch.nn.Sequential(torch.nn.Unflatten(0, (-1, 1)), torch.nn.Linear(1, 1))
+        >>> losses = AdversarialSVI(model, guide, discriminator, Adam({"lr": 1e-3})).step(data)
+        >>> list(losses.discriminator), losses.supervised
+        (['z'], None)
     """
 
     reconstruction: float
@@ -96,7 +103,8 @@ class AdversarialSVI:
             ``[cells, 1]``, positive for "from the prior". Its parameters are in the param store as under
             ``pyro.module("discriminator.<site>", ...)``.
         optim: Pyro optimiser of phase 1; unused so far, if copies of it are to be made.
-            :class:`~pyro_iw.FusedOptim` is the fastest.
+            :class:`~pyro_iw.FusedOptim` is the fastest; with its ``process_group`` several ranks train one
+            model, on data of their own each.
         discriminator_optim: that of phase 2; by default, as for those below, a copy of ``optim``.
         guide_optim: that of phase 3. (The attributes of these names are the optimisers at work, for
             learning-rate schedulers to be stepped.)
@@ -159,6 +167,7 @@ class AdversarialSVI:
             self.supervised_optim = supervised_optim or copy.deepcopy(optim)
         self._tried_supervised = False
         self._warned = False
+        self._stepped = False
 
     def step(self, *args: Any, labelled: Sequence[Any] | None = None, **kwargs: Any) -> AdversarialLosses:
         """All phases once.
@@ -183,7 +192,14 @@ class AdversarialSVI:
                 "step is called where gradients are off (torch.no_grad or inference_mode), so it would "
                 "update nothing. Call it outside; for the losses alone there is evaluate_loss."
             )
-        pair, critics = Pair(self.model, self.guide, args, kwargs), self._discriminators
+        pair = Pair(self.model, self.guide, args, kwargs)
+        with phases_among_ranks(self._optims(), not self._stepped):
+            losses = self._step(pair, labelled)
+        self._stepped = True
+        return losses
+
+    def _step(self, pair: Pair, labelled: Sequence[Any] | None) -> AdversarialLosses:
+        critics = self._discriminators
         if labelled is not None and not self._tried_supervised:
             self._try_supervised(labelled)
         with OneMinibatch():
@@ -212,6 +228,8 @@ class AdversarialSVI:
             supervised, params = self._run_supervised(labelled)
             _check_finite("supervised", supervised)
             _update(self.supervised_optim, supervised, params)
+        elif self.supervised_optim is not None and averages(self.supervised_optim):
+            self.supervised_optim([])  # other ranks may have labels
         return _report(run.terms, discriminator, guide, supervised)
 
     def evaluate_loss(
@@ -320,11 +338,14 @@ def _update(optim: PyroOptim, losses: Mapping[str, Tensor], params: Mapping[str,
     """Step parameters down the sum of losses, and these alone: no other tensor's ``.grad`` is touched."""
     loss = functools.reduce(torch.add, losses.values())
     leaves = list({id(param): param for param in params.values() if param.requires_grad}.values())
-    if not leaves or not loss.requires_grad:
+    grads: Sequence[Tensor | None] = [None] * len(leaves)
+    if leaves and loss.requires_grad:
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    elif not averages(optim):  # else other ranks wait for this one
         return
     moved = []
     try:
-        for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+        for leaf, grad in zip(leaves, grads, strict=True):
             if grad is not None:
                 leaf.grad = grad
                 moved.append(leaf)

@@ -21,6 +21,10 @@ where a step takes 2 ms for one particle and 20 for 64.
    * - ``torch._inductor.compile``
      - the compiler behind ``torch.compile``
      - steps are eager
+   * - ``torch._guards``: ``TracingContext``, ``tracing``; ``torch._subclasses.FakeTensorMode``;
+       ``torch.fx.experimental.symbolic_shapes.ShapeEnv``
+     - Inductor's cache on disk, which asks them whether shapes may vary
+     - each process compiles anew
    * - ``torch.utils._python_dispatch``: ``TorchDispatchMode``, ``_disable_current_modes``
      - seeing each operation of a recording, and reading known values unseen
      - steps are eager

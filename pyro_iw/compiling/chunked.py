@@ -11,12 +11,14 @@ Chunks of another size have graphs of their own, as has the first one where it d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._support.nested import leaves, map_leaves
+from .._support.random_state import set_back
 from ..gradients.chunks import InChunks, parts_of
 from ..gradients.over_values import suited_to
 from ..gradients.refusals import refuse_another_density
@@ -87,7 +89,7 @@ class ChunkedStep(Program):
     ) -> None:
         super().__init__(args, kl_weight, varies)
         self._step = step
-        self._parts = parts_of(step.bound.num_particles, step.chunk_size)
+        self._parts = parts_of(step.num_particles, step.chunk_size)
         self._first: dict[_Kind, tuple[Piece, _Drawn]] = {}  # with the places of a graph's outputs
         self._second: dict[_Kind, tuple[Piece, list[int]]] = {}  # with those of its gradients among all
 
@@ -144,14 +146,18 @@ class ChunkedStep(Program):
         chunks: list[_Chunk] = []
         minibatch: dict[str, Any] = {}
         every: _Drawn | None = None
-        for part, kind in zip(self._parts, self._kinds, strict=True):
-            chunks.append(_Chunk(part, kind, self.random_state()))
-            drawn = self._draw(kind, args, kl_weight, minibatch)
-            if every is None:
-                every = drawn._replace(log_weights=map_leaves(self._empty, drawn.log_weights))
-                minibatch = drawn.minibatch
-            for kept, some in zip(leaves(every.log_weights), leaves(drawn.log_weights), strict=True):
-                kept[part] = some
+        begin = self._step.begin
+        with nullcontext() if begin is None else set_back():
+            for part, kind in zip(self._parts, self._kinds, strict=True):
+                if begin is not None:
+                    begin(part.start)
+                chunks.append(_Chunk(part, kind, self.random_state()))
+                drawn = self._draw(kind, args, kl_weight, minibatch)
+                if every is None:
+                    every = drawn._replace(log_weights=map_leaves(self._empty, drawn.log_weights))
+                    minibatch = drawn.minibatch
+                for kept, some in zip(leaves(every.log_weights), leaves(drawn.log_weights), strict=True):
+                    kept[part] = some
         assert every is not None
         if every.values is not None:
             nothing = torch.empty(0)
@@ -190,7 +196,7 @@ class ChunkedStep(Program):
         return totals
 
     def _empty(self, part: Tensor) -> Tensor:
-        return part.new_empty((self._step.bound.num_particles, *part.shape[1:]))
+        return part.new_empty((self._step.num_particles, *part.shape[1:]))
 
     def _places(self, recorded: Any) -> list[int]:
         """Where a graph's gradients belong among those of the step."""
@@ -204,8 +210,8 @@ def _first_body(step: InChunks, size: int, minibatch: Any, told: list[_Drawn]) -
 
     def body(pair: Pair, kl_weight: Any, extras: list[Tensor]) -> tuple[list[Tensor], None]:
         torch.clear_autocast_cache()  # of casts that belong to another graph
-        with OneMinibatch(_put_together(minibatch, extras)) as known:
-            particles, _ = step.draw(kl_weight, pair, size, step.route, known, False)
+        with step.around(), OneMinibatch(_put_together(minibatch, extras)) as known:
+            particles, _ = step.draw(kl_weight, pair, size, step.route, known)
         suited_to(step.estimator, particles).check(particles, step.bound)
         values: Any = particles.values
         if values is not None:
@@ -224,8 +230,8 @@ def _second_body(step: InChunks, size: int, given: Any) -> Body:
     def body(pair: Pair, kl_weight: Any, extras: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         torch.clear_autocast_cache()
         minibatch, weights = _put_together(given, extras)
-        with watch_batch_norm(restore=True), OneMinibatch(minibatch):
-            particles, _ = step.draw(kl_weight, pair, size, step.route, None, False)
+        with watch_batch_norm(restore=True), step.around(), OneMinibatch(minibatch):
+            particles, _ = step.draw(kl_weight, pair, size, step.route, None)
         log_weights = list(leaves(particles.statistics))
         return log_weights, step.share(particles, weights, log_weights[0])
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .private import compile_graph, library, schema_of
+from .exchanging import OPERATION
+from .private import cached_on_disk, compile_graph, library, schema_of
 
 __all__ = ["DECOMPOSITIONS", "inductor"]
 
@@ -36,9 +37,11 @@ def inductor(graph: Any, inputs: list[Tensor]) -> Callable[[list[Tensor]], Seque
     graph.recompile()
     # Eager's own draws from eager's own generators, at no cost that could be measured.
     options: dict[str, Any] = {"fallback_random": True}
-    if any(tensor.device.type == "cuda" for tensor in inputs):
+    exchanges = any(node.target is OPERATION for node in graph.graph.nodes)
+    # A CUDA graph replays kernels, and not what ranks say to one another on the CPU.
+    if not exchanges and any(tensor.device.type == "cuda" for tensor in inputs):
         options["triton.cudagraphs"] = True
-    with torch.no_grad():
+    with torch.no_grad(), cached_on_disk():
         compiled: Any = compile_graph(graph, list(inputs), options=options)
     return lambda args: compiled(*args)[:count]
 

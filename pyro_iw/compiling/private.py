@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -43,11 +43,19 @@ except (ImportError, AttributeError) as error:
         f"compile=True does not know its way about PyTorch {torch.__version__} ({error})"
     ) from error
 
+try:  # without these, what is compiled is not found again by the next process
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+except ImportError:
+    tracing = None  # type: ignore[assignment]
+
 __all__ = [
     "IMPORTING",
     "StorageWeakRef",
     "TorchDispatchMode",
     "add_each",
+    "cached_on_disk",
     "compile_graph",
     "hooks_of",
     "library",
@@ -92,6 +100,15 @@ def without_validation() -> AbstractContextManager[None]:
 def rejection_sampling_by(operation: Any) -> AbstractContextManager[None]:
     """Another function in the place of the von Mises distribution's sampler."""
     return _replaced(von_mises, "_rejection_sample", operation)
+
+
+def cached_on_disk() -> AbstractContextManager[Any]:
+    """Inductor looks for a graph in its cache only if a context says which shapes may vary: none do."""
+    if tracing is None:
+        return nullcontext()
+    return tracing(
+        TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True))
+    )
 
 
 def schema_of(operation: Any) -> Any:

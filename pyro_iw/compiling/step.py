@@ -49,10 +49,12 @@ and not in those after it.
 
 from __future__ import annotations
 
+import time
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +66,7 @@ from .._support.devices import autocast_dtype, autocast_types
 from .._support.warn import warn
 from ..gradients.chunks import InChunks
 from ..gradients.surrogate import Estimate
+from ..ranks.particles import ParticleGroup
 from ..tracing.handlers import handlers_in_force
 from ..tracing.traces import Pair
 from .announce import announced
@@ -72,7 +75,7 @@ from .arguments import Refused, spec
 if TYPE_CHECKING:
     from .program import CompiledStep, Program
 
-__all__ = ["Compiler"]
+__all__ = ["Compiler", "without_others"]
 
 #: Programs kept, the least recently used leaves first.
 _CAPACITY = 8
@@ -85,15 +88,22 @@ _NOVELTIES = 64
 class Compiler:
     """Compiled gradient steps of the pairs that a loss meets, by what each was recorded for.
 
+    Attributes:
+        seconds: how long each compilation took, by what was compiled in words.
+
     Example:
         >>> loss = IWAE_ELBO(K=5, compile=True)
         >>> svi = SVI(model, guide, Adam({"lr": 1e-3}), loss=loss)
         >>> first = svi.step(data)  # eager; the second step is recorded and compiled, a matter of seconds
     """
 
+    #: What is compiled, in a word.
+    what = "step"
+
     def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
         # For a key met once: its pair's callables, for an id is good as long as its object.
-        self._programs: OrderedDict[Any, Program | tuple] = OrderedDict()
+        self._programs: OrderedDict[Any, Any] = OrderedDict()
         self._stale: dict[Any, int] = {}
         self._new: dict[Any, int] = {}
         self._refused: dict[Any, Any] = {}
@@ -117,6 +127,7 @@ class Compiler:
         estimate: Callable[[Pair, Any], tuple[Any, Estimate]],
         options: tuple = (),
         chunks: InChunks | None = None,
+        recording: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> CompiledStep | None:
         """Run a compiled step, recording it if this is the second one of its kind.
 
@@ -126,9 +137,39 @@ class Compiler:
             estimate: what a step computes, given a pair and a weight.
             options: what else that depends on, hashable.
             chunks: how the step is taken chunk by chunk; all at once, if None.
+            recording: what a step is recorded within.
 
         Returns:
             The step, or None if it has to run eagerly.
+        """
+
+        def make(tensors: list[Tensor]) -> Program:
+            # Here and not above: a PyTorch that lacks what these stand on is to cost this loss its programs,
+            # and not the package its import.
+            from .chunked import ChunkedStep
+            from .program import WholeStep
+
+            varies = _kind(kl_weight) is None
+            with recording():
+                if chunks is None:
+                    return WholeStep(pair, tensors, kl_weight, varies, estimate)
+                return ChunkedStep(pair, tensors, kl_weight, varies, chunks)
+
+        found = self.find(pair, make, (_kind(kl_weight), options))
+        return None if found is None else found[0].run(found[1], kl_weight)
+
+    def find(
+        self, pair: Pair, make: Callable[[list[Tensor]], Any], options: tuple
+    ) -> tuple[Any, list[Tensor]] | None:
+        """A program and the tensors among its pair's arguments.
+
+        Arguments:
+            pair: the pair and its arguments.
+            make: makes the program, given these tensors.
+            options: what else that depends on, hashable.
+
+        Returns:
+            Both, or None if what is wanted has to run eagerly.
         """
         identity = _identity(pair)
         if identity in self._refused:
@@ -136,7 +177,7 @@ class Compiler:
         tensors: list[Tensor] = []
         try:
             arguments = spec((pair.args, pair.kwargs), tensors)
-            key = (identity, arguments, _signature(tensors), _settings(), _kind(kl_weight), options)
+            key = (identity, arguments, _signature(tensors), _settings(), options)
             hash(key)
         except (Refused, TypeError) as error:
             self._refuse(identity, pair, str(error))
@@ -159,25 +200,18 @@ class Compiler:
         program = self._programs[key]
         if isinstance(program, tuple):
             try:
-                # Here and not above: a PyTorch that lacks what these stand on is to cost this loss its
-                # programs, and not the package its import.
-                from .chunked import ChunkedStep
-                from .program import WholeStep
-
-                with warnings.catch_warnings():
+                title = _title(self.what, pair, tensors, self._changed.pop(key, None))
+                start = time.perf_counter()
+                with warnings.catch_warnings(), announced(title):
                     warnings.simplefilter("ignore")  # the pair's own came from the eager step
-                    with announced(_title(pair, tensors, self._changed.pop(key, None))):
-                        varies = _kind(kl_weight) is None
-                        if chunks is None:
-                            program = WholeStep(pair, tensors, kl_weight, varies, estimate)
-                        else:
-                            program = ChunkedStep(pair, tensors, kl_weight, varies, chunks)
+                    program = make(tensors)
+                self.seconds[title] = time.perf_counter() - start
             except Exception as error:
                 reason = str(error) if isinstance(error, Refused) else _in_words(error)
                 self._refuse(identity, pair, reason)
                 return None
             self._remember(key, program)
-            return program.run(tensors, kl_weight)
+            return program, tensors
         changed = program.changed()
         if changed is not None:
             self._remember(key, (pair.model, pair.guide))
@@ -187,7 +221,7 @@ class Compiler:
                 self._refuse(identity, pair, f"{changed} keeps changing; a tensor could, in place")
             return None
         self._programs.move_to_end(key)
-        return program.run(tensors, kl_weight)
+        return program, tensors
 
     def _remember(self, key: Any, program: Program | tuple) -> None:
         self._programs[key] = program
@@ -201,7 +235,16 @@ class Compiler:
             del self._programs[key]
         if not self._warned:
             self._warned = True
-            warn(f"compile=True is left aside and the step runs eagerly: {reason}.", RuntimeWarning)
+            warn(f"compile=True is left aside and the {self.what} runs eagerly: {reason}.", RuntimeWarning)
+
+
+@contextmanager
+def without_others(ranks: ParticleGroup) -> Iterator[None]:
+    """Steps inside are taken without the other ranks of a group, to be recorded."""
+    from .exchanging import recorded  # not before it is needed, see Compiler.run
+
+    with ranks.recording(recorded):
+        yield
 
 
 def _identity(pair: Pair) -> Any:
@@ -235,11 +278,11 @@ def _kind(kl_weight: float) -> float | None:
     return float(kl_weight) if kl_weight == 0 or kl_weight == 1 else None
 
 
-def _title(pair: Pair, tensors: Sequence[Tensor], changed: str | None) -> str:
-    """A step in words: the model, its tensors' dtypes and shapes, and what made it necessary again."""
+def _title(what: str, pair: Pair, tensors: Sequence[Tensor], changed: str | None) -> str:
+    """What is compiled: the model, its tensors' dtypes and shapes, and what made it necessary again."""
     name = getattr(pair.model, "__qualname__", type(pair.model).__name__).rpartition(".<locals>.")[2]
     given = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
-    return f"a step of {name}({given})" + ("" if changed is None else f" again, for {changed} has changed")
+    return f"a {what} of {name}({given})" + ("" if changed is None else f" again, for {changed} has changed")
 
 
 def _in_words(error: Exception) -> str:

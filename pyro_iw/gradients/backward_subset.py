@@ -26,7 +26,6 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from ..bounds import Bound
-from ..resampling import systematic
 from ..tracing.batch_norm import watch_batch_norm
 from ..tracing.messages import guide_messenger
 from ..tracing.minibatches import OneMinibatch
@@ -34,7 +33,7 @@ from ..tracing.particles import Particles
 from ..tracing.runner import Runner
 from ..tracing.traces import Index, Pair, Route, Traces
 from .estimator import Estimator
-from .refusals import listed, refuse_another_density
+from .refusals import refuse_another_density, refuse_choice_of_values
 from .surrogate import Boundary, Estimate, boundary_ratio, tie
 
 __all__ = ["estimate_from_subset"]
@@ -47,6 +46,7 @@ def estimate_from_subset(
     estimator: Estimator,
     bound: Bound,
     route: Route,
+    num_particles: int,
     count: int,
 ) -> tuple[Particles, Estimate]:
     """The loss of S particles, with a gradient from some of them.
@@ -56,8 +56,9 @@ def estimate_from_subset(
         collect: reads the particles off their traces.
         pair: the pair and its arguments.
         estimator: the estimator.
-        bound: the bound, which gives the number S.
+        bound: the bound.
         route: how latent values travel, as the estimator wants it.
+        num_particles: the number S of particles.
         count: the number k' < S of particles to choose in each cell.
 
     Raises:
@@ -73,21 +74,14 @@ def estimate_from_subset(
     boundary = route.through if isinstance(route.through, Boundary) else None
     with OneMinibatch() as minibatch:
         forward = route._replace(through=None, model_gradients=False)
-        traces = runner.run(pair, bound.num_particles, forward, minibatch)
+        traces = runner.run(pair, num_particles, forward, minibatch)
         particles = collect(traces)
-        if particles.enumerated:
-            raise NotImplementedError(
-                "backward_particles chooses particles, and of site(s) "
-                f"{listed(particles.enumerated)} the guide enumerates all values. Use "
-                "chunk_size to save memory instead, or sample them (without infer={'enumerate': 'parallel'})."
-            )
+        refuse_choice_of_values(particles.enumerated)
         estimator.check(particles, bound)
         log_w = particles.log_weights.detach()
         estimate = estimator.evaluate(bound, log_w, particles.scale)
         weights = estimator.weights(bound, log_w, particles.log_q_weight, particles.scale)
-        # Without a boundary the path has the model's weights, or none.
-        path = weights.model if boundary is None else weights.path
-        indices, model, path = _choose(weights.model, path, count)
+        chosen, indices = estimator.choose(weights, boundary is not None, count)
         places = particles.to_batch(indices)
 
         def through(value: Tensor, event_dim: int, particle: Index, site: Any) -> Tensor:
@@ -96,38 +90,16 @@ def estimate_from_subset(
 
         torch.clear_autocast_cache()  # of casts made without gradients
         with watch_batch_norm(restore=True) as normalised:
-            log_p = particles.log_p_of(runner.run_model_again(pair, traces, count, through))
+            log_p = particles.log_p_of(runner.run_model_again(pair, traces, len(indices), through))
     # In train mode BatchNorm, of which the runner has warned, sees other particles now.
     if is_validation_enabled() and not normalised:
         refuse_another_density(log_p, particles.log_p.gather(0, indices), _RUN_AGAIN)
+    model = chosen.model
     if boundary is not None:
-        model, ratio = boundary_ratio(model, path)
+        model, ratio = boundary_ratio(model, chosen.path)
         boundary.set_ratio(particles.to_batch(ratio))
     terms = [(log_p, model), *estimator.guide_terms(particles, weights)]
     return particles, estimate._replace(loss=tie(estimate.loss, particles.scale, terms))
-
-
-def _choose(model: Tensor, path: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw particles, given the weights of all of them.
-
-    Arguments:
-        model: the weights a, of shape ``[S, *cells]``.
-        path: the weights b, of the same shape.
-        count: the number k' of particles to draw in each cell.
-
-    Returns:
-        Indices, and the weights of those particles over k' π; each of shape ``[k', *cells]``. In a cell where
-        all weights are 0, they are 0 again.
-    """
-    total = model.abs() + path.abs()
-    indices = systematic(total, count)
-    own = total.gather(0, indices)
-    mean = total.sum(0) / count
-    # The ratio to the own weight first: it is at most 1, where 1 / π could overflow.
-    model, path = (
-        torch.where(own > 0, weights.gather(0, indices) / own, 0.0) * mean for weights in (model, path)
-    )
-    return indices, model, path
 
 
 def _gather(value: Tensor, event_dim: int, places: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .._support.devices import autocast_dtype
 from .._support.nested import leaves, map_leaves
-from .._support.random_state import RandomState
+from .._support.random_state import RandomState, set_back
 from ..bounds import Bound
 from ..tracing.batch_norm import watch_batch_norm
 from ..tracing.guide_values import GuideValues, without_densities
@@ -44,10 +44,11 @@ from .surrogate import Estimate, Weights, refuse_second_derivative
 
 __all__ = ["Chunks", "Draw", "InChunks", "estimate_in_chunks", "parts_of"]
 
-#: Draws a number of particles of a pair by a route, as part of a minibatch if one is given, and notes the
-#: random state that they were drawn from if the last argument asks for it.
+#: Draws a number of particles of a pair by a route, as part of a minibatch if one is given, from the random
+#: state that the last argument gives, if there is one.
 Draw = Callable[
-    [Pair, int, "Route | None", "OneMinibatch | None", bool], "tuple[Particles, RandomState | None]"
+    [Pair, int, "Route | None", "OneMinibatch | None", "Callable[[], RandomState] | None"],
+    "tuple[Particles, RandomState | None]",
 ]
 
 
@@ -57,16 +58,23 @@ class InChunks(NamedTuple):
     Attributes:
         draw: draws the particles of a chunk, given the weight of the KL term and what a :data:`Draw` takes.
         estimator: the estimator.
-        bound: the bound, which gives the number S of particles.
+        bound: the bound.
         route: how latent values travel, as the estimator wants it; None where gradients are disabled.
+        num_particles: the number S of particles.
         chunk_size: the number of particles in a chunk; the last may have fewer.
+        begin: sets the random state that a chunk is drawn from, given its first particle, where that is not
+            the one that the chunk before it has left. Then the state is left as it was, in the end.
+        around: a handler around each run of the pair in a compiled step.
     """
 
     draw: Callable[..., tuple[Particles, RandomState | None]]
     estimator: Estimator
     bound: Bound
     route: Route | None
+    num_particles: int
     chunk_size: int
+    begin: Callable[[int], RandomState] | None = None
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def weigh(self, chunks: Any) -> tuple[Estimate, Any]:
         """The loss, without gradients, and the weights of all particles.
@@ -117,9 +125,7 @@ class Chunks:
     Arguments:
         draw: draws the particles of a chunk.
         pair: the pair and its arguments.
-        route: how latent values travel.
-        num_particles: the number S of particles.
-        chunk_size: the number of particles in a chunk; the last may have fewer.
+        step: how the step is taken.
         look: called with the particles of each chunk.
 
     Attributes:
@@ -142,27 +148,26 @@ class Chunks:
         self,
         draw: Draw,
         pair: Pair,
-        route: Route | None,
-        num_particles: int,
-        chunk_size: int,
+        step: InChunks,
         look: Callable[[Particles], None] = lambda particles: None,
     ) -> None:
         self._draw = draw
         self._pair = pair
-        self._route = route
+        self._route = step.route
+        self._begin = step.begin
         self._look = look
         self._chunks: list[_Chunk] = []
         # What is kept of each chunk goes to memory set aside beforehand. Between the large blocks that come
         # and go with a chunk, it would keep the allocator from using those again.
         state = torch.get_rng_state()
-        parts = parts_of(num_particles, chunk_size)
+        parts = parts_of(step.num_particles, step.chunk_size)
         self._cpu_states = state.new_empty((len(parts), *state.shape))
-        with OneMinibatch() as minibatch:
+        with nullcontext() if step.begin is None else set_back(), OneMinibatch() as minibatch:
             for part in parts:
                 log_weights = self._first_pass(part, minibatch)
                 if part.start == 0:
                     self.log_weights = map_leaves(
-                        lambda some: some.new_empty((num_particles, *some.shape[1:])), log_weights
+                        lambda some: some.new_empty((step.num_particles, *some.shape[1:])), log_weights
                     )
                 for kept, some in zip(leaves(self.log_weights), leaves(log_weights), strict=True):
                     kept[part] = some
@@ -171,7 +176,8 @@ class Chunks:
         """The log-weights of a chunk. Nothing else of it outlives this call."""
         known = dict(minibatch.indices)
         torch.clear_autocast_cache()  # of casts that belong to another chunk's graph
-        particles, state = self._draw(self._pair, part.stop - part.start, self._route, minibatch, True)
+        begin = RandomState.now if self._begin is None else partial(self._begin, part.start)
+        particles, state = self._draw(self._pair, part.stop - part.start, self._route, minibatch, begin)
         assert state is not None
         if self._chunks:
             state = state.sharing(self._chunks[-1].random_state)
@@ -207,7 +213,7 @@ class Chunks:
                     with OneMinibatch(chunk.minibatch):
                         # Never by a name here, which would keep it alive beside the next.
                         if visit(
-                            chunk.particles, self._draw(self._pair, chunk.size, self._route, None, False)[0]
+                            chunk.particles, self._draw(self._pair, chunk.size, self._route, None, None)[0]
                         ):
                             break
         finally:
@@ -239,9 +245,9 @@ def estimate_in_chunks(pair: Pair, kl_weight: float, step: InChunks) -> tuple[Ch
         ValueError: as :class:`Chunks`, as the estimator's ``check``, and if a tensor with a graph of its own
             comes into model or guide other than as an argument.
     """
-    bound, route, draw = step.bound, step.route, partial(step.draw, kl_weight)
+    bound, draw = step.bound, partial(step.draw, kl_weight)
     if not torch.is_grad_enabled():
-        chunks = Chunks(draw, pair, route, bound.num_particles, step.chunk_size)
+        chunks = Chunks(draw, pair, step)
         estimator = suited_to(step.estimator, chunks)
         return chunks, estimator.evaluate(bound, chunks.log_weights, chunks.scale)
     pair, sources, cut = _cut_arguments(pair)
@@ -258,7 +264,7 @@ def estimate_in_chunks(pair: Pair, kl_weight: float, step: InChunks) -> tuple[Ch
         graph.start()
         return draw(*args)
 
-    chunks = Chunks(draw_watched, pair, route, bound.num_particles, step.chunk_size, look)
+    chunks = Chunks(draw_watched, pair, step, look)
     estimate, weights = step.weigh(chunks)
     if not graph.leaves:
         return chunks, estimate

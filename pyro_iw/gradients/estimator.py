@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import Bound
+from ..resampling import systematic
 from ..tracing.particles import Particles
 from ..tracing.traces import Route
 from .refusals import refuse_baselines
@@ -149,6 +150,34 @@ class Estimator(ABC):
             model, ratio = boundary_ratio(model, weights.path)
             route.through.set_ratio(particles.to_batch(ratio))
         return tie(loss, particles.scale, [(particles.log_p, model), *self.guide_terms(particles, weights)])
+
+    def wrapped(self, wrap: Callable[[Estimator], Estimator]) -> Estimator:
+        """This estimator inside of another."""
+        return wrap(self)
+
+    def choose(self, weights: Weights, crosses: bool, count: int) -> tuple[Weights, Tensor]:
+        """Draw k' particles in each cell, by their weights.
+
+        Arguments:
+            weights: the weights of all particles.
+            crosses: whether the path's weights are others than the model's.
+            count: the number k' of particles.
+
+        Returns:
+            The weights, with those of model and path of the particles drawn alone, over k' π and of shape
+            ``[k', *cells]``; the particles' places, of the same shape. In a cell where all weights are 0,
+            they are 0 again.
+        """
+        path = weights.path if crosses else weights.model  # without a boundary it has those, or none
+        total = weights.model.abs() + path.abs()
+        places = systematic(total, count)
+        own = total.gather(0, places)
+        mean = total.sum(0) / count
+        # Divided by its own share first: that is at most 1, where 1 / π could overflow.
+        model, path = (
+            torch.where(own > 0, w.gather(0, places) / own, 0.0) * mean for w in (weights.model, path)
+        )
+        return weights._replace(model=model, path=path), places
 
     def densities(self, particles: Particles) -> list[Tensor]:
         """All that is weighed in the gradient: the model's density and :attr:`guide_densities`."""

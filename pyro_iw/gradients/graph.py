@@ -33,9 +33,9 @@ def _leaf_of(node: Any) -> Tensor | None:
     return node.variable if node.name() == "torch::autograd::AccumulateGrad" else None
 
 
-def leaves_below(root: Tensor) -> list[Tensor]:
+def leaves_below(*roots: Tensor) -> list[Tensor]:
     """The tensors whose ``.grad`` a backward pass from here would fill, in the order of the graph."""
-    return [leaf for leaf in map(_leaf_of, _nodes_below([root])) if leaf is not None]
+    return [leaf for leaf in map(_leaf_of, _nodes_below(roots)) if leaf is not None]
 
 
 class Graph:

@@ -42,7 +42,8 @@ def suited_to(estimator: Estimator, particles: Any) -> Estimator:
     """The estimator for these particles, or chunks of them: over values where the guide enumerates some."""
     if particles.values is None:
         return estimator
-    return OverValues(estimator, particles.values.kl_weight, particles.values.is_free)
+    values = particles.values
+    return estimator.wrapped(lambda inner: OverValues(inner, values.kl_weight, values.is_free))
 
 
 class _Mixture(NamedTuple):

@@ -18,6 +18,7 @@ __all__ = [
     "listed",
     "refuse_another_density",
     "refuse_baselines",
+    "refuse_choice_of_values",
     "refuse_enumerated",
     "refuse_expected",
     "refuse_hidden_draws",
@@ -54,6 +55,16 @@ def refuse_baselines(sites: Iterable[Site]) -> None:
                 "estimators here do not use: they take their control variates from the other particles. "
                 "Remove it."
             )
+
+
+def refuse_choice_of_values(enumerated: Sequence[Site]) -> None:
+    """Refuse sites whose values the guide enumerates, where particles are chosen by weight."""
+    if enumerated:
+        raise NotImplementedError(
+            f"backward_particles chooses particles, and of site(s) {listed(enumerated)} the guide enumerates "
+            "all values. Use chunk_size to save memory instead, or sample them (without "
+            "infer={'enumerate': 'parallel'})."
+        )
 
 
 def refuse_missing_paths(sites: Sequence[Site], name: str) -> None:

@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
@@ -35,6 +37,8 @@ from .._support.devices import wide
 from .._support.progress import length_of, progress_bar
 from .._support.random_state import RandomState
 from .._support.warn import warn
+from ..compiling.evaluating import EvaluationCompiler
+from ..ranks.group import Group
 from ..running import RunningLogMean
 from ..tracing.cells import weighted_plates
 from ..tracing.latents import Latent, enumerated_sites, read_latents
@@ -45,13 +49,15 @@ from ..tracing.sites import read_sites
 from ..tracing.traces import Pair, Traces, plate_nesting
 from .annealing import Annealed, Annealing, temperatures
 from .dead import check_finite, dead_site, warn_of_dead
+from .evidence import LogMarginal
 from .hmc import Point, Tuning
+from .movable import Prior, check_pair
+from .over_data import evaluate_over_ranks
 from .predictive import Rerun
 from .progress_file import ProgressFile
 from .proposal import check_proposal
-from .sampler import LogMarginal
 from .samples import ImportanceSamples
-from .unconstrained import PairPath, Prior, check_pair
+from .unconstrained import PairPath
 
 __all__ = ["AnnealedImportanceSampler", "AnnealedSamples"]
 
@@ -70,6 +76,11 @@ class AnnealedSamples(ImportanceSamples):
 
     Attributes:
         acceptance: mean probability with which a move was accepted, of shape ``[*cells]``.
+
+    Example:
+        >>> samples = AnnealedImportanceSampler(model, guide, num_temperatures=20)(data)
+        >>> samples.acceptance.shape, samples.log_weights.shape
+        (torch.Size([3]), torch.Size([16, 3]))
     """
 
     def __init__(
@@ -116,6 +127,10 @@ class AnnealedImportanceSampler:
             and guide must broadcast over; otherwise one chain at a time.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
+        compile: compile the densities and gradients that a chain moves by, see
+            :mod:`~pyro_iw.compiling.evaluating`. The guide's networks of the data then run once for all of
+            its steps. The second step takes some seconds to compile; what cannot be compiled runs eagerly,
+            after a warning.
         progress: whether to show a progress bar, if it takes more than two seconds.
 
     Raises:
@@ -146,6 +161,7 @@ class AnnealedImportanceSampler:
         check_support: bool = True,
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
+        compile: bool = False,
         progress: bool = True,
     ) -> None:
         self.model = model
@@ -163,7 +179,9 @@ class AnnealedImportanceSampler:
         self.num_adaptation = positive_integer("num_adaptation", num_adaptation)
         self.plates = as_plate_names(plates)
         self.check_support = check_support
+        self.compile = compile
         self.progress = progress
+        self._compiler = EvaluationCompiler("leapfrog step")
         self._runner = Runner(
             vectorize_particles,
             max_plate_nesting,
@@ -206,6 +224,8 @@ class AnnealedImportanceSampler:
         to_args: Callable[[Any], Any] | None = None,
         *,
         resume: str | Path | None = None,
+        data_group: ProcessGroup | DeviceMesh | None = None,
+        indices: Sequence[int] | Tensor | None = None,
     ) -> LogMarginal:
         """The log evidence of every datapoint of a data set, batch by batch.
 
@@ -216,7 +236,11 @@ class AnnealedImportanceSampler:
             resume: a file that keeps the results of finished batches. If it is there, the batches that it
                 knows are not run again, and the result is what it would have been without the interruption.
                 Of each the first draws are made again and compared, so that other data, parameters or
-                numbers of chains do not go unnoticed.
+                numbers of chains do not go unnoticed. With ``data_group`` every rank has such a file of its
+                own, with its rank and the number of ranks in the name.
+            data_group: ranks of which each has a loader with a part of the data set, as in
+                :meth:`ImportanceSampler.log_marginal_dataset`.
+            indices: likewise.
 
         Raises:
             ValueError: if there is no batch, the pair does not have one weight for each index of exactly one
@@ -230,9 +254,23 @@ class AnnealedImportanceSampler:
             True
         """
         check_loader(loader)
+        evaluate = partial(self._evaluate, to_args=to_args, resume=resume)
+        return evaluate_over_ranks(evaluate, loader, data_group, indices)
+
+    def _evaluate(
+        self,
+        loader: Iterable[Any],
+        group: Group | None,
+        to_args: Callable[[Any], Any] | None,
+        resume: str | Path | None,
+    ) -> LogMarginal | None:
+        """The log evidence of what a loader gives; None if that is nothing."""
+        if resume is not None and group is not None:
+            path = Path(resume)
+            resume = path.with_name(f"{path.stem}.rank{group.rank}of{group.size}{path.suffix}")
         file = ProgressFile(resume, self._in_words())
         with ExitStack() as stack:
-            bar = stack.enter_context(self.bar(length_of(loader)))
+            bar = stack.enter_context(self.bar(length_of(loader), group=group))
             stack.callback(RandomState.now().restore)
             for index, batch in enumerate(loader):
                 args, kwargs = read_batch(batch, to_args)
@@ -255,9 +293,9 @@ class AnnealedImportanceSampler:
                 columns = [running.value, running.standard_error, running.ess]
                 file.add(start.log_weights, [column.to(start.log_weights.dtype) for column in columns])
         if not file.parts:
-            raise ValueError("The loader gave no batch, so there is nothing to evaluate.")
+            return None
         values, errors, ess = (torch.cat(column) for column in zip(*file.parts, strict=True))
-        return LogMarginal(values, errors, ess, self.num_chains)
+        return LogMarginal(values, errors, ess, self.num_chains, estimator=self._in_words())
 
     # ------------------------------------------------------------------------------------------------
     # The steps of a run
@@ -276,7 +314,8 @@ class AnnealedImportanceSampler:
         traces, particles = self._draw(pair, minibatch)
         with torch.no_grad():
             check_proposal(particles, traces, self.check_support, self._warn_once)
-            path = PairPath(pair, traces, particles, minibatch, self.plates, self._warn_once)
+            compiler = self._compiler if self.compile else None
+            path = PairPath(pair, traces, particles, minibatch, self.plates, self._warn_once, compiler)
             coordinates = path.coordinates(traces)
         _check_same_density(path.at(coordinates), particles)
         scaled = [site for site in particles.sites if isinstance(site.scale, Tensor) or site.scale != 1]
@@ -357,11 +396,12 @@ class AnnealedImportanceSampler:
     def _num_transitions(self) -> int:
         return Tuning.FIRST + self.num_adaptation + self.num_temperatures
 
-    def bar(self, runs: int | None, both_ways: bool = False) -> tqdm:
+    def bar(self, runs: int | None, both_ways: bool = False, group: Group | None = None) -> tqdm:
         """A progress bar over the transitions of that many runs."""
         each = self._num_transitions + both_ways * self.num_temperatures
         total = None if runs is None else runs * each
-        return progress_bar(show=self.progress, total=total, desc="transitions", unit_scale=True)
+        show = self.progress and (group is None or group.rank == 0)
+        return progress_bar(show=show, total=total, desc="transitions", unit_scale=True)
 
     def _in_words(self) -> str:
         """All that a result depends on but for the pair and the data."""
@@ -375,6 +415,11 @@ class AnnealedImportanceSampler:
         if message not in self._warned:
             self._warned.add(message)
             warn(message)
+
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled."""
+        return self._compiler.seconds
 
     def __repr__(self) -> str:
         schedule = self.schedule if isinstance(self.schedule, str) else "given"

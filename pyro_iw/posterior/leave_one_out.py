@@ -50,6 +50,21 @@ class LeaveOneOut:
         monte_carlo_error: standard error of :attr:`elpd` for these very data, from the finite number of
             particles, which all of the values share.
         num_particles: the number S of global particles.
+
+    Example:
+        >>> def model(x):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(mean, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     mean = pyro.sample("mean", dist.Normal(x.mean(), 0.5))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal((mean + x) / 2, 0.8))
+        >>> sampler = ImportanceSampler(model, guide, num_particles=200, local="data", num_local=8)
+        >>> left_out = sampler(torch.randn(20)).leave_one_out()
+        >>> left_out.values.shape, torch.allclose(left_out.values.sum(), torch.as_tensor(left_out.elpd))
+        (torch.Size([20]), True)
     """
 
     values: Tensor

@@ -17,132 +17,47 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
-from .._support.devices import wide
+from .._support.nested import leaves
 from .._support.progress import length_of, progress_bar
+from .._support.random_state import RandomState, fork_rng
 from .._support.warn import warn
 from ..bounds import Bound
+from ..compiling.evaluating import EvaluationCompiler
+from ..ranks.group import Group
 from ..running import RunningBound, RunningGap, RunningLogMean, jackknife
 from ..tracing.cells import weighted_plates
 from ..tracing.counterparts import check_guide
-from ..tracing.latents import Latent, enumerated_sites, join, read_latents
+from ..tracing.latents import enumerated_sites
 from ..tracing.levels import TwoLevels, check_local_plates
-from ..tracing.local_latents import read_local_latents
 from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
 from ..tracing.runner import Runner
 from ..tracing.sites import read_sites
 from ..tracing.traces import Pair, Traces, plate_nesting
+from .chunk_size import particles_that_fit
+from .compiled import CompiledChunks
 from .dead import check_finite, dead_site, warn_of_dead
-from .hierarchical_samples import HierarchicalSamples
-from .local_weights import collect_local, join_local, local_numbers, total_log_weights
+from .evidence import Evidence, LogMarginal
+from .keeping import keep
+from .local_weights import collect_local, local_numbers, total_log_weights
+from .over_data import evaluate_over_ranks
+from .over_particles import ParticleRanks, add_up, chunk_sizes, explain
 from .predictive import Rerun
 from .proposal import check_proposal
 from .samples import ImportanceSamples
 
 __all__ = ["Evidence", "ImportanceSampler", "LogMarginal"]
-
-_NO_BOUND = "minus_kl compares with a bound: pass bound= to log_marginal_dataset."
-
-
-class Evidence(NamedTuple):
-    """The log evidence of every cell, and how well it is known.
-
-    Attributes:
-        log_marginal: :math:`\\log \\hat p(x)` in nats, of shape ``[*cells]``.
-        monte_carlo_error: its standard error from the finite number of particles (delta method), likewise.
-        ess: effective number of particles, likewise.
-    """
-
-    log_marginal: Tensor
-    monte_carlo_error: Tensor
-    ess: Tensor
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LogMarginal:
-    """The log evidence of every datapoint of a data set.
-
-    Attributes:
-        values: :math:`\\log \\hat p(x_n)` in nats, of shape ``[N]``.
-        monte_carlo_errors: standard error of each from the finite number of particles (delta method),
-            ``[N]``. It says nothing of mass that no particle has reached, and with ``jackknife`` it is that
-            of the values before their correction, whose error is larger.
-        ess: effective number of particles of each, ``[N]``.
-        num_particles: number S of particles.
-        bounds: another bound on the same particles, where it was asked for, of shape ``[N]``.
-        minus_kl_errors: standard error of each difference ``bounds - values``, whose two sides vary together,
-            from the finite number of particles, ``[N]``. NaN where these make fewer than 3 groups of the
-            bound (0 for IWAE of all of them). With ``jackknife`` it is that of the difference before the
-            correction.
-    """
-
-    values: Tensor
-    monte_carlo_errors: Tensor
-    ess: Tensor
-    num_particles: int
-    bounds: Tensor | None = None
-    minus_kl_errors: Tensor | None = None
-
-    @property
-    def mean(self) -> float:
-        """Mean over the datapoints, in nats; its negative is the held-out NLL."""
-        return wide(self.values).mean().item()
-
-    @property
-    def monte_carlo_error(self) -> float:
-        """Standard error of :attr:`mean` for these very datapoints, from the finite number of particles."""
-        return wide(self.monte_carlo_errors).square().sum().sqrt().item() / len(self.values)
-
-    @property
-    def sampling_error(self) -> float:
-        """Standard error of :attr:`mean` as an estimate for the population; NaN for a single datapoint."""
-        if len(self.values) == 1:
-            return math.nan
-        return wide(self.values).std().item() / math.sqrt(len(self.values))
-
-    @property
-    def minus_kl(self) -> float:
-        r"""Mean of :attr:`bounds` less :attr:`values`, in nats: how far the guide is from the posterior.
-
-        For the ELBO this is :math:`-\mathrm{KL}(q \,\|\, p)` up to the bias of the values; for IWAE-64 the
-        column "-KL" of Rainforth et al. (2018), the divergence of the guide that IWAE-64 implies. It is -inf
-        where a bound is.
-
-        Raises:
-            ValueError: if no bound was asked for.
-        """
-        if self.bounds is None:
-            raise ValueError(_NO_BOUND)
-        # Both are -inf where no particle has positive density.
-        gaps = (wide(self.bounds) - wide(self.values)).masked_fill(self.bounds.isneginf(), -math.inf)
-        return gaps.mean().item()
-
-    @property
-    def minus_kl_error(self) -> float:
-        """Standard error of :attr:`minus_kl` for these very datapoints, from the finite number of particles.
-
-        Raises:
-            ValueError: if no bound was asked for.
-        """
-        if self.minus_kl_errors is None:
-            raise ValueError(_NO_BOUND)
-        return wide(self.minus_kl_errors).square().sum().sqrt().item() / len(self.values)
-
-    def __repr__(self) -> str:
-        return (
-            f"LogMarginal(mean={self.mean:.4f}, monte_carlo_error={self.monte_carlo_error:.2g}, "
-            f"N={len(self.values)}, num_particles={self.num_particles})"
-        )
 
 
 class ImportanceSampler:
@@ -156,8 +71,9 @@ class ImportanceSampler:
             their own, given each particle of the global ones; see :class:`HierarchicalSamples`. Or a mapping
             from the names of several plates side by side to the number of local particles in each.
         num_local: number L of local particles of each particle, where ``local`` is a name; an integer >= 1.
-        chunk_size: number of particles in memory at once, each with all of its local ones; None for all; the
-            last chunk may be smaller.
+        chunk_size: number of particles in memory at once, each with all of its local ones; the last chunk may
+            be smaller. None for all; ``"auto"`` for as many as a tenth of the free memory holds, and on a CPU
+            16 MiB, see :mod:`~pyro_iw.posterior.chunk_size`.
         plates: name or names of the plates whose cells have a weight each; ``()`` for one joint weight; None
             for the plates common to all sample sites.
         jackknife: whether :meth:`log_marginal` corrects the leading term of the bias, 1/S, by
@@ -172,6 +88,16 @@ class ImportanceSampler:
             guide must broadcast over; otherwise one particle at a time.
         max_plate_nesting: number of batch dims that the plates of the pair take; found by running the pair
             once if infinite.
+        particle_group: ranks that share the particles, a process group or a mesh of one dimension: each draws
+            its share of the S (see :mod:`~pyro_iw.posterior.over_particles`), all of them call the same
+            methods on the same arguments, and every one gets the whole. For one seed of the group's first
+            rank that is the same, but for rounding, on P ranks of whatever number with P chunks or more.
+        compile: compile what a chunk computes, for :meth:`log_marginal`, :meth:`evidence` and
+            :meth:`log_marginal_dataset`, see :mod:`~pyro_iw.compiling.evaluating`. The first chunk on
+            arguments of new shapes runs eagerly, and the second takes some seconds to compile. From then on
+            Pyro's handlers no longer run, and the guide's networks of the data run once for all chunks of a
+            call. What cannot be compiled runs eagerly, after a warning. Where a plate draws its minibatch,
+            the first chunk of every call runs eagerly, too.
         progress: whether to show a progress bar, if it takes more than two seconds.
 
     Raises:
@@ -194,19 +120,20 @@ class ImportanceSampler:
         *,
         local: str | Mapping[str, int] | None = None,
         num_local: int | None = None,
-        chunk_size: int | None = 100,
+        chunk_size: int | Literal["auto"] | None = 100,
         plates: str | Iterable[str] | None = None,
         jackknife: bool = False,
         check_support: bool = True,
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
+        particle_group: ProcessGroup | DeviceMesh | None = None,
+        compile: bool = False,
         progress: bool = True,
     ) -> None:
         self.model = model
         self.guide = guide
         self.num_particles = positive_integer("num_particles", num_particles)
-        chunk_size = self.num_particles if chunk_size is None else positive_integer("chunk_size", chunk_size)
-        self.chunk_size = min(chunk_size, self.num_particles)
+        self.chunk_size = _chunk_size(chunk_size, self.num_particles)
         self.plates = as_plate_names(plates)
         self.local = local_numbers(local, num_local)
         if self.local and plates is not None:
@@ -218,7 +145,11 @@ class ImportanceSampler:
         if jackknife and self.num_particles == 1:
             raise ValueError("jackknife=True leaves out one particle in turn, which needs num_particles > 1.")
         self.check_support = check_support
+        self.compile = compile
         self.progress = progress
+        self._compiler = EvaluationCompiler()
+        self._draws = False  # whether plates draw their minibatch
+        self._fits: dict[Any, int] = {}  # chunk sizes, by the shapes of arguments
         self._runner = Runner(
             vectorize_particles,
             max_plate_nesting,
@@ -229,6 +160,9 @@ class ImportanceSampler:
             kept=partial(weighted_plates, plates=self.plates),
         )
         self._warned: set[str] = set()
+        self._ranks = None
+        if particle_group is not None:
+            self._ranks = ParticleRanks(particle_group, self.num_particles)
 
     def log_marginal(self, *args: Any, **kwargs: Any) -> Tensor:
         """The log evidence of every cell, of shape ``[*cells]``, in nats; a scalar where there is one weight.
@@ -277,6 +211,9 @@ class ImportanceSampler:
         loader: Iterable[Any],
         to_args: Callable[[Any], Any] | None = None,
         bound: Bound | None = None,
+        *,
+        data_group: ProcessGroup | DeviceMesh | None = None,
+        indices: Sequence[int] | Tensor | None = None,
     ) -> LogMarginal:
         """The log evidence of every datapoint of a data set.
 
@@ -287,10 +224,17 @@ class ImportanceSampler:
             to_args: turns what the loader gives into one of these, where a batch holds more than the model
                 takes, or has to move to another device.
             bound: a bound to evaluate on the same particles, in groups of its M K, for ``minus_kl``.
+            data_group: ranks of which each has a loader with a part of the data set, a process group or a
+                mesh of one dimension. Each of them gets the whole, in the order of the indices.
+            indices: which datapoints this rank's loader gives, in its order; of one that occurs more than
+                once the first value counts. None for those of the loader's ``DistributedSampler``, whose
+                padding so counts once; without one the parts come one after the other.
 
         Raises:
             ValueError: if there is no batch, the bound takes more particles than there are, or the pair does
-                not have one weight for each index of exactly one plate; and as :meth:`log_marginal`.
+                not have one weight for each index of exactly one plate; if the parts leave a datapoint out,
+                or are the same on all ranks; and as :meth:`log_marginal`.
+            RankError: if another rank has failed, or evaluates something else; naming it.
 
         Example:
             >>> loader = torch.utils.data.DataLoader(data, batch_size=2)
@@ -305,11 +249,22 @@ class ImportanceSampler:
             raise ValueError(
                 f"{bound!r} takes {bound.num_particles} particles, but num_particles={self.num_particles}."
             )
-        parts: list[list[Tensor]] = []
         check_loader(loader)
-        with self._bar(length_of(loader)) as bar:
-            for batch in loader:
-                args, kwargs = read_batch(batch, to_args)
+        evaluate = partial(self._evaluate, to_args=to_args, bound=bound)
+        return evaluate_over_ranks(evaluate, loader, data_group, indices)
+
+    def _evaluate(
+        self,
+        loader: Iterable[Any],
+        group: Group | None,
+        to_args: Callable[[Any], Any] | None,
+        bound: Bound | None,
+    ) -> LogMarginal | None:
+        """The log evidence of what a loader gives; None if that is nothing."""
+        parts: list[list[Tensor]] = []
+        given = (read_batch(batch, to_args) for batch in loader)
+        with self._bar(length_of(loader), group) as bar:
+            for args, kwargs in given if self._ranks is None else self._ranks.in_step(given):
                 running = RunningLogMean()
                 bounds = None if bound is None else RunningGap(bound)
                 value = self._stream(Pair(self.model, self.guide, args, kwargs), bar, running, bounds)
@@ -331,42 +286,41 @@ class ImportanceSampler:
                     columns += [bounds.value.to(value), bounds.gap_error(running)]
                 parts.append(columns)
         if not parts:
-            raise ValueError("The loader gave no batch, so there is nothing to evaluate.")
+            return None
         values, errors, ess, *bounds_values = (torch.cat(column) for column in zip(*parts, strict=True))
-        return LogMarginal(values, errors, ess, self.num_particles, *bounds_values)
+        value_of_bound, gap_errors = bounds_values or (None, None)
+        words = f"importance sampling, local={self.local}, jackknife={self.jackknife}, bound={bound!r}"
+        return LogMarginal(values, errors, ess, self.num_particles, value_of_bound, gap_errors, words)
 
     def __call__(self, *args: Any, **kwargs: Any) -> ImportanceSamples:
         """Draw S particles and keep them, with their densities.
+
+        With ``particle_group`` every rank ends with all of them, and may do what it likes with them by
+        itself. That takes as much memory on each rank as one process would need, S times the latents of all
+        cells, and three times that of one site while it travels; all other methods hold a chunk.
 
         Arguments and errors are those of :meth:`log_marginal`.
         """
         pair = Pair(self.model, self.guide, args, kwargs)
         minibatch = OneMinibatch()
-        chunks: list[Any] = []
-        latents: list[dict[str, Latent]] = []
         with self._bar(1) as bar:
-            for particles, traces, dead in self._chunks(pair, bar, minibatch):  # noqa: B007
-                _refuse_values(particles)
-                chunks.append(particles)
-                latents.append(read_local_latents(traces) if self.local else read_latents(traces))
+            if self._ranks is None:
+                kept = keep(self._chunks(pair, self._plan(pair), minibatch, bar))
+            else:
+                draw, size_of_chunks = partial(self._chunks, pair), partial(self._size_of_chunks, pair)
+                kept, minibatch = self._ranks.keep(repr(self), size_of_chunks, draw, keep, bar)
         rerun = Rerun(
             pair,
             self._runner.prepare(pair),
-            plate_nesting(traces.pairs[-1].model),
+            plate_nesting(kept.traces.pairs[-1].model),
             self._runner.vectorize,
-            self.chunk_size,
+            self._size_of_chunks(pair),
             minibatch,
-            enumerated_sites(traces),
+            enumerated_sites(kept.traces),
         )
-        tops: list[Particles] = [chunk.top for chunk in chunks] if self.local else chunks
-        joined = join(latents, self.num_particles)
-        log_p, log_q = (torch.cat([getattr(top, name) for top in tops]) for name in ("log_p", "log_q"))
-        samples = ImportanceSamples(joined, log_p, log_q, particles.plates, rerun)
-        if self.local:
-            local = join_local(chunks)
-            samples = HierarchicalSamples(joined, log_p, log_q, particles.plates, rerun, local)
-        if dead is not None:
-            warn_of_dead(samples.log_weights.amax(0), self.num_particles, dead)
+        samples = kept.as_samples(rerun)
+        if kept.dead is not None:
+            warn_of_dead(samples.log_weights.amax(0), self.num_particles, kept.dead)
         return samples
 
     def particles(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -375,70 +329,150 @@ class ImportanceSampler:
 
         Arguments and errors are those of :meth:`log_marginal`.
         """
+        if self._ranks is not None:
+            raise ValueError(
+                "particles() gives chunk by chunk what this process draws, which with particle_group= is a "
+                "share of the particles alone. Take a sampler without particle_group=, which draws all of "
+                "them here, or call this one, whose ImportanceSamples are the whole."
+            )
         with self._bar(1) as bar:
-            for particles, _, _ in self._chunks(Pair(self.model, self.guide, args, kwargs), bar):
+            pair = Pair(self.model, self.guide, args, kwargs)
+            for particles, _, _ in self._chunks(pair, self._plan(pair), OneMinibatch(), bar):
                 yield particles
+
+    # ------------------------------------------------------------------------------------------------
+    # Chunks
+    # ------------------------------------------------------------------------------------------------
 
     def _stream(
         self, pair: Pair, bar: tqdm, running: RunningLogMean, bounds: RunningBound | None = None
     ) -> Tensor:
         """The log evidence of the cells, and on the way whatever else is to be added up."""
-        kept = []
-        for particles, traces, dead in self._chunks(pair, bar):  # noqa: B007
-            log_w = total_log_weights(particles)
-            running.add(log_w)
-            if bounds is not None:
-                bounds.add(log_w)
-            if self.jackknife:
-                kept.append(log_w)
-            del particles, traces  # or two chunks would be in memory while the next one runs
-        if dead is not None:
-            warn_of_dead(running.value, self.num_particles, dead)
-        value = jackknife(torch.cat(kept)) if self.jackknife else running.value
-        return value.to(log_w.dtype)
+        draw, weigh = partial(self._chunks, pair), partial(self._log_weights, pair, bar)
+        if self._ranks is None:
+            began = RandomState.now()
+            found = add_up(weigh(self._plan(pair), OneMinibatch()), running, bounds, self.jackknife)
+            # The one look at values: no chunk waits for the device.
+            if not bool(running.value.isfinite().all()):
+                ended = RandomState.now()
+                began.restore()
+                try:
+                    explain(draw(self._plan(pair), OneMinibatch()), running.value, self.num_particles)
+                finally:
+                    ended.restore()
+        else:
+            found = self._ranks.add_up(
+                repr(self), partial(self._size_of_chunks, pair), draw, weigh, running, bounds, self.jackknife
+            )
+        value = running.value if found.log_w is None else jackknife(found.log_w)
+        return value.to(found.like.dtype)
+
+    def _log_weights(
+        self, pair: Pair, bar: tqdm, plan: Iterable[int], minibatch: OneMinibatch
+    ) -> Iterator[Tensor]:
+        """The log-weights of chunk by chunk, ``[chunk, *cells]``."""
+        compiled = None
+        if self.compile:
+            options = (self.plates, tuple(self.local.items()), self._runner.vectorize)
+            compiled = CompiledChunks(self._compiler, pair, self._particles_of, options, self._draws)
+        is_first = True
+        for size in plan:
+            log_w = None if compiled is None else compiled.log_weights(size, minibatch)
+            if log_w is None:
+                particles, _ = self._chunk(pair, size, minibatch, is_first)
+                log_w = total_log_weights(particles)
+                if is_first:
+                    check_finite(particles)
+                    self._draws = self._draws or bool(minibatch.indices)
+                del particles, _  # or two chunks would be in memory while the next one runs
+            is_first = False
+            bar.update(size)
+            yield log_w
 
     def _chunks(
-        self, pair: Pair, bar: tqdm, minibatch: OneMinibatch | None = None
+        self, pair: Pair, plan: Iterable[int], minibatch: OneMinibatch, bar: tqdm | None = None
     ) -> Iterator[tuple[Particles | TwoLevels, Traces, str | None]]:
-        """The chunks, each with the first site at which a particle of it or of those before is dead."""
-        dead = None
-        minibatch = minibatch or OneMinibatch()
-        with torch.no_grad():
-            self._runner.prepare(pair)
-        left = self.num_particles
-        while left:
-            size = min(self.chunk_size, left)
-            # Never across a yield: whoever consumes this may leave it, or run under other settings.
-            with torch.no_grad(), minibatch:
-                traces = self._runner.run(pair, size)
-                particles: Particles | TwoLevels
-                if self.local:
-                    particles = collect_local(traces, self._warn_once)
-                else:
-                    particles = collect(
-                        traces, self.plates, is_linear=False, warn_once=self._warn_once, is_stratified=True
-                    )
-                if left == self.num_particles:
-                    check_proposal(particles, traces, self.check_support, self._warn_once)
-            if check_finite(particles) and dead is None:
-                dead = dead_site(particles)
-            bar.update(size)
-            left -= size
+        """The particles chunk by chunk, with their traces and the first site of zero density, if any."""
+        is_first = True
+        for size in plan:
+            particles, traces = self._chunk(pair, size, minibatch, is_first)
+            is_first = False
+            dead = dead_site(particles) if check_finite(particles) else None
+            if bar is not None:
+                bar.update(size)
             yield particles, traces, dead
             del particles, traces
 
-    def _bar(self, batches: int | None) -> tqdm:
-        total = None if batches is None else batches * self.num_particles
-        return progress_bar(show=self.progress, total=total, desc="particles", unit_scale=True)
+    def _plan(self, pair: Pair) -> list[int]:
+        """The sizes of chunks."""
+        return chunk_sizes(self.num_particles, self._size_of_chunks(pair))
+
+    def _size_of_chunks(self, pair: Pair) -> int:
+        with torch.no_grad():
+            self._runner.prepare(pair)
+        if self.chunk_size != "auto":
+            return self.chunk_size
+        shapes = tuple(each.shape for each in leaves((pair.args, pair.kwargs)) if isinstance(each, Tensor))
+        if shapes not in self._fits:
+            with torch.no_grad(), fork_rng(), OneMinibatch():
+                self._fits[shapes] = particles_that_fit(
+                    lambda size: self._particles_of(pair, size), self.num_particles
+                )
+        return self._fits[shapes]
+
+    def _chunk(
+        self, pair: Pair, size: int, minibatch: OneMinibatch, is_first: bool
+    ) -> tuple[Particles | TwoLevels, Traces]:
+        # Never across a yield: whoever consumes the chunks may leave, or run under other settings.
+        with torch.no_grad(), minibatch:
+            particles, traces = self._particles_of(pair, size)
+            if is_first:
+                check_proposal(particles, traces, self.check_support, self._warn_once)
+        return particles, traces
+
+    def _particles_of(self, pair: Pair, size: int) -> tuple[Particles | TwoLevels, Traces]:
+        traces = self._runner.run(pair, size)
+        if self.local:
+            return collect_local(traces, self._warn_once), traces
+        particles = collect(
+            traces, self.plates, is_linear=False, warn_once=self._warn_once, is_stratified=True
+        )
+        return particles, traces
+
+    def _bar(self, batches: int | None, group: Group | None = None) -> tqdm:
+        share, groups = self.num_particles, [group]
+        if self._ranks is not None:
+            share = math.ceil(share / self._ranks.group.size)
+            groups.append(self._ranks.group)
+        show = self.progress and all(ranks is None or ranks.rank == 0 for ranks in groups)
+        total = None if batches is None else batches * share
+        return progress_bar(show=show, total=total, desc="particles", unit_scale=True)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warn(message)
 
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled."""
+        return self._compiler.seconds
+
     def __repr__(self) -> str:
         local = f", local={self.local}" if self.local else ""
-        return f"ImportanceSampler(num_particles={self.num_particles}{local}, chunk_size={self.chunk_size})"
+        return f"ImportanceSampler(num_particles={self.num_particles}{local}, chunk_size={self.chunk_size!r})"
+
+
+def _chunk_size(chunk_size: Any, num_particles: int) -> Any:
+    if chunk_size is None:
+        return num_particles
+    if isinstance(chunk_size, str):
+        if chunk_size != "auto":
+            raise ValueError(
+                f"chunk_size must be an integer >= 1, 'auto', or None for all, got {chunk_size!r}"
+            )
+        return chunk_size
+    return min(positive_integer("chunk_size", chunk_size), num_particles)
 
 
 def _check(traces: Traces, local: tuple[str, ...]) -> None:
@@ -446,15 +480,3 @@ def _check(traces: Traces, local: tuple[str, ...]) -> None:
     sites = read_sites(traces)
     if local:
         check_local_plates(sites, local)
-
-
-def _refuse_values(particles: Particles | TwoLevels) -> None:
-    """Refuse particles that stand for all values of a site, and so are no draws of the latents."""
-    names = ", ".join(dict.fromkeys(repr(site.name) for site in particles.enumerated))
-    if names:
-        raise NotImplementedError(
-            f"Site(s) {names} are enumerated in the guide, so a particle holds all of their values, and "
-            "there are no draws to keep. log_marginal sums over the values; for draws sample them in the "
-            "guide (without infer={'enumerate': 'parallel'}), or leave them out of the guide and enumerate "
-            "them in the model."
-        )

@@ -44,7 +44,9 @@ __all__ = ["Sandwich", "sandwich"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sandwich:
-    """Bounds of the log evidence of simulated data, from below and from above.
+    r"""Bounds of the log evidence of simulated data, from below and from above.
+
+    .. math:: E[\text{lower}] \le \log p(x) \le E[\text{upper}]
 
     Attributes:
         lower: those of the forward chains, in nats, of shape ``[num_simulations, *cells]``.
@@ -53,6 +55,11 @@ class Sandwich:
         upper_errors: likewise; that all reversed chains of a cell begin at one draw is not in it.
         num_chains: the number of chains for each.
         num_temperatures: the number of temperatures on their way.
+
+    Example:
+        >>> result = pyro_iw.sandwich(model, guide, data, num_temperatures=50)
+        >>> result.lower.shape, torch.equal(result.gap, result.upper - result.lower)
+        (torch.Size([1, 3]), True)
     """
 
     lower: Tensor
@@ -104,6 +111,7 @@ def sandwich(
     plates: str | Iterable[str] | None = None,
     vectorize_particles: bool = True,
     max_plate_nesting: float = math.inf,
+    compile: bool = False,
     progress: bool = True,
     **kwargs: Any,
 ) -> Sandwich:
@@ -126,6 +134,7 @@ def sandwich(
         plates: likewise.
         vectorize_particles: likewise.
         max_plate_nesting: likewise.
+        compile: likewise.
         progress: likewise.
         kwargs: keyword arguments of model and guide.
 
@@ -150,6 +159,7 @@ def sandwich(
         plates=plates,
         vectorize_particles=vectorize_particles,
         max_plate_nesting=max_plate_nesting,
+        compile=compile,
         progress=progress,
     )
     parts = []

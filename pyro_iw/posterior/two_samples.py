@@ -67,7 +67,9 @@ class ClassifierAccuracy(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TwoSamples:
-    """Codes of the guide beside draws from the prior, row by row from the same datapoint's arguments.
+    r"""Codes of the guide beside draws from the prior, row by row from the same datapoint's arguments.
+
+    .. math:: z_n \sim q_\phi(z \mid x_n), \qquad z'_n \sim p_\theta(z)
 
     Attributes:
         guide: the guide's codes, ``[N, D]``.

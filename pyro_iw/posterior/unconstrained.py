@@ -12,12 +12,12 @@ so that :math:`\int f_1 = E_q[w]`, which is what the sampler estimates: :math:`p
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
-import pyro.poutine as poutine
 import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
@@ -26,109 +26,25 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent, biject_to
 
-from ..tracing.change_of_variables import change_of_variables, deltas, points
-from ..tracing.counterparts import check_guide, pattern_of
+from ..compiling.evaluating import Evaluate, EvaluationCompiler
 from ..tracing.latents import own_frames, place
 from ..tracing.messages import is_delta, latent_sites
 from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
 from ..tracing.paths import class_name
 from ..tracing.sites import Site
-from ..tracing.supports import is_circular, is_discrete
 from ..tracing.traces import (
     PARTICLE_PLATE,
     Pair,
-    PairTraces,
     Traces,
     is_transformed,
     trace_given,
     trace_prior_given,
 )
 from .hmc import Point
+from .movable import Prior, listed
 
-__all__ = ["PairPath", "Prior", "check_pair", "free_coordinates"]
-
-
-class Prior:
-    """The model's own prior as its guide: all latents that are not summed out, without the data.
-
-    Arguments:
-        model: the model.
-    """
-
-    def __init__(self, model: Callable) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.block(hide_fn=_is_no_latent_of_prior):
-            self.model(*args, **kwargs)
-
-
-def _is_no_latent_of_prior(message: Any) -> bool:
-    if message["type"] != "sample":
-        return False
-    return message["is_observed"] or (message["infer"] or {}).get("enumerate") == "parallel"
-
-
-def check_pair(pair: Pair, traces: PairTraces) -> list[str]:
-    """:func:`~pyro_iw.tracing.counterparts.check_guide`, and no latent that the chains could not move.
-
-    Raises:
-        ValueError: as there; and if a latent is discrete, has no unconstrained coordinates or is a point
-            estimate; naming the site.
-    """
-    messages = check_guide(pair, traces, strict=True)
-    for name, site in latent_sites(traces.guide).items():
-        if not is_delta(site["fn"]):
-            _check_movable(name, site["fn"], isinstance(pair.guide, Prior))
-    for trace in (traces.model, traces.guide):
-        for name, site in latent_sites(trace).items():
-            _refuse_angle(name, site["fn"])
-    names = list(deltas(traces))
-    if names:
-        aside = pattern_of(traces).unmatched
-        fixed = change_of_variables(pair, traces, aside).points if aside else points(pair, traces, names)
-        if fixed:
-            raise ValueError(
-                f"Guide site(s) {_listed(fixed)} are point estimates (Deltas), from which no path leads to a "
-                "posterior. Take a guide with a density, such as AutoNormal, or guide=None for the prior."
-            )
-    return messages
-
-
-def _check_movable(name: str, fn: Any, from_prior: bool) -> None:
-    discrete = is_discrete(fn)
-    if discrete:
-        finite = getattr(fn, "has_enumerate_support", False)
-        leave = "" if from_prior else " and leave it out of the guide"
-        remedy = (
-            f"Mark it infer={{'enumerate': 'parallel'}} in the model{leave}, to have it summed out, or use "
-            if finite
-            else "Use "
-        )
-        raise ValueError(
-            f"Latent site {name!r} is discrete ({class_name(fn)}), and Hamiltonian Monte Carlo moves "
-            f"continuous ones alone. {remedy}ImportanceSampler."
-        )
-    try:
-        biject_to(fn.support)
-    except (NotImplementedError, AttributeError):
-        raise ValueError(
-            f"Latent site {name!r} ({class_name(fn)}) has a support without unconstrained coordinates "
-            "(torch.distributions.biject_to knows none), along which Hamiltonian Monte Carlo moves. Register "
-            "a bijection by torch.distributions.biject_to.register, or use ImportanceSampler."
-        ) from None
-
-
-def _refuse_angle(name: str, fn: Any) -> None:
-    if is_circular(fn):
-        raise ValueError(
-            f"Latent site {name!r} ({class_name(fn)}) is an angle from -pi to pi, but its support says all "
-            "real numbers, where its density repeats itself: chains that leave the interval would count what "
-            "is not there. Sample it from dist.Uniform(-math.pi, math.pi) in the model, times the density by "
-            "pyro.factor(..., angle.log_prob(value) + math.log(2 * math.pi)), or use ImportanceSampler with "
-            "dist.VonMises in the guide."
-        )
+__all__ = ["PairPath", "free_coordinates"]
 
 
 class _Given(Messenger):
@@ -219,6 +135,7 @@ class PairPath:
         minibatch: the subsample of that run.
         plates: names of the plates to keep, as in :func:`~pyro_iw.tracing.particles.collect`.
         warn_once: called with a message.
+        compiler: compiles :meth:`at`, on what is given to a path; None for not at all.
 
     Raises:
         ValueError: if a latent site is not there for every particle, the prior of one depends on a site that
@@ -233,8 +150,12 @@ class PairPath:
         minibatch: OneMinibatch,
         plates: Sequence[str] | None,
         warn_once: Callable[[str], None],
+        compiler: EvaluationCompiler | None = None,
     ) -> None:
         self.pair = pair
+        self._compiler = compiler
+        self._compiled: Evaluate | None = None
+        self._options = (traces.num_particles, traces.particle_dim, traces.enum_dim, plates)
         self.num_chains = traces.num_particles
         self.frames = particles.plates
         self._from_prior = isinstance(pair.guide, Prior)
@@ -338,7 +259,7 @@ class PairPath:
                     for own in self._own
                 ]
         raise ValueError(
-            f"The guide makes the model's latents of {_listed([own.name for own in self._own])}, and which "
+            f"The guide makes the model's latents of {listed([own.name for own in self._own])}, and which "
             "values of these would give the latents that were simulated cannot be told. Take a guide that "
             "samples the model's latents themselves, AutoNormal, or guide=None for the prior."
         )
@@ -415,6 +336,25 @@ class PairPath:
 
         Values are not validated: a trajectory may leave what floating point can hold, and is then rejected.
         """
+        if self._compiler is not None:
+            coordinates = [u.contiguous() for u in coordinates]
+            if self._compiled is None:
+                self._compiled = self._compiler.start(
+                    self.pair._replace(args=self._inputs(coordinates), kwargs={}),
+                    self._densities_of,
+                    self._options,
+                    len(coordinates),
+                )
+            if self._compiled is not None:
+                log_q, log_w, *grads = self._compiled(coordinates)
+                half = len(coordinates)
+                return Point(list(coordinates), log_q, log_w, grads[:half], grads[half:])
+        log_q, log_w, *grads = self._densities(coordinates)
+        half = len(coordinates)
+        return Point([u.detach() for u in coordinates], log_q, log_w, grads[:half], grads[half:])
+
+    def _densities(self, coordinates: Sequence[Tensor]) -> list[Tensor]:
+        """log q and log w, of shape ``[S, *cells]``, and the gradients of one and the other."""
         leaves = [u.detach().requires_grad_() for u in coordinates]
         with torch.enable_grad(), pyro.validation_enabled(False):
             particles, _, log_det = self.run(leaves)
@@ -422,13 +362,20 @@ class PairPath:
             drawn = [_as_drawn(site) for site in particles.guide_sites if site.name in own and site.is_latent]
             log_q = particles.log_prob(drawn, masked=False) + log_det
             log_w = particles.log_weights
-        return Point(
-            [leaf.detach() for leaf in leaves],
-            log_q.detach(),
-            log_w.detach(),
-            _gradient(log_q, leaves),
-            _gradient(log_w, leaves),
-        )
+        return [log_q.detach(), log_w.detach(), *_gradient(log_q, leaves), *_gradient(log_w, leaves)]
+
+    def _inputs(self, coordinates: Sequence[Tensor]) -> tuple:
+        """All tensors that the densities depend on but for parameters, those that vary last."""
+        indices = {name: torch.as_tensor(value) for name, value in self._minibatch.indices.items()}
+        return self.pair.args, self.pair.kwargs, indices, list(coordinates)
+
+    def _densities_of(self, given: Pair) -> list[Tensor]:
+        """:meth:`_densities` as a function of :meth:`_inputs`."""
+        args, kwargs, indices, coordinates = given.args
+        path = copy.copy(self)
+        path.pair = given._replace(args=args, kwargs=kwargs)
+        path._minibatch = self._minibatch.with_indices(indices)
+        return path._densities(coordinates)
 
 
 def _gradient(density: Tensor, leaves: list[Tensor]) -> list[Tensor]:
@@ -466,12 +413,8 @@ def _refuse_unknown_prior(sites: Sequence[Site]) -> None:
         names = site.message.get("absorbed_latents")
         if names:
             raise ValueError(
-                f"The prior of {_listed(names)} depends on an enumerated site, with which it is summed out "
+                f"The prior of {listed(names)} depends on an enumerated site, with which it is summed out "
                 f"in {site}, so it cannot be the path's beginning by itself. Pass a guide that samples "
-                f"{_listed(names)}, such as AutoNormal of the model with the enumerated sites hidden "
+                f"{listed(names)}, such as AutoNormal of the model with the enumerated sites hidden "
                 "(poutine.block)."
             )
-
-
-def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, names))

@@ -1,27 +1,41 @@
 """The processes that share a task, and meetings at which all of them go on or all of them stop.
 
 A collective operation that one process never reaches hangs, or, where the next one comes in its place, mixes
-up numbers in silence. So everything that is exchanged here is exchanged at a *meeting*: each rank says first
-how it fared and what it brings, in a few integers on the CPU; if one has failed, or they do not bring the
-same, every rank raises, and the error names the rank.
+up numbers in silence. So everything that is exchanged here is exchanged at a *meeting*: each rank says how it
+fared and what it brings, in a few integers on the CPU; if one has failed, or they do not bring the same,
+every rank raises, and the error names the rank.
+
+On a CPU those words travel in front of the tensor that is exchanged, in one collective operation. For the
+ranks not to wait for one another in operations of different sizes, all meetings of a group have the size of
+the last tensor that was exchanged, whatever they are about: a rank that fails early, and does not know which
+of the meetings the others are at, fills that room with nothing and says that it has failed.
 """
 
 from __future__ import annotations
 
+import datetime
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Group", "RankError"]
+if TYPE_CHECKING:  # a PyTorch may be built without
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["WORDS", "Group", "RankError"]
+
+#: How many integers a rank may say at a meeting, beside how it fared and what it brings.
+WORDS = 6
 
 _FINE, _FAILED = 0, 1
+
+#: How long a rank waits, after a failed operation, for the others to say that they are still there.
+_GRACE = datetime.timedelta(seconds=5)
 
 
 class RankError(RuntimeError):
@@ -55,6 +69,8 @@ class Group:
         if self.size > 1 and "gloo" not in str(dist.get_backend_config(self.process_group)):
             # Words go over the CPU: to read them from an accelerator would mean to wait for it.
             self._words = dist.new_group(self.world_ranks, backend="gloo", use_local_synchronization=True)
+        self._room = 0  # bytes for a tensor at every meeting, the same on all ranks
+        self._meetings = 0
 
     @contextmanager
     def meeting(self, subject: str) -> Iterator[list[Any]]:
@@ -68,41 +84,79 @@ class Group:
 
         Raises:
             RankError: on every rank but that which failed (where its own error goes on) if one fails; on all
-                ranks if they do not bring the same.
+                ranks if they do not bring the same, or one of them does not come.
         """
         brought: list[Any] = []
-        failure: Exception | None = None
         try:
             yield brought
         except Exception as error:
-            failure = error
-        if self.size > 1:
-            try:
-                self._compare(subject, brought, failure)
-            except RankError:
-                if failure is None:
-                    raise
-        if failure is not None:
-            raise failure
+            self.tell(subject, error)
+            raise
+        self.say(subject, brought)
 
-    def _compare(self, subject: str, brought: Sequence[Any], failure: Exception | None) -> None:
-        said = repr((subject, *brought))
-        mine = torch.tensor([_FINE if failure is None else _FAILED, zlib.crc32(said.encode())])
-        all_of_them = self._gather(mine, self._words)
-        if (all_of_them == torch.tensor([_FINE, int(mine[1])])).all():
-            return
-        if failure is not None:
-            said = f"{type(failure).__name__}: {failure}"
-        said_by: list[Any] = [None] * self.size
-        dist.all_gather_object(said_by, said, group=self._words)
-        failed = (all_of_them[:, 0] == _FAILED).nonzero()[:, 0].tolist()
-        if failed:
-            which = "; ".join(f"rank {self.world_ranks[i]} raised {said_by[i]}" for i in failed)
-            raise RankError(f"{subject}: {which}")
-        which = "; ".join(
-            f"rank {rank} has {words}" for rank, words in zip(self.world_ranks, said_by, strict=True)
-        )
-        raise RankError(f"{subject}: the ranks do not bring the same. {which}")
+    def tell(self, subject: str, failure: Exception) -> None:
+        """Come to a meeting with the news that this rank has failed; the others raise it by its name.
+
+        Arguments:
+            subject: what it failed at.
+            failure: its error.
+        """
+        if self.size > 1:
+            with suppress(RankError):
+                self._meet(subject, f"{type(failure).__name__}: {failure}", failed=True)
+
+    def say(self, subject: str, brought: Sequence[Any] = (), words: Sequence[int] = ()) -> list[list[int]]:
+        """Exchange a few integers.
+
+        Arguments:
+            subject: what for; the same on all ranks.
+            brought: what else must be the same on all ranks.
+            words: the integers, no more than :data:`WORDS`; those left out are 0.
+
+        Returns:
+            Those of all ranks, in their order.
+
+        Raises:
+            RankError: as of :meth:`meeting`.
+        """
+        if self.size == 1:
+            return [[*words]]
+        return self._meet(subject, repr((subject, *brought)), words)[0]
+
+    def exchange(
+        self, subject: str, tensor: Tensor, brought: Sequence[Any] = (), words: Sequence[int] = ()
+    ) -> tuple[list[list[int]], Tensor]:
+        """Exchange tensors of one shape and dtype, and a few integers.
+
+        On a CPU that is one operation, in which each rank sends 64 bytes and those of its tensor, rounded up
+        to 8; on an accelerator the tensors go apart from the words, and nothing waits for the device.
+
+        Arguments:
+            subject: what for; the same on all ranks.
+            tensor: that of this rank.
+            brought: what must be the same on all ranks, beside shape and dtype.
+            words: as of :meth:`say`.
+
+        Returns:
+            The integers of all ranks; their tensors as ``[P, *shape]``, detached.
+
+        Raises:
+            RankError: as of :meth:`meeting`.
+        """
+        tensor = tensor.detach().contiguous()
+        if self.size == 1:
+            return [[*words]], tensor.unsqueeze(0)
+        said = repr((subject, *brought, tensor.dtype, list(tensor.shape)))
+        if tensor.device.type != "cpu":
+            heard, _ = self._meet(subject, said, words)
+            return heard, self._gather(tensor, self.process_group)
+        size = -(-tensor.numel() * tensor.element_size() // 8) * 8
+        if size != self._room:
+            self._meet(subject, said, words)
+            self._room = size
+        heard, everything = self._meet(subject, said, words, tensor)
+        own = tensor.numel() * tensor.element_size()
+        return heard, everything[:, :own].view(tensor.dtype).reshape(self.size, *tensor.shape)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, which have one shape and dtype, as ``[P, *shape]``; detached."""
@@ -110,11 +164,85 @@ class Group:
             return tensor.detach().unsqueeze(0)
         return self._gather(tensor, self.process_group)
 
+    def hear(self, words: Any) -> list[Any]:
+        """What every rank has to say, objects that can be pickled, in their order; for what is rare."""
+        if self.size == 1:
+            return [words]
+        said_by: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(said_by, words, group=self._words)
+        except RuntimeError as error:
+            raise RankError(self._who_is_missing(error)) from error
+        return said_by
+
+    def _meet(
+        self,
+        subject: str,
+        said: str,
+        words: Sequence[int] = (),
+        tensor: Tensor | None = None,
+        failed: bool = False,
+    ) -> tuple[list[list[int]], Tensor]:
+        """One operation: the words of all ranks, and the bytes of their tensors."""
+        self._meetings += 1
+        room = -(-self._room // 8)
+        mine = torch.zeros(2 + WORDS + room, dtype=torch.int64)
+        crc = zlib.crc32(said.encode())
+        mine[: 2 + len(words)] = torch.tensor([_FAILED if failed else _FINE, crc, *words])
+        if tensor is not None:
+            flat = tensor.reshape(-1).view(torch.uint8)
+            mine[2 + WORDS :].view(torch.uint8)[: flat.numel()] = flat
+        all_of_them = self._gather(mine, self._words)
+        heard: list[list[int]] = all_of_them[:, : 2 + WORDS].tolist()
+        if any(row[:2] != [_FINE, crc] for row in heard):
+            self._refuse(subject, said, [row[0] == _FAILED for row in heard])
+        return [row[2:] for row in heard], all_of_them[:, 2 + WORDS :].contiguous().view(torch.uint8)
+
+    def _refuse(self, subject: str, said: str, failed: list[bool]) -> None:
+        """Learn from all ranks what they said, and raise."""
+        said_by: list[Any] = [None] * self.size
+        dist.all_gather_object(said_by, said, group=self._words)
+        each = list(zip(self.world_ranks, said_by, failed, strict=True))
+        if any(failed):
+            which = "; ".join(f"rank {rank} raised {words}" for rank, words, is_so in each if is_so)
+            raise RankError(f"{subject}: {which}")
+        which = "; ".join(f"rank {rank} has {words}" for rank, words, _ in each)
+        raise RankError(f"{subject}: the ranks do not bring the same. {which}")
+
     def _gather(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
         tensor = tensor.detach().contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor, group=group)
-        return torch.stack(parts)
+        everything = tensor.new_empty((self.size, *tensor.shape))
+        try:
+            dist.all_gather(list(everything.unbind(0)), tensor, group=group)
+        except RuntimeError as error:
+            raise RankError(self._who_is_missing(error)) from error
+        return everything
+
+    def _who_is_missing(self, error: RuntimeError) -> str:
+        """Of the ranks that share a failed operation, those who do not say that it failed for them too."""
+        others = [rank for rank in self.world_ranks if rank != self.world_ranks[self.rank]]
+        said = f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        try:
+            store = self._words.get_group_store()
+            keys = {rank: f"pyro_iw/missing/{self._meetings}/{rank}" for rank in self.world_ranks}
+            store.set(keys[self.world_ranks[self.rank]], "here")
+            with suppress(RuntimeError):
+                store.wait([keys[rank] for rank in others], _GRACE)
+            missing = [rank for rank in others if not store.check([keys[rank]])]
+        except (RuntimeError, AttributeError):  # it went with its process, or this PyTorch does not give it
+            return f"One of the ranks {_listed(others)} has ended or does not answer {said}."
+        if not missing:
+            return f"An exchange between the ranks {_listed(self.world_ranks)} failed on all of them {said}."
+        return (
+            f"Rank {_listed(missing)} did not come to an exchange with rank "
+            f"{_listed([rank for rank in self.world_ranks if rank not in missing])}, and gives no sign of "
+            f"life: it has ended, has failed outside of the loss, or waits for something else {said}. Look "
+            "at its own output."
+        )
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _as_process_group(name: str, group: Any) -> ProcessGroup:
@@ -123,6 +251,9 @@ def _as_process_group(name: str, group: Any) -> ProcessGroup:
             f"{name} needs processes that know of one another. Start the script by torchrun, and call "
             "torch.distributed.init_process_group first."
         )
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             names = group.mesh_dim_names or ()

@@ -34,7 +34,9 @@ __all__ = ["ParticleFilter"]
 
 
 class ParticleFilter:
-    """Judges a model of sequences by particle filters, with the guide as proposal.
+    r"""Judges a model of sequences by particle filters, with the guide as proposal.
+
+    .. math:: \log \hat p(x) = \log \frac1M \sum_{m=1}^M \hat p_m(x)
 
     Model and guide are objects with ``init(state, ...)`` and ``step(state, ...)``; sequences are given as to
     :class:`FIVO_ELBO`.

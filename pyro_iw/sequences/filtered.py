@@ -46,6 +46,24 @@ class FilteredSequences:
         num_particles: the number K of particles of a filter.
         num_filters: the number M of filters.
         plates: names of the plates whose cells have a filter each.
+
+    Example:
+        >>> class Walk:
+        ...     def init(self, state):
+        ...         state["z"] = torch.zeros(())
+        ...     def step(self, state, y):
+        ...         with pyro.plate("data", 3):
+        ...             state["z"] = pyro.sample("z", dist.Normal(state["z"], 1.0))
+        ...             pyro.sample("y", dist.Normal(state["z"], 1.0), obs=y)
+        >>> class Guide:
+        ...     def init(self, state):
+        ...         pass
+        ...     def step(self, state, y):
+        ...         with pyro.plate("data", 3):
+        ...             pyro.sample("z", dist.Normal((state["z"] + y) / 2, 0.7))
+        >>> filtered = ParticleFilter(Walk(), Guide(), num_particles=50)(torch.randn(6, 3))
+        >>> torch.allclose(filtered.log_increments.sum(0), filtered.log_marginal)
+        True
     """
 
     log_marginal: Tensor

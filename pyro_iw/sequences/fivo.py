@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
@@ -45,6 +44,7 @@ from ..gradients.refusals import listed, refuse_baselines, refuse_hidden_draws
 from ..gradients.surrogate import Estimate, Term, tie
 from ..logmean import softmax
 from ..tracing.traces import Index, Pair, Rescored, Route
+from ..training import TrainedLoss, gradient_step
 from .filtering import Filter, Filtered, Moment
 from .finite import check_kl_weight, first_not_finite
 from .protocol import Protocol, Sequences, naming, read_sequences
@@ -57,7 +57,7 @@ __all__ = ["FIVO_ELBO"]
 _ESTIMATORS = ("auto", "reparam", "dreg", "score")
 
 
-class FIVO_ELBO(ELBO):
+class FIVO_ELBO(TrainedLoss):
     r"""Filtering variational objective: a particle filter's estimate of log p(x) for every sequence.
 
     .. math::
@@ -102,6 +102,8 @@ class FIVO_ELBO(ELBO):
         compile: compile gradient steps, as of :class:`ImportanceWeightedELBO`: one program of all T steps for
             each T, whose compilation takes time in proportion to T. What cannot be compiled runs eagerly,
             after a warning.
+        particle_group: refused: unlike those of :class:`ImportanceWeightedELBO`, the particles of a filter
+            cannot be divided among ranks.
 
     Raises:
         ValueError: if an argument is out of range, or two do not go together.
@@ -136,7 +138,14 @@ class FIVO_ELBO(ELBO):
         max_plate_nesting: float = math.inf,
         retain_graph: bool | None = None,
         compile: bool = False,
+        particle_group: None = None,
     ) -> None:
+        if particle_group is not None:
+            raise ValueError(
+                "FIVO_ELBO resamples its particles from one another at every step, so that they cannot be "
+                "divided among the ranks of a particle_group. Divide the sequences: every rank its own, and "
+                "gradients averaged over all ranks."
+            )
         K = positive_integer("K", K)
         super().__init__(num_particles=K, max_plate_nesting=max_plate_nesting, vectorize_particles=True)
         self.K = K
@@ -159,7 +168,6 @@ class FIVO_ELBO(ELBO):
         self.resampling_gradient = resampling_gradient
         self.estimator = estimator
         self.kl_weight = kl_weight
-        #: Number of gradient steps taken, see :attr:`ImportanceWeightedELBO.steps`.
         self.steps = 0
         self._check()
 
@@ -218,6 +226,7 @@ class FIVO_ELBO(ELBO):
             self._check_finite(loss, filtered)
         return loss
 
+    @gradient_step
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, in nats, leaving gradients in the parameters' ``.grad``.
 
@@ -230,7 +239,7 @@ class FIVO_ELBO(ELBO):
             loss = compiled.loss.item()
             if math.isfinite(loss):
                 compiled.accumulate()
-                self.steps += 1
+                self._count()
                 return loss
             compiled.rewind()  # the eager step on the same noise says what is wrong, and where
         sequences = read_sequences(args, kwargs)
@@ -244,9 +253,10 @@ class FIVO_ELBO(ELBO):
         loss = estimate.loss.item()
         if not early:
             self._check_finite(loss, filtered)
-        self.steps += 1
+        self._count()
         return loss
 
+    @gradient_step
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, in nats, as a scalar whose ``.backward()`` gives the gradients.
 
@@ -257,7 +267,7 @@ class FIVO_ELBO(ELBO):
         compiled = self._compiled_step(model, guide, args, kwargs, kl_weight)
         if compiled is not None:
             if not is_validation_enabled() or math.isfinite(compiled.loss.item()):
-                self.steps += 1
+                self._count()
                 return compiled.differentiable()
             compiled.rewind()
         sequences = read_sequences(args, kwargs)
@@ -265,7 +275,7 @@ class FIVO_ELBO(ELBO):
         if is_validation_enabled():
             self._check_finite(estimate.loss.item(), filtered)
         if torch.is_grad_enabled():
-            self.steps += 1
+            self._count()
         return estimate.loss
 
     def _compiled_step(
@@ -285,6 +295,11 @@ class FIVO_ELBO(ELBO):
     def recompile(self) -> None:
         """Forget all compiled steps, and try again to compile what could not be."""
         self._compiler.forget()
+
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """How long each compilation took, by what was compiled; empty without ``compile=True``."""
+        return self._compiler.seconds
 
     def _estimate(self, pair: Protocol, sequences: Sequences, kl_weight: float) -> tuple[Filtered, Estimate]:
         gradients = torch.is_grad_enabled()

@@ -116,12 +116,30 @@ class Scales(NamedTuple):
 
 @dataclass(frozen=True)
 class TwoLevels:
-    """S particles of the global latents, and the local particles of each.
+    r"""S particles of the global latents, and the local particles of each.
+
+    .. math:: \ell_{snl} = \log p_\theta(z_{snl}, x_n \mid g_s) - \log q_\phi(z_{snl} \mid g_s, x_n)
 
     Attributes:
         top: the particles' densities outside of the local plates, of shape ``[S, *cells]``.
         local: by the name of its plate, those of the local particles, of shape ``[S, L, *cells]``.
         scale: what they are scaled by.
+
+    Example:
+        >>> def model(x):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(mean, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     mean = pyro.sample("mean", dist.Normal(x.mean(), 0.5))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal((mean + x) / 2, 0.8))
+        >>> from pyro_iw.bounds import IWAE
+        >>> loss = LocallyEnhancedELBO(local=IWAE(8), over="data", outer=IWAE(4))
+        >>> levels = loss.particles(model, guide, torch.randn(20))
+        >>> levels.top.log_weights.shape, levels.local["data"].log_weights.shape
+        (torch.Size([4]), torch.Size([4, 8, 20]))
     """
 
     top: Particles

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["OneMinibatch", "SameMinibatch"]
+__all__ = ["DrawnApart", "OneMinibatch", "SameMinibatch"]
 
 
 class OneMinibatch(Messenger):
@@ -32,6 +32,12 @@ class OneMinibatch(Messenger):
         self.indices: dict[str, Any] = dict(indices or {})
         self._full_sizes: dict[str, int] = {}
 
+    def with_indices(self, indices: Mapping[str, Any]) -> OneMinibatch:
+        """The same plates, with these for their subsamples."""
+        other = OneMinibatch(indices)
+        other._full_sizes.update(self._full_sizes)
+        return other
+
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         if not site_is_subsample(msg) or msg["value"] is not None or name not in self.indices:
@@ -45,6 +51,43 @@ class OneMinibatch(Messenger):
         if site_is_subsample(msg) and (_is_minibatch(msg) or len(msg["value"]) < msg["fn"].size):
             self.indices.setdefault(msg["name"], msg["value"])
             self._full_sizes.setdefault(msg["name"], msg["fn"].size)
+
+
+class DrawnApart(OneMinibatch):
+    """Draws the subsamples that it gives to every run inside it, in the place of the plates.
+
+    Arguments:
+        draw: draws a number of indices, given the plate's full size and a device.
+        plate: name of the plate over particles, if what is observed is to be noted.
+
+    Attributes:
+        observed: by the name of their site, values that do not vary over the particles in that plate.
+    """
+
+    def __init__(self, draw: Callable[[int, int, torch.device], Tensor], plate: str | None = None) -> None:
+        super().__init__()
+        self._draw = draw
+        self._plate = plate
+        self.observed: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg):
+            return
+        super()._pyro_sample(msg)
+        if msg["value"] is None and _is_minibatch(msg):
+            plate = msg["fn"]
+            indices = self._draw(plate.size, plate.subsample_size, torch.device(plate.device))
+            msg["value"] = indices.cuda() if plate.use_cuda else indices
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            super()._pyro_post_sample(msg)
+        if self._plate is None or not msg["is_observed"] or not isinstance(msg["value"], Tensor):
+            return
+        rank = msg["value"].dim() - msg["fn"].event_dim
+        if any(frame.name == self._plate and rank < -frame.dim for frame in msg["cond_indep_stack"]):
+            self.observed[msg["name"]] = msg["value"].detach()
 
 
 def _is_minibatch(msg: Any) -> bool:

@@ -42,7 +42,9 @@ __all__ = ["Layout", "Particles", "check_kl_weight", "collect", "sum_to_particle
 
 @dataclass(frozen=True)
 class Particles:
-    """S particles and their log densities, summed within each cell.
+    r"""S particles and their log densities, summed within each cell.
+
+    .. math:: \ell_s = \log p_\theta(x, z_s) - \log q_\phi(z_s \mid x) \qquad \text{(log_weights)}
 
     Attributes:
         log_p: log p(x, z), of shape ``[S, *cells]``, in nats.
@@ -57,6 +59,11 @@ class Particles:
         absorbed: the guide's sampled sites that have been summed out together with them.
         values: densities of these values, where each joint value has log-weights of its own: then all shapes
             are ``[S, Y, *cells]``, and ``log_q`` is that of the sampled sites alone.
+
+    Example:
+        >>> particles = IWAE_ELBO(K=16).particles(model, guide, data)
+        >>> particles.log_weights.shape, [frame.name for frame in particles.plates]
+        (torch.Size([16, 3]), ['data'])
     """
 
     log_p: Tensor

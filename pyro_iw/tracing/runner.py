@@ -95,7 +95,7 @@ class Runner:
         num_particles: int,
         route: Route | None = None,
         minibatch: OneMinibatch | None = None,
-        note_state: bool = False,
+        begin: Callable[[], RandomState] | None = None,
     ) -> Traces:
         """Run the pair on S particles.
 
@@ -105,7 +105,7 @@ class Runner:
             route: how latent values travel; straight, if None.
             minibatch: one that this run takes part in; what a probe draws, or an attempt that is thrown away,
                 is taken out of it again.
-            note_state: whether to note the random state that the run began from, for it to be repeated.
+            begin: called right before the run, for the random state that it begins from, to be noted.
 
         Raises:
             ValueError: if the pair runs with one particle but not under the particle dim, naming the last
@@ -118,7 +118,7 @@ class Runner:
         while True:
             if minibatch is not None:
                 minibatch.indices = dict(known)
-            began = RandomState.now() if note_state else None
+            began = None if begin is None else begin()
             is_new = (vectorized or num_particles > 1) and _is_new(pair, probe)
             watch = watch_batch_norm(enabled=is_new or (vectorized and not probe.watched))
             drawn = OneMinibatch()

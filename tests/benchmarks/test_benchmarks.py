@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import contestants
+import evaluation
 import filter_step
 import measuring
 import memory
@@ -181,3 +182,16 @@ def test_filter_step(tmp_path: Path) -> None:
     assert results["without resampling"]["ratio"].median == 1.0
     saved = json.loads((tmp_path / "filter_step.json").read_text())
     assert set(saved["results"]) == set(results)
+
+
+def test_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyro_iw.compiling.inductor as inductor_module
+
+    monkeypatch.setattr(inductor_module, "inductor", lambda graph, inputs: lambda args: graph(*args))
+    (rows,) = evaluation.main(["--smoke", "--out", str(tmp_path)]).values()
+    saved = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    assert list(*saved.values()) == list(rows)
+    assert len(rows) == 5
+    means = [row["mean"] for row in rows.values()]
+    assert max(means) - min(means) < 5  # nats, of 64 particles
+    assert all(row["ratio"].median > 0 for row in rows.values())

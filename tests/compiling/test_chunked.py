@@ -361,7 +361,7 @@ def test_reading_a_value_is_refused():
         with pyro.plate("data", 4):
             pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.3)), 1.0))
 
-    loss = IWAE_ELBO(K=6, chunk_size=4, compile=True)
+    loss = IWAE_ELBO(K=6, chunk_size=4, plates=(), compile=True)
     refused(loss, "reads a tensor's value", model, guide)
 
 

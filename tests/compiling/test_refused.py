@@ -104,8 +104,8 @@ def test_what_would_be_frozen_is_refused(why):
     loc, match = REFUSED[why]
     if why in ("own generator", "generator seeded", "generator set back") and not records_generators():
         match = "NotImplementedError.*Generator"
-    # One by one: some of these read what is of all particles, which one pass may refuse, by its draws.
-    loss = IWAE_ELBO(K=3, vectorize_particles=False, compile=True)
+    # One by one and with one weight: some of these read what is of all particles or all indices of the plate.
+    loss = IWAE_ELBO(K=3, vectorize_particles=False, plates=(), compile=True)
     refused(loss, match, model_of(loc), guide_of(torch.ones(4)))
 
 

@@ -1,4 +1,4 @@
-"""The adversarial autoencoders' program: its five modes, its command line, and runs that go on."""
+"""The adversarial autoencoders' program: its six modes, its command line, and runs that go on."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ SMOKES: dict[str, tuple[list[str], set[str], set[str]]] = {
     "unsupervised, 1 dim": (["--latent", "1"], {"codes", "samples"}, {"parzen"}),
     "unsupervised, swiss roll": (["--prior", "swiss-roll"], {"codes", "samples", "manifold"}, {"parzen"}),
     "steered": ([], {"codes", "samples", "manifold"}, {"error"}),
+    "supervised": ([], {"styles"}, {"style_error"}),
     "semi-supervised": ([], {"styles"}, {"error", "error_labels_alone", "error_difference"}),
     "clustering": ([], {"clusters"}, {"error_majority", "error_most_confident", "clusters_used"}),
     "reduction": ([], {"clusters", "plane"}, {"error_majority", "neighbour_error"}),

@@ -114,7 +114,7 @@ def test_evaluation_is_of_held_out_images_in_eval_mode(mode: list[str]) -> None:
     args = aae.parse_args(argv)
     args.labels = args.labels and 50
     data = aae.load_data(args, 0)
-    pair = aae.make_pair(args, 64).train()
+    pair = aae.make_pair(args, (8, 8)).train()
     before = torch.random.get_rng_state()
     found = evaluation.evaluate(pair, data, args.mode, parzen_samples=10, seed=0)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -139,6 +139,25 @@ def test_evaluation_is_of_held_out_images_in_eval_mode(mode: list[str]) -> None:
         log_p = dist.Normal(pair.images(code), 0.2).log_prob(x).sum(-1).mean()
     assert found["reconstruction"] == pytest.approx(-log_p.item(), rel=1e-4)
     assert ("neighbour_error" in found) == (mode == ["reduction"])
+
+
+def test_what_a_style_still_holds_of_the_class() -> None:
+    from sklearn.neighbors import KNeighborsClassifier
+
+    argv = ["--mode", "supervised", "--hidden", "16", "--train-size", "300", "--test-size", "100"]
+    args = aae.parse_args(argv)
+    data = aae.load_data(args, 0)
+    pair = aae.make_pair(args, data.shape)
+    found = evaluation.evaluate(pair, data, args.mode, parzen_samples=10, seed=0)
+    pair.eval()
+    with torch.no_grad():
+        styles, z = (pair.encoder(x) for x in (data.images, data.heldout))
+        told = torch.cat([torch.eye(10)[data.heldout_labels], z], 1)
+        log_p = dist.Normal(pair.images(told), 0.2).log_prob(data.heldout).sum(-1).mean()
+    predicted = KNeighborsClassifier(5).fit(styles.numpy(), data.labels.numpy()).predict(z.numpy())
+    assert found["style_error"] == pytest.approx((predicted != data.heldout_labels.numpy()).mean(), abs=0.011)
+    assert found["reconstruction"] == pytest.approx(-log_p.item(), rel=1e-4)
+    assert "error" not in found
 
 
 def test_summary() -> None:

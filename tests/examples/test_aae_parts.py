@@ -11,7 +11,7 @@ import pyro.poutine as poutine
 import pytest
 import torch
 
-from shared.aae.networks import Discriminator, Encoder, HeadsAAE, HeadsDecoder, LatentAAE
+from shared.aae.networks import ClassAAE, Discriminator, Encoder, HeadsAAE, HeadsDecoder, LatentAAE
 from shared.aae.priors import COMPONENTS, UNLABELLED, Gaussian, Mixture, Prior, SwissRoll
 
 
@@ -181,6 +181,24 @@ def test_density_of_images(distance: float | None) -> None:
     assert trace.nodes["x"]["log_prob_sum"].item() == pytest.approx(log_p.sum(), rel=1e-4)
     factor = trace.nodes["distances"]["log_prob_sum"].item() if distance else 0.0
     assert factor == pytest.approx(-5 * pair.decoder.penalty().item() if distance else 0.0)
+
+
+def test_decoder_is_told_the_class_and_the_encoder_is_not() -> None:
+    pair = ClassAAE(6, classes=3, latent=2, hidden=4).eval()
+    x, labels = torch.rand(5, 6), torch.tensor([2, 0, 1, 1, 0])
+    trace = poutine.trace(pair.model).get_trace(x, labels)
+    trace.compute_log_prob()
+    z = trace.nodes["z"]["value"]
+    told = np.zeros((5, 5), np.float32)
+    for row, label in enumerate(labels.tolist()):
+        told[row, label] = 1
+        told[row, 3:] = z[row]
+    with torch.no_grad():
+        means = 1 / (1 + np.exp(-pair.decoder(torch.from_numpy(told)).double().numpy()))
+    log_p = -((x.numpy() - means) ** 2) / (2 * 0.04) - math.log(0.2) - 0.5 * math.log(2 * math.pi)
+    assert trace.nodes["x"]["log_prob_sum"].item() == pytest.approx(log_p.sum(), rel=1e-4)
+    codes = [poutine.trace(pair.guide).get_trace(x, y).nodes["z"]["value"] for y in (labels, 0 * labels)]
+    assert torch.equal(*codes)
 
 
 def test_guides_are_deterministic_and_shaped_as_the_priors() -> None:

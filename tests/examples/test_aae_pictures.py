@@ -60,6 +60,18 @@ def test_losses_are_named_and_have_units(tmp_path: Path, figures: list[Figure]) 
     }
 
 
+def test_held_out_errors_have_axes_of_their_own(tmp_path: Path, figures: list[Figure]) -> None:
+    history = [
+        {"epoch": e, "seconds": 1.0, "reconstruction": 5.0, "guide_z": 0.8, "error": 0.1 / e}
+        for e in (1.0, 2.0)
+    ]
+    aae_pictures.save_losses(history, tmp_path / "a.png")
+    _, right, last = figures[0].axes
+    assert last.get_ylabel() == "classification error [%]"
+    assert last.lines[0].get_ydata() == pytest.approx([10, 5])
+    assert "error" not in {line.get_label() for line in right.lines}
+
+
 def test_plane_shows_all_heads(tmp_path: Path, figures: list[Figure]) -> None:
     codes, labels = torch.rand(20, 2), torch.arange(20) % 3
     centres = torch.tensor([[0.5, 0.5], [9.0, 0.2], [0.1, -4.0]])
@@ -70,6 +82,7 @@ def test_plane_shows_all_heads(tmp_path: Path, figures: list[Figure]) -> None:
     assert left < 0 < 9.0 < right < 11
     assert -6 < low < -4.0 < 1 < high
     assert axes.get_aspect() == 1
+    assert (axes.get_xlabel()[-5:], axes.get_ylabel()[-5:]) == ("dim 1", "dim 2")
     assert "–: the head has none" in axes.get_title()
     assert {text.get_text() for text in axes.texts} == set(names)
     aae_pictures.save_embedding(codes, labels, centres, ["0", "1", "2"], "x", tmp_path / "a.png")
@@ -97,8 +110,21 @@ def test_codes_say_which_dims(latent: int, shown: str, tmp_path: Path, figures: 
     aae_pictures.save_codes(codes, torch.arange(20) % 3, codes, None, tmp_path / "a.png")
     titles = [axes.get_title() for axes in figures[0].axes]
     assert titles == [f"Codes of the held-out images{shown}", f"Draws from the prior{shown}"]
+    assert [axes.get_xlabel() for axes in figures[0].axes] == ["code, dim 1"] * 2
+    assert figures[0].axes[0].get_ylabel() == "code, dim 2"
     for axes in figures[0].axes:
         np.testing.assert_array_equal(axes.collections[0].get_offsets(), codes[:, :2].numpy())
+
+
+def test_grid_in_colour_has_white_lines() -> None:
+    images = torch.rand(3, 2, 4, 3)
+    images[2] = torch.nan
+    grid = pictures.tile(images, 2)
+    assert grid.shape == (7, 11, 3)
+    assert torch.equal(grid[1:3, 6:10], images[1])
+    white = grid.clone()
+    white[1:3, 1:5] = white[1:3, 6:10] = 1
+    assert torch.equal(white, torch.ones_like(white))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +141,7 @@ def test_manifold_says_what_rows_and_columns_are(
     args = aae.parse_args([*argv, "--hidden", "8", "--train-size", "400", "--test-size", "24"])
     data = aae.load_data(args, 0)
     history = [{"epoch": 1.0, "seconds": 1.0, "reconstruction": 2.0, "guide_z": 3.0}]
-    pair = aae.make_pair(args, 64)
+    pair = aae.make_pair(args, (8, 8))
     aae_pictures.save_all(pair, data, history, plane=False, seed=0, folder=tmp_path)
     axes = figures[-1].axes[0]
     assert axes.get_ylabel().startswith(row)
@@ -159,7 +185,7 @@ def test_a_style_a_row_and_a_class_a_column(tmp_path: Path, monkeypatch: pytest.
     grids = captured(monkeypatch)
     args = aae.parse_args(["--mode", "semi-supervised", "--hidden", "8", "--test-size", "24"])
     data = aae.load_data(args, 0)
-    pair = aae.make_pair(args, 64)
+    pair = aae.make_pair(args, (8, 8))
     seen = []
     code = pair.decoder.code
     pair.decoder.code = lambda y, z: seen.append((y, z)) or code(y, z)  # type: ignore[method-assign]
@@ -180,7 +206,7 @@ def test_images_of_draws_and_of_the_manifold(tmp_path: Path, monkeypatch: pytest
         ["--prior", "swiss-roll", "--hidden", "8", "--train-size", "100", "--test-size", "24"]
     )
     data = aae.load_data(args, 0)
-    pair = aae.make_pair(args, 64)
+    pair = aae.make_pair(args, (8, 8))
     shown = []
     save_codes = aae_pictures.save_codes
     monkeypatch.setattr(aae_pictures, "save_codes", lambda *a: shown.append(a) or save_codes(*a))

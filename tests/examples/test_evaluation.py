@@ -20,7 +20,7 @@ def test_minus_kl_compares_bounds_of_the_same_draws(draws: int, size: int) -> No
     found, values = evaluation.evaluate(network, images, loss, nll_particles=draws, num_particles=8, seed=3)
     assert found["iwae_particles"] == size
     # The draws again, taken by hand in groups of 8.
-    with evaluation.seeded(3, images.device):
+    with evaluation.seeded(3):
         particles = ImportanceSampler(network.model, network.guide, draws).particles(images)
         log_w = torch.cat([part.log_weights for part in particles]).double()
     log_p = (log_w.logsumexp(0) - math.log(draws)).mean().item()

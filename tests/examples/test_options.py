@@ -63,3 +63,10 @@ def test_help_says_defaults_once() -> None:
 def test_unknown_loss() -> None:
     with pytest.raises(ValueError, match="miwae"):
         options.make_loss("vimco")
+
+
+def test_backward_particles_reach_the_loss() -> None:
+    parser = options.new_parser("")
+    options.add_loss_options(parser)
+    assert options.loss_of(parser.parse_args([])).backward_particles is None
+    assert options.loss_of(parser.parse_args(["--backward-particles", "3"])).backward_particles == 3

@@ -112,6 +112,9 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert saved["methods"] == results["methods"]
     assert (tmp_path / "semi_supervised.png").read_bytes().startswith(b"\x89PNG")
     assert "with unlabelled" in capsys.readouterr().out
+    left = semi_supervised.draw(results).axes[0]
+    assert left.get_ylabel() == "class"
+    assert [tick.get_text() for tick in left.get_yticklabels()] == [str(c) for c in range(10)]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ PROGRAMS = sorted(EXAMPLES.glob("*.py"))
 PARTS = sorted(SHARED.rglob("*.py"))
 # Programs that stand on another one: on its run, with other networks or losses, or on what its runs leave.
 STANDS_ON = {"conv_vae": {"vae"}, "demo": {"vae"}, "compare_runs": {"deep_vae"}}
+STANDS_ON["distributed_lightning"] = {"distributed_vae"}
 
 
 def name(path: Path) -> str:

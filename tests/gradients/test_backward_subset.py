@@ -17,10 +17,10 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalM
 from pyro.optim import Adam
 from torch import nn
 
-import pyro_iw.gradients.backward_subset as resampled
 from helpers.chains import Chain, Network
 from helpers.recorded import Coin, Draws, Uniformly
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, TVO_ELBO, VR_ELBO
+from pyro_iw.gradients.estimator import Estimator
 
 N = 20_000
 LOSSES = {
@@ -151,24 +151,25 @@ class TestUnbiased:
 
 def mutated_choice(mutation):
     """The choice of particles with a mistake in it."""
-    original = resampled._choose
+    original = Estimator.choose
 
-    def choose(model, path, count):
+    def choose(self, weights, crosses, count):
+        chosen, indices = original(self, weights, crosses, count)
+        model, path = chosen.model, chosen.path
         if mutation == "a and b swapped":
-            indices, model, path = original(model, path, count)
-            return indices, path, model
-        indices, _, _ = original(model, path, count)
-        if mutation == "without 1 / pi":
-            return indices, model.gather(0, indices) / count, path.gather(0, indices) / count
-        indices, model, path = original(model, path, count)
-        return indices, model * count, path * count  # without 1 / k'
+            model, path = path, model
+        elif mutation == "without 1 / pi":
+            model, path = (w.gather(0, indices) / count for w in (weights.model, weights.path))
+        else:  # without 1 / k'
+            model, path = model * count, path * count
+        return chosen._replace(model=model, path=path), indices
 
     return choose
 
 
 @pytest.mark.parametrize("mutation", ["without 1 / pi", "a and b swapped", "without 1 / k'"])
 def test_the_tests_see_mistakes(mutation, monkeypatch):
-    monkeypatch.setattr(resampled, "_choose", mutated_choice(mutation))
+    monkeypatch.setattr(Estimator, "choose", mutated_choice(mutation))
     off, _ = deviations(Copies(), lambda **kw: PIWAE_ELBO(M=2, K=3, estimator="dreg", **kw), 2)
     assert max(off.values()) > 20, off
 

@@ -10,8 +10,18 @@ from pathlib import Path
 __all__ = ["run_on_ranks"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Imported once, in the server that all processes are forked from: each then starts in milliseconds.
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "pyro", "pyro.infer"])
+# Imported once, in the server that all processes are forked from: each then starts in milliseconds. The first
+# ones of these PyTorch imports at a call, of torch.broadcast_shapes, torch.testing.assert_close, and when an
+# optimiser is made.
+_CONTEXT.set_forkserver_preload(
+    [
+        "torch.fx.experimental.symbolic_shapes",
+        "torch.distributed.tensor",
+        "torch._dynamo",
+        "pyro.infer",
+        "pyro_iw",
+    ]
+)
 
 
 def run_on_ranks(function, size, *args, timeout=20, expect_errors=False):

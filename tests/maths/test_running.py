@@ -158,3 +158,26 @@ def test_error_of_a_gap_is_the_spread_of_repetitions(bound, spread):
     # Both sides as if they were independent would be wider at least by half.
     apart = (running.standard_error**2 + everything.standard_error**2).mean().sqrt()
     assert apart > 1.5 * gaps.std()
+
+
+def test_parts_that_were_added_up_apart_merge():
+    """Also where all groups of one part are dead in some cells, and where a part has none."""
+    log_w = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    log_w[:12, 1] = -math.inf
+    log_w[:, 2] = -math.inf
+    bound = MIWAE(M=2, K=3)
+    whole, whole_gap = RunningLogMean(), RunningGap(bound)
+    merged, merged_gap = RunningLogMean(), RunningGap(bound)
+    for running in whole, whole_gap:
+        running.add(log_w)
+    for rows in log_w[:12], log_w[:0], log_w[12:]:
+        part, part_gap = RunningLogMean(), RunningGap(bound)
+        for running in part, part_gap:
+            running.add(rows)
+        merged.merge(part)
+        merged_gap.merge(part_gap)
+    close = {"rtol": 1e-12, "atol": 1e-12, "equal_nan": True}
+    for name in "value", "ess", "standard_error":
+        torch.testing.assert_close(getattr(merged, name), getattr(whole, name), **close)
+    torch.testing.assert_close(merged_gap.value, whole_gap.value, **close)
+    torch.testing.assert_close(merged_gap.gap_error(merged), whole_gap.gap_error(whole), **close)

@@ -623,3 +623,30 @@ def test_memory_does_not_grow_with_the_number_of_particles():
     few, many = peak(500), peak(50_000)
     assert few > 5_000  # kilobytes: a chunk's tensors have 1600 each
     assert many < 1.1 * few
+
+
+class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts operations that hand a tensor's value to Python, for which an accelerator is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+        self.count += torch.Tag.data_dependent_output in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_chunk_waits_for_values():
+    pyro.enable_validation(False)  # which looks at them
+    try:
+        counts = []
+        for chunks in (2, 9):
+            sampler = ImportanceSampler(*pair(3), 10 * chunks, chunk_size=10)
+            sampler.log_marginal()
+            with Reads() as reads:
+                sampler.log_marginal()
+            counts.append(reads.count)
+    finally:
+        pyro.enable_validation(True)
+    assert 0 < counts[0] == counts[1]  # those of the first chunk and of the result

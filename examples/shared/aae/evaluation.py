@@ -15,10 +15,11 @@ from pyro_iw import aggregated_posterior
 
 from .. import parzen
 from ..evaluation import seeded
-from .networks import PIXEL_SCALE, HeadsAAE, LatentAAE, Pair
+from .networks import PIXEL_SCALE, ClassAAE, HeadsAAE, LatentAAE, Pair
 from .training import Data
 
 __all__ = [
+    "classification_error",
     "cluster_labels",
     "cluster_results",
     "encode",
@@ -59,6 +60,7 @@ ROWS = {
     "error_most_confident": Row("clustering error, by most confident image", *PERCENT),
     "clusters_used": Row("clusters used", 0),
     "neighbour_error": Row("error of the 5 nearest codes", *PERCENT),
+    "style_error": Row("error of the 5 nearest styles", *PERCENT),
     "parzen": Row("log-likelihood by Parzen windows", 1, "nats per image", error="parzen_error"),
     "parzen_bandwidth": Row("bandwidth of the windows", 2),
     "parzen_samples": Row("draws for the windows", 0),
@@ -72,8 +74,11 @@ ROWS = {
 }
 
 
-def encode(pair: Pair, images: Tensor) -> Tensor:
-    """What the decoder sees of images ``[N, D]``, in eval mode: z, or head and style, ``[N, width]``."""
+def encode(pair: Pair, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    """What the decoder sees of images ``[N, D]``, in eval mode: z, or head and style, ``[N, width]``.
+
+    With ``labels``, shape ``[N]``, for a pair that is told them; without, its style z alone.
+    """
     parts = []
     for x in images.split(BATCH):
         if isinstance(pair, HeadsAAE):
@@ -81,7 +86,8 @@ def encode(pair: Pair, images: Tensor) -> Tensor:
             parts.append(pair.decoder.code(logits.softmax(-1), z))
         else:
             parts.append(pair.encoder(x))
-    return torch.cat(parts)
+    codes = torch.cat(parts)
+    return pair.code(labels, codes) if isinstance(pair, ClassAAE) and labels is not None else codes
 
 
 def head_logits(pair: HeadsAAE, images: Tensor) -> Tensor:
@@ -98,9 +104,10 @@ def prior_draws(pair: Pair, number: int) -> Tensor:
         return pair.prior.sample(unknown)
 
 
-def reconstruction(pair: Pair, images: Tensor) -> dict[str, float]:
+def reconstruction(pair: Pair, images: Tensor, labels: Tensor | None = None) -> dict[str, float]:
     """−log p(x | code) in nats per image, and the root of the mean squared error of a pixel."""
-    squares = sum((pair.images(encode(pair, x)) - x).square().sum().item() for x in images.split(BATCH))
+    both = zip(encode(pair, images, labels).split(BATCH), images.split(BATCH), strict=True)
+    squares = sum((pair.images(code) - x).square().sum().item() for code, x in both)
     pixels = images.shape[1]
     constant = 0.5 * pixels * math.log(2 * math.pi * PIXEL_SCALE**2)
     return {
@@ -140,6 +147,21 @@ def parzen_results(pair: Pair, number: int, validation: Tensor, heldout: Tensor)
 def error(predicted: Tensor, labels: Tensor) -> float:
     """The share of wrong predictions, both of shape ``[N]``."""
     return (predicted != labels).double().mean().item()
+
+
+def classification_error(pair: Pair, data: Data) -> dict[str, float]:
+    """The error of a pair that was shown labels on held-out images, in eval mode; else nothing.
+
+    A class is the likelier head, or the part of the prior that a code is in.
+    """
+    if data.few is None:
+        return {}
+    if isinstance(pair, HeadsAAE):
+        predicted = head_logits(pair, data.heldout).argmax(-1)
+    else:
+        assert isinstance(pair, LatentAAE)
+        predicted = pair.prior.nearest(encode(pair, data.heldout))
+    return {"error": error(predicted, data.heldout_labels)}
 
 
 def cluster_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,23 +224,21 @@ def evaluate(pair: Pair, data: Data, mode: str, *, parzen_samples: int, seed: in
     """
     pair.eval()
     heldout, truth = data.heldout, data.heldout_labels
-    with seeded(seed, heldout.device):
-        results = reconstruction(pair, heldout) | fit_of_codes(pair, heldout)
+    with seeded(seed):
+        results = reconstruction(pair, heldout, truth) | fit_of_codes(pair, heldout)
         training = fit_of_codes(pair, data.images)
         results |= {f"{name}_training": value for name, value in training.items()}
         codes = encode(pair, heldout)
         if mode == "unsupervised":
             results |= parzen_results(pair, parzen_samples, data.validation, heldout)
-        elif mode == "steered":
-            assert isinstance(pair, LatentAAE)
-            results["error"] = error(pair.prior.nearest(codes), truth)
-        else:
+        elif mode == "supervised":
+            known = encode(pair, data.images)
+            results["style_error"] = neighbour_error(known, data.labels, codes, truth)
+        elif data.few is None:
             assert isinstance(pair, HeadsAAE)
             logits = head_logits(pair, heldout)
-            if data.few is not None:
-                results["error"] = error(logits.argmax(-1), truth)
-            else:
-                results |= cluster_results(head_logits(pair, data.images), data.labels, logits, truth)
+            results |= cluster_results(head_logits(pair, data.images), data.labels, logits, truth)
+        results |= classification_error(pair, data)
         if mode == "reduction":
             results["neighbour_error"] = neighbour_error(encode(pair, data.images), data.labels, codes, truth)
     return results

@@ -6,17 +6,16 @@ codes are the discriminators. An image is modelled as ``Normal(decoder(code), 0.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import FullyConnected, Layers, relu_mlp
 from .priors import COMPONENTS, UNLABELLED, Prior
 
-__all__ = ["PIXEL_SCALE", "Discriminator", "Encoder", "Few", "HeadsAAE", "LatentAAE", "Pair", "relu_mlp"]
+__all__ = ["PIXEL_SCALE", "ClassAAE", "Discriminator", "Encoder", "Few", "HeadsAAE", "LatentAAE", "Pair"]
 
 # Images [B, D] and their classes [B].
 Few = tuple[Tensor, Tensor]
@@ -24,29 +23,28 @@ Few = tuple[Tensor, Tensor]
 PIXEL_SCALE = 0.2
 
 
-def relu_mlp(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
-    layers: list[nn.Module] = []
-    for width_in, width_out in pairwise(widths):
-        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+def as_layers(layers: Layers | int) -> Layers:
+    """Fully connected ones, if all that is given is the number of pixels."""
+    return FullyConnected(layers) if isinstance(layers, int) else layers
 
 
 class Encoder(nn.Module):
     """An image to a code z, and to the logits of the heads if there are any.
 
     Arguments:
-        pixels: The number of pixels D; images are ``[B, D]``.
+        layers: What to see images ``[B, D]`` with, or their number of pixels D for fully connected layers.
         latent: The dimension of z.
-        hidden: The width of both hidden layers.
+        hidden: The width of the hidden layers.
         heads: The number of classes or clusters.
         noise: Standard deviation of the noise added to an image in training.
     """
 
-    def __init__(self, pixels: int, latent: int, hidden: int, heads: int = 0, noise: float = 0.0) -> None:
+    def __init__(
+        self, layers: Layers | int, latent: int, hidden: int, heads: int = 0, noise: float = 0.0
+    ) -> None:
         super().__init__()
         self.noise = noise
-        self.trunk = nn.Sequential(relu_mlp(pixels, hidden, hidden), nn.ReLU())
+        self.trunk = as_layers(layers).trunk(hidden)
         self.code = nn.Linear(hidden, latent)
         # Standardised logits: with every head in use from the start, none has to be brought back to life.
         self.heads = nn.Sequential(nn.Linear(hidden, heads), nn.BatchNorm1d(heads)) if heads else None
@@ -122,7 +120,7 @@ class LatentAAE(Pair):
     """One code z under any prior; where a label is known, the prior is the component of that class.
 
     Arguments:
-        pixels: The number of pixels D.
+        layers: See :class:`Encoder`.
         prior: Of z.
         hidden: The width of the hidden layers.
         noise: See :class:`Encoder`.
@@ -130,12 +128,12 @@ class LatentAAE(Pair):
     """
 
     def __init__(
-        self, pixels: int, prior: Prior, hidden: int, noise: float = 0.0, steered: bool = False
+        self, layers: Layers | int, prior: Prior, hidden: int, noise: float = 0.0, steered: bool = False
     ) -> None:
         super().__init__()
         self.prior, self.steered = prior, steered
-        self.encoder = Encoder(pixels, prior.latent, hidden, noise=noise)
-        self.decoder = relu_mlp(prior.latent, hidden, hidden, pixels)
+        self.encoder = Encoder(layers, prior.latent, hidden, noise=noise)
+        self.decoder = as_layers(layers).decoder(prior.latent, hidden)
 
     def model(self, x: Tensor, labels: Tensor) -> None:
         """Images ``[B, D]`` and their classes ``[B]``, :data:`UNLABELLED` where not known."""
@@ -168,17 +166,19 @@ class HeadsDecoder(nn.Module):
     """Pixels' logits from a choice of heads y and a style z.
 
     Arguments:
-        pixels: The number of pixels D.
+        layers: See :class:`Encoder`.
         heads: The number of heads.
         latent: The dimension of z.
         hidden: The width of the hidden layers.
         distance: If given, all that the decoder sees is W y + z, with heads W that are to be this far apart.
     """
 
-    def __init__(self, pixels: int, heads: int, latent: int, hidden: int, distance: float | None) -> None:
+    def __init__(
+        self, layers: Layers | int, heads: int, latent: int, hidden: int, distance: float | None
+    ) -> None:
         super().__init__()
         self.distance = distance
-        self.layers = relu_mlp(latent + (0 if distance else heads), hidden, hidden, pixels)
+        self.layers = as_layers(layers).decoder(latent + (0 if distance else heads), hidden)
         self.centres = nn.Parameter(distance * torch.randn(heads, latent)) if distance else None
 
     def code(self, y: Tensor, z: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class HeadsAAE(Pair):
     discriminator to enforce.
 
     Arguments:
-        pixels: The number of pixels D.
+        layers: See :class:`Encoder`.
         heads: The number of heads.
         latent: The dimension of z.
         hidden: The width of the hidden layers.
@@ -214,7 +214,7 @@ class HeadsAAE(Pair):
 
     def __init__(
         self,
-        pixels: int,
+        layers: Layers | int,
         heads: int,
         latent: int,
         hidden: int,
@@ -223,8 +223,8 @@ class HeadsAAE(Pair):
     ) -> None:
         super().__init__()
         self.heads, self.latent = heads, latent
-        self.encoder = Encoder(pixels, latent, hidden, heads, noise)
-        self.decoder = HeadsDecoder(pixels, heads, latent, hidden, distance)
+        self.encoder = Encoder(layers, latent, hidden, heads, noise)
+        self.decoder = HeadsDecoder(layers, heads, latent, hidden, distance)
 
     def model(self, x: Tensor) -> None:
         pyro.module("decoder", self.decoder)
@@ -255,3 +255,49 @@ class HeadsAAE(Pair):
         pyro.module("encoder", self.encoder)
         with pyro.plate("labelled", len(x)):
             pyro.sample("label", dist.Categorical(logits=self.encoder.logits(x)), obs=labels)
+
+
+class ClassAAE(Pair):
+    """A style z of images whose classes are all known: z ~ N(0, I), x | class, z.
+
+    The decoder is told the class, so that z need not hold it; the encoder is not.
+
+    Arguments:
+        layers: See :class:`Encoder`.
+        classes: How many there are.
+        latent: The dimension of z.
+        hidden: The width of the hidden layers.
+        noise: See :class:`Encoder`.
+    """
+
+    def __init__(
+        self, layers: Layers | int, classes: int, latent: int, hidden: int, noise: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.classes, self.latent = classes, latent
+        self.encoder = Encoder(layers, latent, hidden, noise=noise)
+        self.decoder = as_layers(layers).decoder(latent + classes, hidden)
+
+    def code(self, labels: Tensor, z: Tensor) -> Tensor:
+        """What the decoder sees: the class, ``[N]``, as one-hot, and beside it z."""
+        return torch.cat([F.one_hot(labels, self.classes).to(z.dtype), z], -1)
+
+    def model(self, x: Tensor, labels: Tensor) -> None:
+        """Images ``[B, D]`` and their classes ``[B]``."""
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            loc = torch.zeros(self.latent, device=x.device)
+            z = pyro.sample("z", dist.Normal(loc, torch.ones_like(loc)).to_event(1))
+            self.observe(x, self.code(labels, z))
+
+    def guide(self, x: Tensor, labels: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(self.encoder(x), event_dim=1))
+
+    def discriminators(self, hidden: int) -> dict[str, nn.Module]:
+        return {"z": Discriminator(self.latent, hidden)}
+
+    def batch(self, x: Tensor, few: Few | None) -> tuple[tuple[Tensor, ...], None]:
+        """The images with their classes; without any, as where z alone is looked at, with some class."""
+        return few or (x, torch.zeros(len(x), dtype=torch.long, device=x.device)), None

@@ -17,7 +17,7 @@ from .. import pictures
 from ..evaluation import seeded
 from ..pictures import tile
 from . import evaluation
-from .networks import HeadsAAE, LatentAAE, Pair
+from .networks import ClassAAE, HeadsAAE, LatentAAE, Pair
 from .training import Data
 
 __all__ = [
@@ -42,7 +42,7 @@ LOSSES = {
     "penalty": "beside it: penalty on heads too close",
     "supervised": "labels",
 }
-# Codes to images [N, H, W].
+# Codes to images [N, H, W], or [N, H, W, 3] in colour; likewise below.
 Decoded = Callable[[Tensor], Tensor]
 
 
@@ -92,9 +92,8 @@ def save_codes(codes: Tensor, labels: Tensor, prior: Tensor, parts: Tensor | Non
             axes.set(xlim=(-limit, limit), xlabel="code")
         else:
             scatter(axes, points[:, :2], classes)
-            axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
-    if codes.shape[1] == 1:
-        left.set_ylabel("density")
+            axes.set(xlim=(-limit, limit), ylim=(-limit, limit), xlabel="code, dim 1")
+    left.set_ylabel("density" if codes.shape[1] == 1 else "code, dim 2")
     legend(figure, left, int(labels.max()) + 1)
     shown = f" (dims 1 and 2 of {codes.shape[1]})" if codes.shape[1] > 2 else ""
     left.set_title(f"Codes of the held-out images{shown}", fontsize=10)
@@ -124,7 +123,7 @@ def save_manifold(images: Tensor, rows: list[str], row: str, column: str, path: 
         path: The file.
     """
     figure, axes = show_grid(images, MANIFOLD_COLUMNS, 6, 0.7)
-    height = images.shape[-2] + 1
+    height = images.shape[1] + 1
     axes.set_yticks([(i + 0.5) * height for i in range(len(rows))], rows, fontsize=8)
     axes.set_xlabel(f"{column} →", fontsize=8)
     axes.set_ylabel(row, fontsize=8)
@@ -136,7 +135,7 @@ def save_style_grid(images: Tensor, path: Path) -> None:
     """Images ``[styles, classes, H, W]``: a row a style, a column a class."""
     classes = images.shape[1]
     figure, axes = show_grid(images.flatten(0, 1), classes, 5.5, 0.6)
-    width = images.shape[-1] + 1
+    width = images.shape[3] + 1
     axes.set_xticks([(c + 0.5) * width for c in range(classes)], [str(c) for c in range(classes)])
     axes.set(xlabel="class", ylabel="style", title="One style a row, one class a column")
     figure.savefig(path, dpi=120)
@@ -155,8 +154,8 @@ def save_clusters(
         path: The file.
         columns: Images shown of each cluster, at most.
     """
-    number, height, width = heads.shape
-    rows = torch.full((number, columns + 2, height, width), torch.nan)
+    number, height, *_ = heads.shape
+    rows = torch.full((number, columns + 2, *heads.shape[1:]), torch.nan)
     for i in range(number):
         members = images[chosen == i][:columns].cpu()
         rows[i, 0] = heads[i].cpu()
@@ -201,27 +200,38 @@ def save_embedding(
     axes.update_datalim(centres.cpu().numpy())
     axes.margins(0.06)
     axes.autoscale_view()
+    axes.set(xlabel="code (head + style), dim 1", ylabel="code (head + style), dim 2")
     axes.set_title(f"Held-out images in the plane\ncircles: heads, with {given}{empty(names)}", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
 def save_losses(history: list[dict[str, float]], path: Path) -> None:
-    """The phases' losses over the epochs; the reconstruction apart, which is on another scale."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """The phases' losses over the epochs; the reconstruction apart, which is on another scale.
+
+    And the held-out classification error, where there are labels.
+    """
     last = history[-1]
+    errors = "error" in last
+    figure = Figure(figsize=(15 if errors else 11, 3.8), layout="constrained")
+    left, right, *rest = figure.subplots(1, 3 if errors else 2)
     labels = "supervised" in last
     title = "Discriminators, guide and labels" if labels else "Discriminators and guide"
     unit = "nats per code; labels: nats per image" if labels else "nats per code"
     left.set(title="Reconstruction", xlabel="epoch", ylabel="−log p(x | code) [nats per image]")
     right.set(title=title, xlabel="epoch", ylabel=f"loss [{unit}]")
     epochs = [record["epoch"] for record in history]
+    marker = "o" if len(history) == 1 else None
+    for axes in rest:
+        axes.plot(epochs, [100 * record["error"] for record in history], color="C3", marker=marker)
+        axes.set(title="Held-out images", xlabel="epoch", ylabel="classification error [%]")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     for name in last:
-        if name in ("epoch", "seconds"):
+        if name in ("epoch", "seconds", "error"):
             continue
         axes = left if name in ("reconstruction", "penalty") else right
         label = LOSSES.get(name) or " of ".join(name.split("_", 1))
-        marker = "o" if len(history) == 1 else None
         axes.plot(epochs, [record[name] for record in history], marker=marker, label=label)
     # A discriminator that knows nothing says 1/2 of everything.
     for where, value, style in (
@@ -234,7 +244,7 @@ def save_losses(history: list[dict[str, float]], path: Path) -> None:
         left.set_ylabel("[nats per image]")
         left.legend(fontsize=8)
     figure.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
-    for axes in (left, right):
+    for axes in (left, right, *rest):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)
@@ -261,14 +271,18 @@ def save_all(
         return pair.images(codes.to(device)).reshape(-1, *data.shape).cpu()
 
     save_losses(history, folder / "losses.png")
-    codes = evaluation.encode(pair, data.heldout)
+    codes = evaluation.encode(pair, data.heldout, data.heldout_labels)
     originals = data.heldout[:24].reshape(-1, *data.shape).cpu()
     pictures.save_reconstructions(originals, decoded(codes[:24]), folder / "reconstructions.png")
-    with seeded(seed, device):
+    with seeded(seed):
         if isinstance(pair, LatentAAE):
             save_latent(pair, data, codes, decoded, folder)
         elif isinstance(pair, HeadsAAE):
             save_heads(pair, data, codes, decoded, folder, plane)
+        elif isinstance(pair, ClassAAE):
+            labels = torch.arange(pair.classes, device=device).expand(STYLES, -1)
+            styles = torch.randn(STYLES, 1, pair.latent, device=device).expand(-1, pair.classes, -1)
+            save_style_grid(decoded_grid(decoded, pair.code(labels, styles)), folder / "styles.png")
 
 
 def save_latent(pair: LatentAAE, data: Data, codes: Tensor, decoded: Decoded, folder: Path) -> None:
@@ -283,6 +297,12 @@ def save_latent(pair: LatentAAE, data: Data, codes: Tensor, decoded: Decoded, fo
         names = [str(part) for part in range(prior.components)]
         row = "class" if pair.steered else prior.rows
         save_manifold(decoded(manifold), names, row, prior.columns, folder / "manifold.png")
+
+
+def decoded_grid(decoded: Decoded, codes: Tensor) -> Tensor:
+    """Images of codes ``[rows, columns, width]``, laid out as these are."""
+    images = decoded(codes.flatten(0, 1))
+    return images.reshape(*codes.shape[:2], *images.shape[1:])
 
 
 def save_heads(
@@ -301,8 +321,7 @@ def save_heads(
     else:
         styles = torch.randn(STYLES, 1, pair.latent, device=codes.device)
         both = (tensor.expand(STYLES, pair.heads, -1) for tensor in (heads, styles))
-        grid = decoded(pair.decoder.code(*both)).reshape(STYLES, pair.heads, *data.shape)
-        save_style_grid(grid, folder / "styles.png")
+        save_style_grid(decoded_grid(decoded, pair.decoder.code(*both)), folder / "styles.png")
     if plane:
         given = "their classes" if data.few is not None else "the class by majority of the training images"
         save_embedding(codes, data.heldout_labels, centres, names, given, folder / "plane.png")

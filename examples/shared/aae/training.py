@@ -17,7 +17,7 @@ from pyro_iw import AdversarialSVI, FusedOptim
 from ..checkpoint import random_state, restore_random_state
 from ..running import progress_bar, stop_signals
 from ..training import set_learning_rate
-from .networks import Encoder, Few, HeadsAAE, LatentAAE
+from .networks import ClassAAE, Encoder, Few, HeadsAAE, LatentAAE
 from .priors import COMPONENTS
 
 __all__ = ["Data", "Trainer", "choose_labelled", "decay", "train_classifier"]
@@ -64,7 +64,7 @@ class Data(NamedTuple):
     heldout_labels: Tensor
     validation: Tensor
     few: Few | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
 
 class Trainer:
@@ -79,17 +79,18 @@ class Trainer:
         epochs: Passes over the images.
         learning_rate: Of all phases, at first; see :func:`decay`.
         seed: Of the order of the images, and of which labelled ones are seen when.
+        labels: The classes of all images, shape ``[N]``, for a pair that is told them.
 
     Attributes:
         step: Steps taken.
         history: A dict an epoch: ``epoch``, ``seconds``, and the means of all losses since the last one, in
             nats per image, those of discriminators and guide per code. Where heads are to be apart, their
-            ``penalty`` is no part of ``reconstruction``.
+            ``penalty`` is no part of ``reconstruction``. And what ``run`` was told to measure.
     """
 
     def __init__(
         self,
-        pair: LatentAAE | HeadsAAE,
+        pair: LatentAAE | HeadsAAE | ClassAAE,
         images: Tensor,
         few: Few | None,
         *,
@@ -98,8 +99,9 @@ class Trainer:
         epochs: int,
         learning_rate: float,
         seed: int,
+        labels: Tensor | None = None,
     ) -> None:
-        self.pair, self.images, self.few = pair, images, few
+        self.pair, self.images, self.few, self.labels = pair, images, few, labels
         self.batch_size, self.epochs, self.learning_rate = batch_size, epochs, learning_rate
         self.discriminators = nn.ModuleDict(pair.discriminators(hidden)).to(images.device)
         options = {"lr": learning_rate, "betas": BETAS}
@@ -156,7 +158,7 @@ class Trainer:
         self._totals, self._seconds = state["since_record"]
 
     def next_batch(self) -> tuple[Tensor, Few | None]:
-        """The next images, in a new random order every epoch, and labelled ones."""
+        """The next images, in a new random order every epoch, and labelled ones: the same, if all are."""
         device = self.images.device
         if self.position == len(self.order):
             self.order = torch.randperm(len(self.images), generator=self.generator, device=device)
@@ -168,6 +170,8 @@ class Trainer:
         lonely = len(self.order) - self.position == self.batch_size + 1
         rows = self.order[self.position : self.position + self.batch_size + lonely]
         self.position += len(rows)
+        if self.labels is not None:
+            return self.images[rows], (self.images[rows], self.labels[rows])
         if self.few is None:
             return self.images[rows], None
         size = len(self.few[0])
@@ -199,21 +203,37 @@ class Trainer:
         self.step += 1
         return found
 
-    def record(self) -> None:
-        """Add to the history."""
+    def record(self, measured: dict[str, float]) -> None:
+        """Add to the history: the means of the losses, and what was measured beside them."""
         steps = self._totals.pop("steps")
         means = {name: total / steps for name, total in self._totals.items()}
         epoch = self.step / self.steps_per_epoch
-        self.history.append({"epoch": epoch, **means, "seconds": self._seconds})
+        self.history.append({"epoch": epoch, **means, **measured, "seconds": self._seconds})
         self._totals, self._seconds = {}, 0.0
 
-    def run(self, *, save: Callable[[], None], save_every: int, description: str) -> None:
+    def measured(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What ``measure`` says of the pair in eval mode, where it draws nothing."""
+        self.pair.eval()
+        with torch.no_grad():
+            found = measure()
+        self.pair.train()
+        return found
+
+    def run(
+        self,
+        *,
+        save: Callable[[], None],
+        save_every: int,
+        description: str,
+        measure: Callable[[], dict[str, float]] = dict,
+    ) -> None:
         """Train to the end of the last epoch.
 
         Arguments:
             save: Called at the end, before a stop and every ``save_every`` steps.
             save_every: In steps.
             description: The progress bar's label.
+            measure: Called at the end of every epoch, in eval mode; what it gives goes into the history.
 
         Raises:
             KeyboardInterrupt: At the end of a step, when a signal has asked for it.
@@ -231,7 +251,7 @@ class Trainer:
                 bar.set_postfix_str(text + f"-log p(x|z) {losses['reconstruction']:.2f}", refresh=False)
                 bar.update()
                 if self.position == len(self.order):
-                    self.record()
+                    self.record(self.measured(measure))
                 if received or self.step == end or self.step % save_every == 0:
                     save()
                 if received:

@@ -1,0 +1,203 @@
+"""A data set whose parts are evaluated on different ranks, and the whole on each of them.
+
+Ranks draw from streams of their own, which follow from the seed of the group's first rank: two datapoints
+never share their noise, so that errors of ranks that started from the same seed are independent as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import DistributedSampler
+
+from .._support.random_state import RandomState
+from ..ranks.exchange import seed_of, tell
+from ..ranks.group import Group
+from .evidence import LogMarginal
+
+__all__ = ["NO_BATCH", "evaluate_over_ranks"]
+
+_GROUPS: dict[ProcessGroup, Group] = {}
+
+NO_BATCH = "The loader gave no batch, so there is nothing to evaluate."
+
+
+def evaluate_over_ranks(
+    evaluate: Callable[[Iterable[Any], Group | None], LogMarginal | None],
+    loader: Iterable[Any],
+    data_group: ProcessGroup | DeviceMesh | None,
+    indices: Sequence[int] | Tensor | None,
+) -> LogMarginal:
+    """The log evidence of a data set, of which each rank evaluates what its loader gives.
+
+    Arguments:
+        evaluate: evaluates a loader's batches, and is told of the ranks; None if there is no batch.
+        loader: this rank's.
+        data_group: the ranks; None if this process is alone.
+        indices: which datapoints of the data set the loader gives, in its order. None for those of its
+            :class:`~torch.utils.data.DistributedSampler`; without one the parts come one after the other.
+
+    Returns:
+        The whole, in the order of the indices, of which each counts once however often it was evaluated.
+
+    Raises:
+        ValueError: if there is no batch; or the ranks' parts are no parts of a whole.
+    """
+    if data_group is None:
+        if indices is not None:
+            raise ValueError(
+                "indices= tells apart what the ranks of data_group= evaluate. Pass that as well."
+            )
+        alone = evaluate(loader, None)
+        if alone is None:
+            raise ValueError(NO_BATCH)
+        return alone
+    group = _group(data_group)
+    own = int(torch.randint(2**62, ()))
+    state = RandomState.now()
+    try:
+        with group.meeting("data_group, the data set"):
+            total, known = _known(loader, group, indices)
+        seed = tell(group, own)[0]
+        torch.manual_seed(seed_of(seed, "data", group.rank))
+        watched = loader if known is not None else _Fingerprint(loader)
+        with group.meeting("data_group, the log evidence of each rank's part") as brought:
+            part = evaluate(watched, group)
+            if part is not None and known is not None and len(part.values) != len(known):
+                raise ValueError(
+                    f"The loader gave {len(part.values)} datapoints, but there are indices of {len(known)}. "
+                    "(A DataLoader with drop_last=True drops those of the last batch.)"
+                )
+            brought += ["with indices" if known is not None else "without indices", total]
+    finally:
+        state.restore()
+    mark = watched.mark if isinstance(watched, _Fingerprint) else None
+    told = tell(group, (None if part is None else _on_cpu(part), known, mark))
+    there = [(each, places) for each, places, _ in told if each is not None]
+    if not there:
+        raise ValueError(NO_BATCH)
+    if known is None:
+        _refuse_the_same([mark for part, _, mark in told if part is not None], group)
+        whole = LogMarginal.join([each for each, _ in there])
+    else:
+        whole = _join_once(there, total)
+    device = torch.device("cpu") if part is None else part.values.device
+    return _mapped(whole, lambda column: column.to(device))
+
+
+def _group(data_group: ProcessGroup | DeviceMesh) -> Group:
+    """The ranks of a group, the same object whenever it is asked for: each keeps a connection of its own."""
+    key = (
+        data_group.get_group() if isinstance(data_group, DeviceMesh) and data_group.ndim == 1 else data_group
+    )
+    if not isinstance(key, ProcessGroup):
+        return Group("data_group", data_group)  # which says what is wrong with it
+    if key not in _GROUPS:
+        _GROUPS[key] = Group("data_group", key)
+    return _GROUPS[key]
+
+
+def _known(
+    loader: Iterable[Any], group: Group, indices: Sequence[int] | Tensor | None
+) -> tuple[int | None, Tensor | None]:
+    """The size of the whole data set and the datapoints that a loader gives, as far as they are known."""
+    if indices is not None:
+        return None, torch.as_tensor(indices, device="cpu").reshape(-1)
+    sampler: Any = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return None, None
+    if (sampler.num_replicas, sampler.rank) != (group.size, group.rank):
+        raise ValueError(
+            f"The loader's DistributedSampler is of rank {sampler.rank} among {sampler.num_replicas}, but "
+            f"this is rank {group.rank} among the {group.size} of data_group=. Pass it "
+            f"num_replicas={group.size} and rank=torch.distributed.get_rank(group), of that group."
+        )
+    dataset: Any = sampler.dataset
+    return len(dataset), torch.tensor(list(sampler))
+
+
+def _join_once(there: Sequence[tuple[LogMarginal, Tensor]], total: int | None) -> LogMarginal:
+    """The parts as a whole, with each datapoint's first value where it was evaluated more than once."""
+    seen: set[int] = set()
+    parts, indices = [], []
+    for part, places in there:
+        keep: list[int] = []
+        for row, place in enumerate(places.tolist()):
+            if place not in seen:
+                seen.add(place)
+                keep.append(row)
+        rows = torch.tensor(keep, dtype=torch.long)
+        parts.append(_mapped(part, partial(torch.index_select, dim=0, index=rows)))
+        indices.append(places[rows])
+    if total is not None and len(seen) < total:
+        raise ValueError(
+            f"The ranks evaluated {len(seen)} of the {total} datapoints: the DistributedSampler drops "
+            "the others (drop_last=True). Leave that to its default, which pads instead; here padding counts "
+            "once."
+        )
+    return LogMarginal.join(parts, indices)
+
+
+def _mapped(result: LogMarginal, function: Callable[[Tensor], Tensor]) -> LogMarginal:
+    """The same with a function applied to each of its columns."""
+    columns: dict[str, Any] = {
+        field.name: function(value)
+        for field in dataclasses.fields(result)
+        if isinstance(value := getattr(result, field.name), Tensor)
+    }
+    return dataclasses.replace(result, **columns)
+
+
+def _on_cpu(result: LogMarginal) -> LogMarginal:
+    return _mapped(result, lambda column: column.cpu())
+
+
+def _refuse_the_same(marks: Sequence[int], group: Group) -> None:
+    """Refuse ranks that have evaluated the same data."""
+    if len(marks) > 1 and len(set(marks)) == 1:
+        raise ValueError(
+            f"All {group.size} ranks of data_group= evaluated the same data, which would count {group.size} "
+            "times. Give each rank a part of its own: a DataLoader with a DistributedSampler, or "
+            "data[rank::size] with indices=range(rank, N, size). (If the parts are alike but not the same, "
+            "say by indices= which datapoints each has.)"
+        )
+
+
+class _Fingerprint:
+    """A loader that knows by a number what it has given, in whatever order and batches."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self.mark = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            self.mark = (self.mark + sum(map(zlib.crc32, _rows(batch)))) % 2**62
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+
+def _rows(batch: Any) -> Iterator[bytes]:
+    """The rows of all tensors in a batch."""
+    if isinstance(batch, Tensor):
+        rows = torch.atleast_2d(batch.detach().cpu()) if batch.dim() != 1 else batch.cpu().unsqueeze(1)
+        yield from (row.tobytes() for row in rows.flatten(1).contiguous().view(torch.uint8).numpy())
+    elif isinstance(batch, np.ndarray):
+        yield from (row.tobytes() for row in np.atleast_1d(batch))
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _rows(value)
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        for value in batch:
+            yield from _rows(value)
