@@ -230,7 +230,12 @@ def _equal_elbo(plane: Any, nll: float) -> None:
         weight = 1.2 if i == 0 else 0.5
         line = nll + i * step
         plane.plot(
-            (left, right), (line - left, line - right), color="grey", linestyle=":", linewidth=weight, label=label
+            (left, right),
+            (line - left, line - right),
+            color="grey",
+            linestyle=":",
+            linewidth=weight,
+            label=label,
         )
     plane.set_xlim(left, right)
     plane.set_ylim(low, high)

@@ -108,7 +108,12 @@ class GatedPixelCNN(nn.Module):
     """
 
     def __init__(
-        self, image_shape: tuple[int, int], latent: int, channels: int = 16, layers: int = 4, hidden: int = 200
+        self,
+        image_shape: tuple[int, int],
+        latent: int,
+        channels: int = 16,
+        layers: int = 4,
+        hidden: int = 200,
     ) -> None:
         super().__init__()
         self.image_shape = tuple(image_shape)
@@ -180,7 +185,9 @@ class PixelVAE(VAE):
         layers: Likewise.
     """
 
-    def __init__(self, image_shape: tuple[int, int], latent: int, channels: int = 16, layers: int = 4) -> None:
+    def __init__(
+        self, image_shape: tuple[int, int], latent: int, channels: int = 16, layers: int = 4
+    ) -> None:
         super().__init__(image_shape[0] * image_shape[1], latent)
         self.decoder = GatedPixelCNN(image_shape, latent, channels, layers)
 

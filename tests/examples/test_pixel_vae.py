@@ -176,7 +176,9 @@ def test_evaluation_against_enumeration() -> None:
     with torch.no_grad():
         for parameter in pair.decoder.parameters():
             parameter.mul_(2.0)
-        pair.encoder.log_scale[0].bias.fill_(0.3)  # wider than the posterior, for weights without a heavy tail
+        pair.encoder.log_scale[0].bias.fill_(
+            0.3
+        )  # wider than the posterior, for weights without a heavy tail
     x = all_images(4)[::2]
     args = pixel_vae.parse_args(["--smoke"])
     args.nll_particles = 4000
@@ -210,7 +212,9 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((tmp_path / "pixel_vae.json").read_text())["arms"] == results["arms"]
     assert imread(tmp_path / "pixel_vae.png").std() > 0.05
     for arm, r in results["arms"].items():
-        assert all(math.isfinite(r[name]) for name in ("nll", "rate", "distortion", "gap", "gain", "gain_error"))
+        assert all(
+            math.isfinite(r[name]) for name in ("nll", "rate", "distortion", "gap", "gain", "gain_error")
+        )
         assert {len(image) for image in r["draws"]} == {64}
         assert len(r["draws"]) == pixel_vae.ROWS * pixel_vae.COLUMNS
         assert r["gain"] == pytest.approx(results["arms"][pixel_vae.ALONE]["nll"] - r["nll"], abs=1e-4)
