@@ -1,8 +1,8 @@
 """Draw the pictures of ``docs/images`` again, by the commands that the documentation states.
 
 A picture that no command makes goes stale: :data:`PICTURES` says for each how it is made, what file that
-writes, and about how many CPU minutes it takes. Everything runs below ``results/``, with one thread, and a picture is
-replaced only after all of its commands have gone well::
+writes, and about how many CPU minutes it takes. Everything runs below ``results/``, with one thread, and a
+picture is replaced only after all of its commands have gone well::
 
     make pictures                                # all, some hours
     make pictures PICTURES="snr bias"
