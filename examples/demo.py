@@ -1,4 +1,4 @@
-"""Five bounds at one budget, one of them twice: the same VAE, images, epochs and seed, 64 particles a datapoint.
+"""Five bounds at one budget: the same VAE, images, epochs and seed, 64 particles a datapoint.
 
 This is what ``make demo`` runs. It trains on scikit-learn's 8×8 digits, so nothing is downloaded,
 and writes pictures, a table and a figure that compares the bounds.
@@ -41,7 +41,7 @@ WAYS = {
     "ciwae": Way(f"CIWAE({M * K}, β = 0.5)", "ciwae"),
     "piwae": Way(f"PIWAE({M}, {K})", "piwae"),
 }
-# The bound of the package's front page is trained first, into the folder itself; all are compared with the ELBO.
+# The bound of the front page is trained first, into the folder itself; all are compared with the ELBO.
 FIRST, BASELINE = "miwae", "elbo"
 COMMON_BOUND = f"heldout_iwae_{M * K}"
 HEADER = ("trained with", "NLL", "less the ELBO's", "active units", "held-out bound", "−KL", "seconds")
@@ -63,7 +63,7 @@ def less_the_baseline(metrics: dict[str, dict], name: str) -> tuple[float, float
     """The NLL less the baseline's, in nats per datapoint, and its standard error.
 
     What makes an image hard is the same for both, so differences are taken image by image. The error is that
-    of the held-out images as a sample, with the noise of the draws for log p̂ in it. It knows nothing of seeds.
+    of the held-out images as a sample, with the noise of the draws for log p̂ in it, not that of the seed.
     """
     differences = metrics[BASELINE]["log_p"].astype(float) - metrics[name]["log_p"].astype(float)
     return differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))
@@ -176,8 +176,8 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
         f"\n{settings['train_images']} digits, {settings['epochs']} epochs, {M * K} particles a "
         f"datapoint; {settings['heldout_images']} held out.\n\n{table}\n\n"
         f"NLL = −log p̂(x) from {settings['nll_particles']} draws and −KL = IWAE-{iwae} − log p̂ on the "
-        "same draws,\nboth held out, in nats per datapoint, ± their standard error from these draws. Less the "
-        "ELBO's:\nimage by image, ± the standard error over the images; one seed, whose noise is not in it.\n"
+        "same draws,\nboth held out, in nats per datapoint, ± their standard error from these draws.\n"
+        "Less the ELBO's: image by image, ± the standard error over the images; one seed, whose noise is not in it.\n"
         "Seconds are of training alone.\n"
         f"Pictures: {args.out}/{{samples,reconstructions,latents,learning_curve,comparison}}.png\n"
         f"Table: {args.out}/comparison.md, {args.out}/comparison.json\n"

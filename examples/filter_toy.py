@@ -7,7 +7,7 @@ particles. Right: the gradient of FIVO's bound in the model's ``a``, with fixed 
 of the resampling, over K, beside that of log p(x). The first has little noise and is off, however many
 particles there are; the second is right for the bound, on average. Try::
 
-    python examples/filter_toy.py                    # three minutes
+    python examples/filter_toy.py                    # half a minute
 """
 
 from __future__ import annotations

@@ -210,9 +210,10 @@ def draw_khat(results: dict) -> Figure:
     right.set(xlabel="Pareto k̂", ylabel="log p̂ − log p [nats]")
     left.set_title("Can the weights be trusted?")
     right.set_title("How far the evidence is off")
+    left.legend(fontsize=9, loc="upper left")
+    right.legend(fontsize=9, loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=9)
     return figure
 
 

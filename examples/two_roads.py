@@ -24,8 +24,10 @@ from typing import Any
 
 import pyro
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from pyro.infer import SVI
 from pyro.optim import ClippedAdam
 from torch import Tensor, nn
@@ -257,10 +259,25 @@ def draw(results: dict[str, Any]) -> Figure:
     figure.suptitle(f"Codes of training images by class{plane_of}: seed {results['settings']['seed']}")
     draw_codes(above[0], results["prior"], None, "prior")
     draw_samples(below[0], results["images"], "training images")
+    tab10 = colormaps["tab10"]
+    low, high = min(results["classes"]), max(results["classes"])
+    classes = [
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker="o",
+            markersize=4,
+            color=tab10((c - low) / (high - low or 1)),
+            label=c,
+        )
+        for c in sorted(set(results["classes"]))
+    ]
+    figure.legend(handles=classes, title="class", loc="outside right upper", fontsize=8, title_fontsize=8)
     for codes, samples, (road, found) in zip(above[1:], below[1:], roads.items(), strict=True):
         title = f"{ROADS[road]}: accuracy {found['runs'][0]['accuracy']:.2f}"
         draw_codes(codes, found["codes"], results["classes"], title)
-        draw_samples(samples, found["samples"], "decoder means of prior draws")
+        draw_samples(samples, found["samples"], "decoded prior draws")
     return figure
 
 
