@@ -115,7 +115,7 @@ def evaluate(vae: VAE, images: Tensor, args: argparse.Namespace) -> tuple[dict[s
     found = evidence(vae, images, args.nll_particles, seed=args.seed, bound=IWAE(1), max_rows=max_rows)
     chunk_size = max(1, max_rows // EVALUATION_BATCH)
     sampler = ImportanceSampler(vae.model, vae.guide, RATE_PARTICLES, chunk_size=chunk_size)
-    with seeded(args.seed, images.device):
+    with seeded(args.seed):
         parts = [rate_distortion(sampler, x) for x in images.split(EVALUATION_BATCH)]
     activity = active_units(vae.guide, images.split(1000), progress=False)["z"]
     results = {
@@ -133,7 +133,7 @@ def evaluate(vae: VAE, images: Tensor, args: argparse.Namespace) -> tuple[dict[s
 
 def draws(vae: VAE, args: argparse.Namespace) -> list[str]:
     """Images drawn from the model, as strings of bits, row by row; the images of a row have one z."""
-    with seeded(args.seed, torch.device(args.device)), torch.no_grad():
+    with seeded(args.seed), torch.no_grad():
         z = torch.randn(ROWS, 1, vae.latent).expand(ROWS, COLUMNS, vae.latent).to(args.device)
         images = vae.likelihood(z).sample().flatten(0, 1)
     return ["".join(str(int(bit)) for bit in image) for image in images.tolist()]

@@ -91,9 +91,9 @@ class GatedPixelCNN(nn.Module):
         l_i = f(x_{<i}, z)
 
     Two stacks, so that nothing above lies in a blind spot: with L layers a pixel sees 2L rows up, 2L columns
-    to each side there, and 2L pixels to its left. z enters every layer of the horizontal stack by way of a
-    map of its own, as the paper's s = m(h): a fully connected network, as a VAE's decoder. The vertical
-    stack does not see z, and so is computed once for all particles.
+    to each side there, and 2L pixels to its left. z enters every layer of the horizontal stack by a map of
+    its own, the paper's s = m(h): a fully connected network, as a VAE has for a decoder. The vertical stack
+    does not see z, and so is computed once for all particles.
 
     References:
         | Conditional Image Generation with PixelCNN Decoders (van den Oord et al., 2016),
