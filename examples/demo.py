@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
         f"datapoint; {settings['heldout_images']} held out.\n\n{table}\n\n"
         f"NLL = −log p̂(x) from {settings['nll_particles']} draws and −KL = IWAE-{iwae} − log p̂ on the "
         "same draws,\nboth held out, in nats per datapoint, ± their standard error from these draws.\n"
-        "Less the ELBO's: image by image, ± the standard error over the images; one seed, whose noise is not in it.\n"
+        "Less the ELBO's: image by image, ± the standard error over the images, for one seed.\n"
         "Seconds are of training alone.\n"
         f"Pictures: {args.out}/{{samples,reconstructions,latents,learning_curve,comparison}}.png\n"
         f"Table: {args.out}/comparison.md, {args.out}/comparison.json\n"
