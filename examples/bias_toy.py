@@ -81,7 +81,7 @@ def save_figure(log_w: Tensor, curves: dict[str, list[float]], sizes: list[int],
     right.set_title("bias")
     right.set_xlabel("weights used, M·K")
     right.set_ylabel("log p(x) − E[bound] [nats]")
-    right.legend()
+    right.legend(fontsize=8, loc="lower left")
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 

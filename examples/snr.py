@@ -204,6 +204,8 @@ def measure(
         # Without any signal the ratio would be that of |normal|, sqrt(2 / π) times the floor.
         signal = max(smallest**2 - 2 / math.pi * result.floor**2, smallest**2 / 4)
         draws = min(max_draws, math.ceil(1.1 * CLEAR**2 / signal))
+        if bar is not None:
+            bar.total += draws * loss.bound.num_particles
 
 
 def run(args: argparse.Namespace) -> dict:

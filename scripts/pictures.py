@@ -1,7 +1,7 @@
 """Draw the pictures of ``docs/images`` again, by the commands that the documentation states.
 
 A picture that no command makes goes stale: :data:`PICTURES` says for each how it is made, what file that
-writes, and about how many CPU minutes it takes. Everything runs below ``results/``, with one thread, and a
+writes, and about how many CPU minutes it takes. Everything runs below ``results/``, with one thread. A
 picture is replaced only after all of its commands have gone well::
 
     make pictures                                # all, some hours
@@ -58,7 +58,9 @@ PICTURES = {
     "bound_curve": Picture((), "results/pages/bound_curve.png", 0.2, page="docs/evaluation.md"),
     "comparison": Picture(("python examples/demo.py",), "results/demo/comparison.png", 2),
     "dmm_losses": Picture(
-        ("python examples/dmm.py --compare --epochs 25 --train-size 200",), "results/dmm/dmm_losses.png", 10
+        ("python examples/dmm.py --compare --epochs 25 --train-size 200 --test-size 60",),
+        "results/dmm/dmm_losses.png",
+        10,
     ),
     "eight_schools": Picture(
         ("python examples/eight_schools.py",), "results/eight-schools/eight_schools.png", 2

@@ -57,6 +57,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for numbers in row.values():
             assert all(math.isfinite(value) for value in numbers.values())
             assert numbers["sd"] > 0
+            assert numbers["low"] < numbers["median"] < numbers["high"]
         assert (row["nuts"]["shift"], row["nuts"]["ratio"]) == (0, 1)
     assert 1 <= results["weights"]["ess"] <= 200
     saved = json.loads((tmp_path / "eight_schools.json").read_text())
@@ -79,6 +80,16 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mean = posterior["theta"].sel(school="G").values.mean()
     expected = results["quantities"]["theta[G]"]["importance"]["mean"]
     assert float(mean) == pytest.approx(expected, rel=1e-4)
+
+
+def test_quantiles_of_the_picture() -> None:
+    torch.manual_seed(0)
+    draws = {"mu": torch.randn(300, 1), "tau": torch.rand(300, 1), "eta": torch.randn(300, 8)}
+    found = eight_schools.compare(dict.fromkeys(eight_schools.METHODS, draws))["tau"]["guide"]
+    ordered = draws["tau"].squeeze().double().sort().values
+    assert found["low"] == pytest.approx((0.05 * ordered[15] + 0.95 * ordered[14]).item(), abs=1e-2)
+    assert found["high"] == pytest.approx(ordered[284].item(), abs=1e-2)
+    assert 0 < found["low"] < found["median"]
 
 
 @pytest.mark.slow

@@ -79,8 +79,20 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert 1 <= ess <= 100
     saved = json.loads((tmp_path / "flow_guide.json").read_text())
     assert saved["guides"]["flow"]["elbo"] == results["guides"]["flow"]["elbo"]
-    assert (tmp_path / "flow_guide.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("flow_guide", "khat"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "flow" in capsys.readouterr().out
+
+
+def test_no_arc_is_cut() -> None:
+    x = torch.tensor([[6.5, 6.5], [1.0, 2.5], [3.0, 0.5]])
+    log_p, axis = flow_guide.log_joint(x, steps=200)
+    for n in range(len(x)):
+        density = (log_p[n] - log_p[n].max()).exp()
+        (left, right), (bottom, top) = flow_guide.window(axis, density, 0.1 * torch.randn(50, 2))
+        shown = ((axis > left) & (axis < right)) & ((axis > bottom) & (axis < top))[:, None]
+        assert density[~shown].max() < min(flow_guide.LEVELS)
+        assert right - left == pytest.approx(top - bottom)
 
 
 @pytest.mark.slow

@@ -124,6 +124,38 @@ def test_every_bound_takes_as_many_particles(bound: str) -> None:
     assert groups[bound] == loss.bound.M
 
 
+def test_the_bar_moves_within_a_measurement_and_ends_full() -> None:
+    class Bar:
+        """What snr.py asks of tqdm's."""
+
+        def __init__(self) -> None:
+            self.total, self.steps = 3 * 4, []
+
+        def update(self, count: int) -> None:
+            self.steps.append(count)
+
+    loss = snr.make_loss("iwae", 4, "reparam")
+    bar = Bar()
+    shown = snr.measure(pair(), loss, draws=3, max_draws=12, seed=0, bar=bar)
+    # Once for each gradient, those of a repetition among them.
+    assert set(bar.steps) == {4}
+    assert len(bar.steps) > 3
+    assert sum(bar.steps) == bar.total
+    assert snr.measure(pair(), loss, draws=3, max_draws=12, seed=0) == shown
+
+
+def test_curves_that_are_one_are_drawn_once() -> None:
+    names = [
+        f"{bound}, {estimator}" for bound in ("elbo", "iwae", "piwae") for estimator in ("reparam", "dreg")
+    ]
+    curves = {name: {"floor": [0.1, 0.01 if name == "piwae, dreg" else 0.1]} for name in names}
+    theta = snr.distinct({"curves": curves}, "theta")
+    assert theta == {"ELBO": ("elbo, reparam", "elbo", ""), "IWAE = PIWAE": ("piwae, dreg", "iwae", "")}
+    phi = snr.distinct({"curves": curves}, "phi")
+    assert phi["PIWAE, dreg"] == ("piwae, dreg", "miwae", "dreg")
+    assert len(phi) == 6
+
+
 def test_unknown_bound() -> None:
     with pytest.raises(ValueError, match="miwae"):
         snr.make_loss("tvo", 4, "reparam")
