@@ -90,6 +90,7 @@ PICTURES = {
         "results/comparison/learning_curves.png",
         50,
     ),
+    "pixel_vae": Picture(("python examples/pixel_vae.py",), "results/pixel-vae/pixel_vae.png", 7),
     "radon": Picture(("python examples/radon.py",), "results/radon/radon.png", 5),
     "snr": Picture(("python examples/snr.py",), "results/snr/snr.png", 12),
     "two_levels": Picture(("python examples/two_levels.py",), "results/two-levels/two_levels.png", 1),

@@ -57,8 +57,8 @@ class VerticalStack(nn.Module):
 class HorizontalStack(nn.Module):
     """The logits ``[N, 1, H, W]``, from the pixels to the left, the code and the vertical stack.
 
-    No row depends on another one but by what is given: the map of z, ``[N, 4, H, W]``, and the vertical stack's
-    features, one ``[N, 2·channels, H, W]`` a layer.
+    No row depends on another one but by what is given: the map of z, ``[N, 4, H, W]``, and the features of
+    the vertical stack, one ``[N, 2·channels, H, W]`` a layer.
     """
 
     def __init__(self, channels: int, layers: int) -> None:
@@ -90,10 +90,10 @@ class GatedPixelCNN(nn.Module):
     .. math:: \log p(x \mid z) = \sum_i \log \mathrm{Bernoulli}(x_i \mid \sigma(l_i)), \qquad
         l_i = f(x_{<i}, z)
 
-    Two stacks, so that nothing above lies in a blind spot: with L layers a pixel sees 2L rows up, 2L columns to
-    each side there, and 2L pixels to its left. z enters every layer of the horizontal stack by way of a map
-    of its own, as the paper's s = m(h): a fully connected network, as a VAE has for a decoder. The vertical
-    stack does not see z, and so is computed once for all particles.
+    Two stacks, so that nothing above lies in a blind spot: with L layers a pixel sees 2L rows up, 2L columns
+    to each side there, and 2L pixels to its left. z enters every layer of the horizontal stack by a map of
+    its own, the paper's s = m(h): a fully connected network, as a VAE has for a decoder. The vertical stack
+    does not see z, and so is computed once for all particles.
 
     References:
         | Conditional Image Generation with PixelCNN Decoders (van den Oord et al., 2016),

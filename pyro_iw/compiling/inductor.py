@@ -41,7 +41,7 @@ def inductor(graph: Any, inputs: list[Tensor]) -> Callable[[list[Tensor]], Seque
     # A CUDA graph replays kernels, and not what ranks say to one another on the CPU.
     if not exchanges and any(tensor.device.type == "cuda" for tensor in inputs):
         options["triton.cudagraphs"] = True
-    with torch.no_grad(), cached_on_disk():
+    with torch.no_grad(), cached_on_disk(graph):
         compiled: Any = compile_graph(graph, list(inputs), options=options)
     return lambda args: compiled(*args)[:count]
 

@@ -102,13 +102,27 @@ def rejection_sampling_by(operation: Any) -> AbstractContextManager[None]:
     return _replaced(von_mises, "_rejection_sample", operation)
 
 
-def cached_on_disk() -> AbstractContextManager[Any]:
-    """Inductor looks for a graph in its cache only if a context says which shapes may vary: none do."""
-    if tracing is None:
+def cached_on_disk(graph: Any) -> AbstractContextManager[Any]:
+    """Inductor looks for a graph in its cache only if a context says which shapes may vary: none do.
+
+    Under that context it refuses operations that cannot say the shape of what they give without being run
+    (``binomial``), which it runs otherwise.
+    """
+    operations = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    if tracing is None or not all(_knows_shapes(operation.name()) for operation in operations):
         return nullcontext()
-    return tracing(
-        TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True))
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
+    return tracing(TracingContext(mode))
+
+
+def _knows_shapes(name: str) -> bool:
+    keys = (
+        "Meta",
+        "CompositeExplicitAutograd",
+        "CompositeExplicitAutogradNonFunctional",
+        "CompositeImplicitAutograd",
     )
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
 
 
 def schema_of(operation: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The gated PixelCNN: what each pixel sees, that its density sums to one and its draws follow it; and the runs."""
+"""The gated PixelCNN: what each pixel sees, that its density sums to one, its draws follow it; and runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared.pixels import REACH, AutoregressiveBernoulli, GatedPixelCNN, PixelCN
 
 
 def network(height: int, width: int, layers: int = 2, scale: float = 2.5) -> GatedPixelCNN:
-    """A small one in float64 with z in three dimensions, its weights ``scale`` times as large as they begin."""
+    """A small one in float64 with z in three dimensions, its weights ``scale`` times the usual ones."""
     torch.manual_seed(1)
     made = GatedPixelCNN((height, width), 3, channels=6, layers=layers, hidden=8).double()
     with torch.no_grad():
@@ -48,7 +48,7 @@ def all_images(pixels: int) -> Tensor:
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_pixel_sees_all_before_it_within_reach_and_nothing_else(layers: int) -> None:
-    """Rows i − R to i − 1 at columns j ± R, the R pixels to the left, R = 2 a layer: no blind spot, no leak."""
+    """Rows i − R to i − 1 at columns j ± R, the R pixels to the left, R = 2 a layer: no blind spot."""
     height, width, reach = 6, 7, REACH * layers
     made = open_network(height, width, layers)
     z = torch.randn(3, dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_draws_follow_the_density() -> None:
 
 
 def test_particles_are_as_if_each_ran_alone() -> None:
-    """Log-weights of 3 particles and 4 images, by one image and one particle at a time; bits with particles, too."""
+    """Log-weights of 3 particles and 4 images, by one at a time; of images with particles, too."""
     torch.manual_seed(0)
     pair = PixelVAE((3, 4), latent=2, channels=3, layers=2).double()
     x = torch.bernoulli(torch.full((4, 12), 0.4, dtype=torch.float64))

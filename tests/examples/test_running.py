@@ -53,6 +53,7 @@ def test_a_smoke_run_writes_apart(module: str, folder: str) -> None:
         ("flow_guide", "flow-guide"),
         ("regression", "regression"),
         ("missing_data", "missing-data"),
+        ("pixel_vae", "pixel-vae"),
         ("semi_supervised", "semi-supervised"),
         ("demo", "demo"),
     ],

@@ -62,6 +62,8 @@ class ChannelsLast(nn.Module):
 class Convolutional:
     """Convolutions that halve height and width two or three times, and one full layer beside the code.
 
+    All but the last are batch-normalised.
+
     Arguments:
         shape: Height and width, both divisible by four; and the number of colours, if they have any.
         channels: Of the finest convolution; every halving doubles them.
@@ -85,11 +87,13 @@ class Convolutional:
     def trunk(self, hidden: int) -> nn.Module:
         layers: list[nn.Module] = [nn.Unflatten(1, self.image), ChannelsFirst()]
         for width_in, width_out in pairwise(self.widths):
-            layers += [nn.Conv2d(width_in, width_out, 4, stride=2, padding=1), nn.ReLU()]
+            convolution = nn.Conv2d(width_in, width_out, 4, stride=2, padding=1)
+            layers += [convolution, nn.BatchNorm2d(width_out), nn.ReLU()]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(self.features, hidden), nn.ReLU())
 
     def decoder(self, inputs: int, hidden: int) -> nn.Module:
         layers: list[nn.Module] = [relu_mlp(inputs, hidden, self.features), nn.Unflatten(1, self.coarse)]
         for width_in, width_out in pairwise(reversed(self.widths)):
-            layers += [nn.ReLU(), nn.ConvTranspose2d(width_in, width_out, 4, stride=2, padding=1)]
+            layers += [nn.BatchNorm2d(width_in), nn.ReLU()]
+            layers += [nn.ConvTranspose2d(width_in, width_out, 4, stride=2, padding=1)]
         return nn.Sequential(*layers, ChannelsLast(), nn.Flatten())
