@@ -502,7 +502,7 @@ def test_signals_end_a_run_after_its_step(
 
     def interrupted(self: torch.optim.Adam, *args: Any) -> Any:
         nonlocal steps
-        steps += 1
+        steps += [len(group["params"]) for group in self.param_groups] != [1]  # else FusedOptim's trial
         if steps == 10:  # in the middle of a step in the middle of the last stage
             os.kill(os.getpid(), signum)
         return step(self, *args)
