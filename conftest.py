@@ -17,7 +17,7 @@ import pyro_iw
 os.environ.setdefault("MPLBACKEND", "agg")
 
 # Made by "make docs", or run by it.
-collect_ignore_glob = ["docs/_ext/*", "docs/api/*", "docs/tutorials/*"]
+collect_ignore_glob = ["docs/_build/*", "docs/_ext/*", "docs/api/*", "docs/tutorials/*"]
 
 
 @pytest.fixture(autouse=True)
