@@ -25,7 +25,7 @@ from typing import Any
 import pyro
 import torch
 import torch.distributed
-from distributed_vae import SMOKE, Guide, Model
+from distributed_vae import SMOKE, Guide, Model, add_training_options
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader, DistributedSampler
@@ -35,7 +35,7 @@ from pyro_iw._support.optional import require
 from shared import datasets
 from shared.datasets import heldout_images
 from shared.evaluation import EVALUATION_BATCH, plus_minus
-from shared.options import add_loss_options, at_smoke_size, loss_of, new_parser, positive_float, positive_int
+from shared.options import at_smoke_size, loss_of, new_parser, positive_int
 from shared.running import Diverged, in_one_line, results_folder
 
 lightning = require("lightning", "lightning", "examples/distributed_lightning.py")
@@ -138,22 +138,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=1,
         help="processes to start; those of torchrun go before",
     )
-    add("--particle-ranks", type=positive_int, default=1, help="P, the parts of the particles")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu talks by gloo, cuda by NCCL")
-    add_loss_options(parser)
-    add("--latent", type=positive_int, default=50, help="dimension of z")
-    add("--hidden", type=positive_int, default=200, help="width of both hidden layers")
-    add("--data", choices=datasets.NAMES, default="digits", help="the images")
-    add("--data-dir", type=Path, default=Path("data"), help="where their files are; not for digits")
-    add("--epochs", type=positive_int, default=20, help="passes over the training images")
-    add("--batch-size", type=positive_int, default=20, help="images a gradient step and data rank")
+    add_training_options(parser)
     add("--accumulate", type=positive_int, default=1, help="batches whose gradients make one step")
-    add("--learning-rate", type=positive_float, default=1e-3, help="Adam's")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--nll-particles", type=positive_int, default=1000, help="draws an image for the NLL, of all ranks")
-    add("--train-size", type=positive_int, help="use that many training images")
-    add("--test-size", type=positive_int, help="use that many held-out images")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--out", type=Path, help="folder for the results (default: results/lightning-<data>-<loss>)")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     args = at_smoke_size(parser.parse_args(argv), SMOKE)

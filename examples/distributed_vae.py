@@ -100,19 +100,12 @@ class Guide(nn.Module):
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """What this script and its version under Lightning ask for alike."""
     add = parser.add_argument
-    add("--data-ranks", type=positive_int, help="D, the parts of the images (default: what P leaves)")
     add("--particle-ranks", type=positive_int, default=1, help="P, the parts of the particles")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu talks by gloo, cuda by NCCL")
     add_loss_options(parser)
-    add(
-        "--chunk-size",
-        type=positive_int,
-        help="particles in memory at once, and drawn from a stream of their own (default: 8, and all of them "
-        "with --backward-particles)",
-    )
     add("--latent", type=positive_int, default=50, help="dimension of z")
     add("--hidden", type=positive_int, default=200, help="width of both hidden layers")
     add("--data", choices=datasets.NAMES, default="digits", help="the images")
@@ -125,6 +118,19 @@ def make_parser() -> argparse.ArgumentParser:
     add("--train-size", type=positive_int, help="use that many training images")
     add("--test-size", type=positive_int, help="use that many held-out images")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--data-ranks", type=positive_int, help="D, the parts of the images (default: what P leaves)")
+    add(
+        "--chunk-size",
+        type=positive_int,
+        help="particles in memory at once, and drawn from a stream of their own (default: 8, and all of them "
+        "with --backward-particles)",
+    )
+    add_training_options(parser)
     add("--out", type=Path, help="folder for the results (default: results/distributed-vae-<data>-<loss>)")
     add("--smoke", action="store_true", help="tiny sizes: a check that it runs, in seconds")
     return parser

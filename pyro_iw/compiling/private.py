@@ -47,8 +47,13 @@ try:  # without these, what is compiled is not found again by the next process
     from torch._guards import TracingContext, tracing
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
-except ImportError:
+
+    _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+except (ImportError, AttributeError):
     tracing = None  # type: ignore[assignment]
+
+#: An operation with its signature.
+_Operation = type(torch.ops.aten.add.Tensor)
 
 __all__ = [
     "IMPORTING",
@@ -108,7 +113,7 @@ def cached_on_disk(graph: Any) -> AbstractContextManager[Any]:
     Under that context it refuses operations that cannot say the shape of what they give without being run
     (``binomial``), which it runs otherwise.
     """
-    operations = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    operations = [node.target for node in graph.graph.nodes if isinstance(node.target, _Operation)]
     if tracing is None or not all(_knows_shapes(operation.name()) for operation in operations):
         return nullcontext()
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
@@ -122,7 +127,7 @@ def _knows_shapes(name: str) -> bool:
         "CompositeExplicitAutogradNonFunctional",
         "CompositeImplicitAutograd",
     )
-    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
+    return any(_has_kernel(name, key) for key in keys)
 
 
 def schema_of(operation: Any) -> Any:

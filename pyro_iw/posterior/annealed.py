@@ -23,13 +23,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
@@ -58,6 +56,10 @@ from .progress_file import ProgressFile
 from .proposal import check_proposal
 from .samples import ImportanceSamples
 from .unconstrained import PairPath
+
+if TYPE_CHECKING:  # a PyTorch may be built without
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["AnnealedImportanceSampler", "AnnealedSamples"]
 

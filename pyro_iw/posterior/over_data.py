@@ -10,19 +10,21 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DistributedSampler
 
 from .._support.random_state import RandomState
-from ..ranks.exchange import seed_of, tell
-from ..ranks.group import Group
+from ..ranks.exchange import seed_of
+from ..ranks.group import Group, as_process_group
 from .evidence import LogMarginal
+
+if TYPE_CHECKING:  # a PyTorch may be built without
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["NO_BATCH", "evaluate_over_ranks"]
 
@@ -67,7 +69,7 @@ def evaluate_over_ranks(
     try:
         with group.meeting("data_group, the data set"):
             total, known = _known(loader, group, indices)
-        seed = tell(group, own)[0]
+        seed = group.hear(own)[0]
         torch.manual_seed(seed_of(seed, "data", group.rank))
         watched = loader if known is not None else _Fingerprint(loader)
         with group.meeting("data_group, the log evidence of each rank's part") as brought:
@@ -81,7 +83,7 @@ def evaluate_over_ranks(
     finally:
         state.restore()
     mark = watched.mark if isinstance(watched, _Fingerprint) else None
-    told = tell(group, (None if part is None else _on_cpu(part), known, mark))
+    told = group.hear((None if part is None else _on_cpu(part), known, mark))
     there = [(each, places) for each, places, _ in told if each is not None]
     if not there:
         raise ValueError(NO_BATCH)
@@ -96,11 +98,7 @@ def evaluate_over_ranks(
 
 def _group(data_group: ProcessGroup | DeviceMesh) -> Group:
     """The ranks of a group, the same object whenever it is asked for: each keeps a connection of its own."""
-    key = (
-        data_group.get_group() if isinstance(data_group, DeviceMesh) and data_group.ndim == 1 else data_group
-    )
-    if not isinstance(key, ProcessGroup):
-        return Group("data_group", data_group)  # which says what is wrong with it
+    key = as_process_group("data_group", data_group)
     if key not in _GROUPS:
         _GROUPS[key] = Group("data_group", key)
     return _GROUPS[key]

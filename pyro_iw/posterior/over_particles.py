@@ -15,18 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from .._support.devices import wide
 from .._support.random_state import RandomState
 from ..bounds import Bound
-from ..ranks.exchange import gather_rows, seed_of, tell
+from ..ranks.exchange import gather_rows, seed_of
 from ..ranks.group import Group, RankError
 from ..running import RunningBound, RunningLogMean
 from ..tracing.minibatches import OneMinibatch
@@ -34,6 +32,10 @@ from ..tracing.traces import Traces
 from .dead import warn_of_dead
 from .keeping import Kept
 from .local_weights import total_log_weights
+
+if TYPE_CHECKING:  # a PyTorch may be built without
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["ParticleRanks", "Sums", "add_up", "chunk_sizes", "explain"]
 
@@ -176,7 +178,7 @@ class ParticleRanks:
                 found = Sums(like[:0] if keeps_weights else None, like)
                 if share.sizes:
                     found = add_up(weigh(share.plan(), minibatch), mine, aligned, keeps_weights)
-            told = tell(self.group, (_portable(mine), aligned and aligned.portable()))
+            told = self.group.hear((_portable(mine), aligned and aligned.portable()))
             for others, other_bounds in told:
                 running.merge(_unpacked(RunningLogMean(), others, like.device))
                 if bounds is not None:
@@ -189,7 +191,7 @@ class ParticleRanks:
                     dead = first[2]
                     for _, _, dead_here in draw(share.plan(), minibatch):
                         dead = dead or dead_here
-                explain([], running.value, self.num_particles, _first_of(tell(self.group, dead)))
+                explain([], running.value, self.num_particles, _first_of(self.group.hear(dead)))
             log_w = None if found.log_w is None else gather_rows(self.group, found.log_w)
         return Sums(log_w, like)
 
@@ -218,7 +220,7 @@ class ParticleRanks:
                     mine = run([first]).map(lambda rows: rows[:0])._replace(dead=None)
                 brought.append(mine.shapes())
             whole = mine.map(lambda rows: gather_rows(self.group, rows))
-            return whole._replace(dead=_first_of(tell(self.group, mine.dead))), minibatch
+            return whole._replace(dead=_first_of(self.group.hear(mine.dead))), minibatch
 
     @contextmanager
     def _stream(
@@ -231,7 +233,7 @@ class ParticleRanks:
             with self.group.meeting("particle_group, the sampler") as brought:
                 room = size_of_chunks()
                 brought.append(settings)
-            told = tell(self.group, (own, room))
+            told = self.group.hear((own, room))
             seed = told[0][0]
             share = self._share(seed, min(room for _, room in told))
             minibatch = OneMinibatch()
@@ -255,7 +257,7 @@ class ParticleRanks:
 
     def _compare(self, log_w: Tensor) -> None:
         """Refuse ranks that evaluate something else than the first one."""
-        said = tell(self.group, wide(log_w).cpu())
+        said = self.group.hear(wide(log_w).cpu())
         close = [
             torch.allclose(other, said[0], rtol=_RELATIVE, atol=_ABSOLUTE, equal_nan=True) for other in said
         ]

@@ -19,12 +19,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from .._support.arguments import as_plate_names, check_loader, positive_integer, read_batch
@@ -56,6 +54,10 @@ from .over_particles import ParticleRanks, add_up, chunk_sizes, explain
 from .predictive import Rerun
 from .proposal import check_proposal
 from .samples import ImportanceSamples
+
+if TYPE_CHECKING:  # a PyTorch may be built without
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Evidence", "ImportanceSampler", "LogMarginal"]
 

@@ -11,14 +11,12 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyro
 import pyro.poutine as poutine
-import torch
 import torch.distributed as dist
 from pyro.infer import SVI
 from pyro.optim import PyroOptim
@@ -29,6 +27,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from .._support.warn import warn
+from .exchange import checksum
 from .group import Group, RankError
 from .seeds import random_digests, warn_of_same_seed
 
@@ -248,9 +247,8 @@ class _Look(Messenger):
         outermost = min(
             plates, key=lambda frame: -sys.maxsize if frame.dim is None else frame.dim, default=None
         )
-        value = msg["value"].detach().cpu().contiguous()
-        checksum = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().tobytes(), len(value.shape))
-        self.observed[msg["name"]] = (None if outermost is None else outermost.name), checksum
+        plate = None if outermost is None else outermost.name
+        self.observed[msg["name"]] = plate, checksum(msg["value"])
 
 
 def _caller() -> Any:

@@ -1,17 +1,16 @@
-"""What ranks exchange once they have met, and random streams that do not depend on how many they are."""
+"""What ranks exchange and compare, and random streams that do not depend on how many they are."""
 
 from __future__ import annotations
 
 import hashlib
-import pickle
-from typing import Any
+import zlib
 
 import torch
 from torch import Tensor
 
 from .group import Group
 
-__all__ = ["gather_rows", "seed_of", "tell"]
+__all__ = ["checksum", "gather_rows", "seed_of"]
 
 
 def seed_of(*names: object) -> int:
@@ -25,15 +24,11 @@ def seed_of(*names: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=7).digest(), "big")
 
 
-def tell(group: Group, said: Any) -> list[Any]:
-    """What every rank says, by rank: small things that can be pickled, tensors among them on the CPU."""
-    if group.size == 1:
-        return [said]
-    mine = torch.frombuffer(bytearray(pickle.dumps(said)), dtype=torch.uint8)
-    sizes = group._gather(torch.tensor([len(mine)]), group._words)[:, 0].tolist()
-    padded = torch.nn.functional.pad(mine, (0, max(sizes) - len(mine)))
-    answers = group._gather(padded, group._words)
-    return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(answers, sizes, strict=True)]
+def checksum(tensor: Tensor) -> int:
+    """Of the bits, dtype and shape of a tensor, which come to the CPU for it."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    kind = repr((tensor.dtype, list(tensor.shape))).encode()
+    return zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), zlib.crc32(kind))
 
 
 def gather_rows(group: Group, rows: Tensor) -> Tensor:
@@ -43,7 +38,7 @@ def gather_rows(group: Group, rows: Tensor) -> Tensor:
         group: the ranks.
         rows: of shape ``[n, ...]``, where n may be 0.
     """
-    counts = tell(group, len(rows))
+    counts = group.hear(len(rows))
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
     gathered = group.gather(padded)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .batch_norm import BatchNorms
+from .exchange import checksum
 from .group import Group, RankError
 from .seeds import SameSeeds
 
@@ -359,10 +360,7 @@ def _in_words(entry: _Entry) -> str:
 def _digest(described: Any) -> int:
     """A checksum of numbers, words and tensors in containers."""
     if isinstance(described, Tensor):
-        flat = described.detach().cpu().contiguous().reshape(-1)
-        return zlib.crc32(
-            flat.view(torch.uint8).numpy().tobytes(), zlib.crc32(repr(described.dtype).encode())
-        )
+        return checksum(described)
     if isinstance(described, Mapping):
         described = sorted((str(key), _digest(value)) for key, value in described.items())
     elif isinstance(described, (list, tuple)):

@@ -14,6 +14,7 @@ of the meetings the others are at, fills that room with nothing and says that it
 from __future__ import annotations
 
 import datetime
+import pickle
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ if TYPE_CHECKING:  # a PyTorch may be built without
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["WORDS", "Group", "RankError"]
+__all__ = ["WORDS", "Group", "RankError", "as_process_group"]
 
 #: How many integers a rank may say at a meeting, beside how it fared and what it brings.
 WORDS = 6
@@ -58,7 +59,7 @@ class Group:
     """
 
     def __init__(self, name: str, group: ProcessGroup | DeviceMesh) -> None:
-        self.process_group = _as_process_group(name, group)
+        self.process_group = as_process_group(name, group)
         self.size = dist.get_world_size(self.process_group)
         self.rank = dist.get_rank(self.process_group)
         if self.rank < 0:
@@ -165,15 +166,17 @@ class Group:
         return self._gather(tensor, self.process_group)
 
     def hear(self, words: Any) -> list[Any]:
-        """What every rank has to say, objects that can be pickled, in their order; for what is rare."""
+        """What every rank says, by rank: small things that can be pickled, tensors among them on the CPU.
+
+        Two operations, so for what is rare.
+        """
         if self.size == 1:
             return [words]
-        said_by: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(said_by, words, group=self._words)
-        except RuntimeError as error:
-            raise RankError(self._who_is_missing(error)) from error
-        return said_by
+        mine = torch.frombuffer(bytearray(pickle.dumps(words)), dtype=torch.uint8)
+        sizes = self._gather(torch.tensor([len(mine)]), self._words)[:, 0].tolist()
+        padded = torch.nn.functional.pad(mine, (0, max(sizes) - len(mine)))
+        rows = zip(self._gather(padded, self._words), sizes, strict=True)
+        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in rows]
 
     def _meet(
         self,
@@ -200,9 +203,7 @@ class Group:
 
     def _refuse(self, subject: str, said: str, failed: list[bool]) -> None:
         """Learn from all ranks what they said, and raise."""
-        said_by: list[Any] = [None] * self.size
-        dist.all_gather_object(said_by, said, group=self._words)
-        each = list(zip(self.world_ranks, said_by, failed, strict=True))
+        each = list(zip(self.world_ranks, self.hear(said), failed, strict=True))
         if any(failed):
             which = "; ".join(f"rank {rank} raised {words}" for rank, words, is_so in each if is_so)
             raise RankError(f"{subject}: {which}")
@@ -245,7 +246,8 @@ def _listed(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-def _as_process_group(name: str, group: Any) -> ProcessGroup:
+def as_process_group(name: str, group: Any) -> ProcessGroup:
+    """What the user passed as a group; arguments and errors are as of :class:`Group`."""
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
             f"{name} needs processes that know of one another. Start the script by torchrun, and call "

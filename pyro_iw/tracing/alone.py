@@ -24,28 +24,27 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .compared import (
-    CLEARLY,
     FAILURES,
     ROUNDING,
-    RUNS,
     Difference,
     accuracy,
+    beyond_noise,
+    by_name,
     copy_of,
     difference_of,
-    is_real,
+    given_latents,
     largest,
     read_aside,
     scored,
 )
-from .guide_values import ids_of, is_enumerated_in_guide
+from .guide_values import ids_of
 from .indices import Kept, dependent_indices, no_plates, places
 from .latents import own_frames, own_shape
-from .messages import base_of, latent_sites
+from .messages import latent_sites
 from .minibatches import OneMinibatch
 from .sites import Site
 from .traces import Pair, Traces, is_transformed, trace_particle
@@ -96,29 +95,24 @@ class Alone:
         """
         if self._sites is None or self._together is None:
             return False
-        alone = {(site.role, site.name): site for site in self._sites}
+        alone, together = by_name(self._sites), by_name(self._together)
         differences = {}
-        for site in self._together:
-            single = alone.get((site.role, site.name))
-            if single is not None:
-                difference = difference_of(site, self._values(site), self._values(single))
+        for key, site in together.items():
+            if key in alone:
+                difference = difference_of(site, self._values(site), self._values(alone[key]))
                 if difference is not None:
-                    differences[site.role, site.name] = site, difference
+                    differences[key] = difference
         if not differences:
             return True
-        suspects = {key: found for key, found in differences.items() if self._is_inverse_exact(found[0])}
-        for _ in range(RUNS):
-            again = self._read_again(move=ROUNDING) if suspects else None
-            if again is None:
-                return False
-            twice = {(site.role, site.name): site for site in again}
-            for key, (_, difference) in list(suspects.items()):
-                if key in twice:
-                    noise = largest(self._values(alone[key]), self._values(twice[key]), None)
-                    if difference.size > CLEARLY * (0.0 if noise is None else noise.size):
-                        continue
-                del suspects[key]
-        for site, difference in suspects.values():
+
+        def again() -> dict[Any, Tensor] | None:
+            sites = self._read_again(move=ROUNDING)
+            return None if sites is None else {key: self._values(s) for key, s in by_name(sites).items()}
+
+        suspects = {key: each for key, each in differences.items() if self._is_inverse_exact(together[key])}
+        clear = beyond_noise(suspects, lambda key: self._values(alone[key]), again) or {}
+        for key, difference in clear.items():
+            site = together[key]
             if self._kept:  # is it the same particle for all indices that differs?
                 straight = Alone(self._pair, self._traces, self._minibatch, no_plates)
                 if straight.run():
@@ -152,22 +146,9 @@ class Alone:
         return read_aside(Traces([traced], 1, None, enum_dim))
 
     def _latents(self, move: float) -> dict[str, Tensor]:
-        """The particle's latent values, as they are without the particle dim.
-
-        Those of a Delta are left to be computed: they would have to be met to the last bit. So are those that
-        are enumerated.
-        """
-        values = {}
-        for name, site in latent_sites(self._traces.pairs[0].guide).items():
-            if isinstance(base_of(site["fn"]), Delta) or is_enumerated_in_guide(site):
-                continue
-            value: Any = self._take(site, site["value"])
-            if move and is_real(site["fn"]):
-                value = value * (1 + min(4 * torch.finfo(value.dtype).eps, move))
-            if hasattr(site["value"], "_unquantize"):  # what a straight-through value is scored at
-                value._unquantize = self._take(site, site["value"]._unquantize)
-            values[name] = value
-        return values
+        """The particle's latent values, as they are without the particle dim."""
+        guide = self._traces.pairs[0].guide
+        return given_latents(guide, lambda site, read: self._take(site, read(site)), move)
 
     def _take(self, site: Any, value: Tensor) -> Tensor:
         """A latent site's value, or a tensor of its shape, without the particle dim."""

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
 from .._support.devices import autocast_dtype, wide
+from .guide_values import is_enumerated_in_guide
+from .messages import base_of, latent_sites
 from .sites import Site, read_sites
 from .traces import PairTraces, Traces
 
 __all__ = [
-    "CLEARLY",
     "FAILURES",
     "ROUNDING",
-    "RUNS",
     "Difference",
     "accuracy",
+    "beyond_noise",
+    "by_name",
     "copy_of",
     "difference_of",
-    "is_real",
+    "given_latents",
     "largest",
     "read_aside",
     "scored",
@@ -60,6 +65,11 @@ def read_aside(traces: Traces) -> list[Site] | None:
         return None
 
 
+def by_name(sites: list[Site]) -> dict[tuple[str, str], Site]:
+    """Sites by their role and name."""
+    return {(site.role, site.name): site for site in sites}
+
+
 def scored(site: Site) -> Tensor:
     """A site's log density, unscaled, under its mask.
 
@@ -75,6 +85,62 @@ def difference_of(site: Site, one: Tensor, other: Tensor) -> Difference | None:
     size = value.numel() / max(site.log_prob.numel(), 1) if isinstance(value, Tensor) else 1.0
     # Rounding errors of as many terms as there are in an event.
     return largest(one, other, (accuracy(one, other), math.sqrt(max(size, 1.0))))
+
+
+def beyond_noise(
+    found: dict[Any, Difference],
+    once: Callable[[Any], Tensor],
+    again: Callable[[], dict[Any, Tensor] | None],
+) -> dict[Any, Difference] | None:
+    """Those differences that are clearly larger than what a particle differs by from itself.
+
+    Arguments:
+        found: differences of log densities, by site.
+        once: the log density of a site in a run of one particle.
+        again: the log densities in another run of that particle, its values moved by a few roundings; None if
+            there is none to be had.
+
+    Returns:
+        What is left of them; None if nothing can be said, or nothing is left.
+    """
+    for _ in range(RUNS):
+        twice = again() if found else None
+        if twice is None:
+            return None
+        noise = {key: largest(once(key), twice[key], None) for key in found if key in twice}
+        found = {
+            key: found[key]
+            for key, own in noise.items()
+            if found[key].size > CLEARLY * (0.0 if own is None else own.size)
+        }
+    return found or None
+
+
+def given_latents(guide: Trace, take: Callable[[Any, Callable[[Any], Tensor]], Any], move: float) -> Any:
+    """Latent values for a run of one particle, by site.
+
+    Those of a Delta are left to be computed: they would have to be met to the last bit. So are those that are
+    enumerated.
+
+    Arguments:
+        guide: the guide's trace.
+        take: makes such a value, given a site's message and what reads a tensor off such a message; None
+            where there is none.
+        move: how far values are moved, relative to their size.
+    """
+    values: dict[str, Tensor] = {}
+    for name, site in latent_sites(guide).items():
+        if isinstance(base_of(site["fn"]), Delta) or is_enumerated_in_guide(site):
+            continue
+        value = take(site, lambda message: message["value"])
+        if value is None:
+            continue
+        if move and is_real(site["fn"]):
+            value = value * (1 + min(4 * torch.finfo(value.dtype).eps, move))
+        if hasattr(site["value"], "_unquantize"):  # what a straight-through value is scored at
+            value._unquantize = take(site, lambda message: message["value"]._unquantize)
+        values[name] = value
+    return values
 
 
 def copy_of(pair: PairTraces) -> PairTraces:

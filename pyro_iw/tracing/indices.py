@@ -12,24 +12,20 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
 from torch import Tensor
 
 from .compared import (
-    CLEARLY,
     FAILURES,
     ROUNDING,
-    RUNS,
     Difference,
+    beyond_noise,
+    by_name,
     copy_of,
     difference_of,
-    is_real,
-    largest,
+    given_latents,
     read_aside,
     scored,
 )
-from .guide_values import is_enumerated_in_guide
-from .messages import base_of, latent_sites
 from .minibatches import OneMinibatch
 from .sites import Site
 from .traces import Pair, PairTraces, Traces, trace_particle
@@ -84,9 +80,9 @@ def check_indices(pair: Pair, traces: Traces, minibatch: dict[str, Any], kept: K
                 traced = trace_particle(pair, _by_turns(pairs, plates, move), enum_dim)
         except FAILURES:
             return {}
-        return _by_name(read_aside(Traces([traced], 1, None, enum_dim)))
+        return by_name(read_aside(Traces([traced], 1, None, enum_dim)) or [])
 
-    first, second = (_by_name(sites) for sites in two)
+    first, second = (by_name(sites or []) for sites in two)
     mixed = run(traces.pairs[:2])
     suspects = {}
     for key in [key for key in first if key in second and key in mixed]:
@@ -94,39 +90,25 @@ def check_indices(pair: Pair, traces: Traces, minibatch: dict[str, Any], kept: K
         found = difference_of(first[key], drawn, scored(mixed[key]))
         if found is not None:
             suspects[key] = found
-    for _ in range(RUNS if suspects else 0):
-        again = run(traces.pairs[:1], ROUNDING)
-        for key, found in list(suspects.items()):
-            noise = largest(scored(first[key]), scored(again[key]), None) if key in again else found
-            if noise is not None and found.size <= CLEARLY * noise.size:
-                del suspects[key]
-    for key, found in suspects.items():
+
+    def again() -> dict[Any, Tensor]:
+        return {key: scored(site) for key, site in run(traces.pairs[:1], ROUNDING).items()}
+
+    for key, found in (beyond_noise(suspects, lambda key: scored(first[key]), again) or {}).items():
         raise ValueError(dependent_indices(first[key], plates, found))
 
 
-def _by_name(sites: list[Site] | None) -> dict[Any, Site]:
-    return {(site.role, site.name): site for site in sites or ()}
-
-
 def _by_turns(pairs: list[PairTraces], plates: frozenset[str], move: float) -> dict[str, Tensor]:
-    """Latent values, those of the first pair at even indices and of the last at odd ones.
+    """Latent values, those of the first pair at even indices and of the last at odd ones."""
+    others: Any = pairs[-1].guide.nodes
 
-    Those of a Delta are left to be computed, and those that are enumerated as they are.
-    """
-    values = {}
-    for name, site in latent_sites(pairs[0].guide).items():
-        other: Any = pairs[-1].guide.nodes.get(name)
-        if other is None or isinstance(base_of(site["fn"]), Delta) or is_enumerated_in_guide(site):
-            continue
+    def take(site: Any, read: Callable[[Any], Tensor]) -> Tensor | None:
+        if site["name"] not in others:
+            return None
         event_dim = getattr(site["fn"], "event_dim", 0)
-        value: Any = _turns(site["value"], other["value"], site["cond_indep_stack"], plates, event_dim)
-        if move and is_real(site["fn"]):
-            value = value * (1 + min(4 * torch.finfo(value.dtype).eps, move))
-        if hasattr(site["value"], "_unquantize"):  # what a straight-through value is scored at
-            even, odd = site["value"]._unquantize, other["value"]._unquantize
-            value._unquantize = _turns(even, odd, site["cond_indep_stack"], plates, event_dim)
-        values[name] = value
-    return values
+        return _turns(read(site), read(others[site["name"]]), site["cond_indep_stack"], plates, event_dim)
+
+    return given_latents(pairs[0].guide, take, move)
 
 
 def _turns(even: Tensor, odd: Tensor, frames: Any, plates: frozenset[str], event_dim: int = 0) -> Tensor:
