@@ -15,6 +15,7 @@ which patterns an image is the sum of.
 
 import itertools
 import math
+import textwrap
 
 import matplotlib.pyplot as plt
 import pyro
@@ -89,7 +90,7 @@ print(f"log p(x) of the model that made the data: {best.log_p(x):.2f}")
 try:
     IWAE_ELBO(K=8).loss_and_grads(Switches().model, Switches().guide, x)
 except ValueError as error:
-    print(error)
+    print(textwrap.fill(str(error), 84))
 
 # %%
 # Noise of the gradient
