@@ -68,9 +68,8 @@ class Switches(nn.Module):
     @torch.no_grad()
     def log_p(self, x):
         joint = dist.Bernoulli(logits=self.prior).log_prob(states).sum(-1)
-        joint = joint + dist.Normal(states @ self.patterns, 0.5).log_prob(x[:, None]).sum(
-            -1
-        )
+        of_x = dist.Normal(states @ self.patterns, 0.5)
+        joint = joint + of_x.log_prob(x[:, None]).sum(-1)
         return joint.logsumexp(-1).mean()
 
 
