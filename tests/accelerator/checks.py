@@ -148,6 +148,7 @@ class TestThatTheChecksBite:
             torch.stack([there.sum(), torch.ones(())])
         assert (there * torch.tensor(3.0)).sum().item() == 6
 
+    @simulated
     def test_it_counts(self):
         with counting() as counts:
             there = torch.tensor([1.0, 2.0], device=THERE)

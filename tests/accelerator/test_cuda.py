@@ -5,6 +5,7 @@ tests/accelerator/checks.py``.
 """
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
@@ -67,6 +68,61 @@ def test_compiled_steps_replay_eagers(name, options):
     values = [value for value, _ in found[True]]
     assert values[3] == values[4]
     assert values[2] != values[3]
+
+
+class Mixture:
+    """A discrete latent a datapoint; without a path, its draws and a normal's look at values on a GPU."""
+
+    def __init__(self):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        self.x = torch.randn(6, device=DEVICE)
+        self.loc, self.one = torch.tensor([-1.0, 0.0, 1.0], device=DEVICE), torch.ones((), device=DEVICE)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(logits=0 * self.loc))
+            pyro.sample("x", dist.Normal(self.loc[z], self.one), obs=x)
+
+    def guide(self, x):
+        logits = pyro.param("logits", lambda: torch.zeros(6, 3, device=DEVICE))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(logits=logits))
+
+
+class Correlated:
+    """A covariance, whose decomposition is looked at: no CUDA graph can hold it."""
+
+    def __init__(self):
+        pyro.clear_param_store()
+        self.x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        self.zeros = torch.zeros(2, device=DEVICE)
+        self.covariance = torch.tensor([[1.0, 0.5], [0.5, 1.0]], device=DEVICE)
+
+    def model(self, x):
+        z = pyro.sample("z", dist.MultivariateNormal(self.zeros, self.covariance))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.MultivariateNormal(z, self.covariance), obs=x)
+
+    def guide(self, x):
+        loc = pyro.param("loc", lambda: self.zeros.clone())
+        size = pyro.param("size", lambda: self.zeros.clone())
+        covariance = torch.diag_embed(size.exp()) + 0.1 * self.covariance
+        pyro.sample("z", dist.MultivariateNormal(loc, covariance))
+
+
+@pytest.mark.parametrize(("pair", "estimator"), [(Mixture, "vimco"), (Mixture, "rws"), (Correlated, "dreg")])
+def test_what_a_cuda_graph_cannot_hold(pair, estimator):
+    """Draws that look at values are made in another way; other looks do without a CUDA graph."""
+    found = {}
+    for compiled in (False, True):
+        loss, made = IWAE_ELBO(K=4, estimator=estimator, compile=compiled), pair()
+        found[compiled] = [step(loss, made, seed=seed) for seed in (0, 1, 1)]
+        if compiled:
+            assert loss.compile_seconds
+    for one, other in zip(*found.values(), strict=True):
+        close(one, other)
+    assert torch.randn(3, device=DEVICE).isfinite().all()  # the generator is none the worse
 
 
 def test_compiled_training():
@@ -154,7 +210,7 @@ def test_a_group_over_nccl():
     distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     try:
         group = distributed.group.WORLD
-        for options in ({}, {"compile": True}, {"chunk_size": 2}, {"backward_particles": 2}):
+        for options in ({}, {"compile": True}, {"backward_particles": 2}):
             loss = IWAE_ELBO(K=6, particle_group=group, **options)
             pair = Pair(DEVICE)
             for seed in (0, 1):
