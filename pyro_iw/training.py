@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -90,6 +91,15 @@ class TrainedLoss(ELBO):
         """A gradient has been taken."""
         if self._counted is None:
             self.steps += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainedLoss:
+        other = copy.copy(self)
+        memo[id(self)] = other
+        group = getattr(self, "particle_group", None)
+        memo[id(group)] = group  # processes cannot be copied
+        for name, value in vars(other).items():
+            setattr(other, name, copy.deepcopy(value, memo))
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no optimiser to count, and has met nobody.

@@ -35,6 +35,9 @@ WORDS = 6
 
 _FINE, _FAILED = 0, 1
 
+#: What ``torch.distributed.new_group`` gives to processes that it leaves out.
+_NOT_A_MEMBER: Any = dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else object()
+
 #: How long a rank waits, after a failed operation, for the others to say that they are still there.
 _GRACE = datetime.timedelta(seconds=5)
 
@@ -62,8 +65,6 @@ class Group:
         self.process_group = as_process_group(name, group)
         self.size = dist.get_world_size(self.process_group)
         self.rank = dist.get_rank(self.process_group)
-        if self.rank < 0:
-            raise ValueError(f"{name} is a group that this process (rank {dist.get_rank()}) is not part of")
         #: Ranks in the world, by which a message names a process.
         self.world_ranks: list[int] = dist.get_process_group_ranks(self.process_group)
         self._words = self.process_group
@@ -72,6 +73,9 @@ class Group:
             self._words = dist.new_group(self.world_ranks, backend="gloo", use_local_synchronization=True)
         self._room = 0  # bytes for a tensor at every meeting, the same on all ranks
         self._meetings = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self  # a copy of what uses it meets the same ranks, at meetings that are counted here
 
     @contextmanager
     def meeting(self, subject: str) -> Iterator[list[Any]]:
@@ -263,7 +267,12 @@ def as_process_group(name: str, group: Any) -> ProcessGroup:
                 f"mesh[{names[-1]!r}]" if names else "mesh['particles'] of a mesh whose dimensions have names"
             )
             raise ValueError(f"{name} is a mesh of {group.ndim} dimensions. Pass one of them: {example}.")
-        return group.get_group()
+        group = _NOT_A_MEMBER if group.get_coordinate() is None else group.get_group()
+    if isinstance(group, type(_NOT_A_MEMBER)) and group == _NOT_A_MEMBER:
+        raise ValueError(
+            f"{name} is a group that this process (rank {dist.get_rank()}) is not part of. Pass the one that "
+            "it is in, or leave the argument out."
+        )
     if not isinstance(group, ProcessGroup):
         raise ValueError(
             f"{name} must be a torch.distributed.ProcessGroup or a DeviceMesh of one dimension, got {group!r}"

@@ -18,6 +18,7 @@ from a seed that the first rank of the group draws for the step.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import math
@@ -133,6 +134,11 @@ class ParticleGroup:
         self._recorded: Callable[[ParticleGroup, Tensor], Tensor] | None = None
         self._everything: Tensor | None = None
         self._own: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParticleGroup:
+        other = copy.copy(self)
+        other._generators, other.parameters = {}, []
+        return other
 
     # Steps --------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """What ranks of a particle group do where one of them is not as the others are: all end, and say which."""
 
+import copy
 import time
 
 import pyro
@@ -8,12 +9,12 @@ import pytest
 import torch
 import torch.distributed
 from pyro.infer import SVI
+from torch.distributed.device_mesh import DeviceMesh
 
 from helpers.ranks import run_on_ranks
-from pyro_iw import FIVO_ELBO, IWAE_ELBO, MIWAE_ELBO, FusedOptim, LocallyEnhancedELBO
+from pyro_iw import FIVO_ELBO, IWAE_ELBO, MIWAE_ELBO, FusedOptim, LocallyEnhancedELBO, check
 from pyro_iw.bounds import IWAE, MIWAE
 from pyro_iw.gradients.snr import gradient_snr
-from pyro_iw.ranks.group import RankError
 
 
 class Pair:
@@ -165,11 +166,42 @@ def refusals(rank):
     pair = Pair()
     with pytest.raises(ValueError, match="particle_group"):
         gradient_snr(IWAE_ELBO(K=4, particle_group=group()), pair.model, pair.guide)
-    assert issubclass(RankError, RuntimeError)
+    for another in torch.distributed.new_group([0]), DeviceMesh("cpu", [0]):
+        if rank == 0:
+            IWAE_ELBO(K=4, particle_group=another)
+            continue
+        with pytest.raises(
+            ValueError, match=r"particle_group is a group that this process \(rank 1\) is not"
+        ):
+            IWAE_ELBO(K=4, particle_group=another)
 
 
 def test_what_cannot_be_divided_is_refused():
     run_on_ranks(refusals, 2)
+
+
+def copied(rank):
+    """A loss of a group that was checked, on one rank alone, and a copy that goes on with the others."""
+    pair = Pair()
+    loss = IWAE_ELBO(K=4, particle_group=group())
+    loss.loss_and_grads(pair.model, pair.guide)
+    if rank == 0:
+        found = check(pair.model, pair.guide, loss=loss)
+        assert found.error is None
+        assert found.estimators["dreg"] is None
+    other = copy.deepcopy(loss)
+    assert other.particle_group is group()
+    values = []
+    for one in loss, other:
+        pyro.set_rng_seed(rank)
+        values.append(one.loss(pair.model, pair.guide))
+    assert values[0] == values[1]
+    return values
+
+
+def test_checks_and_copies():
+    first, second = run_on_ranks(copied, 2)
+    assert first == second
 
 
 def advised(rank):
