@@ -87,6 +87,11 @@ class TrainedLoss(ELBO):
     def _count_one(self, *_: Any) -> None:
         self.steps += 1
 
+    def _clock(self) -> str:
+        """Where the ``kl_weight`` of the next step is, in words."""
+        weight = getattr(self, "kl_weight", None)
+        return f"kl_weight after {self.steps} steps" if callable(weight) else f"kl_weight={weight}"
+
     def _count(self) -> None:
         """A gradient has been taken."""
         if self._counted is None:
@@ -120,7 +125,8 @@ def gradient_step(method: _Method) -> _Method:
             return method(self, model, guide, *args, **kwargs)
         if self._data_axis is None:
             self._data_axis = DataAxis(self._warn_once, {PARTICLE_PLATE})
-        with self._data_axis.step(model, guide, getattr(self, "particle_group", None) is not None):
+        same_seeds = getattr(self, "particle_group", None) is not None
+        with self._data_axis.step(model, guide, same_seeds, self._clock):
             loss = method(self, model, guide, *args, **kwargs)
         self._data_axis.warn_of_scale(loss)
         return loss

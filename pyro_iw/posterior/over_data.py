@@ -176,10 +176,10 @@ def _refuse_the_same(marks: Sequence[int | None], group: Group) -> None:
     if same is not None:
         raise ValueError(
             f"Ranks {', '.join(map(str, same))} of data_group= evaluated the same data, which would "
-            f"count {len(same)} times. Give each rank a part of its own: a DataLoader with a DistributedSampler, or "
-            "data[rank::size] with indices=range(rank, N, size). (If the parts are alike but not the same, "
-            "say by indices= which datapoints each has. Ranks that share particles do not belong to one "
-            "data_group.)"
+            f"count {len(same)} times. Give each rank a part of its own: a DataLoader with a "
+            "DistributedSampler, or data[rank::size] with indices=range(rank, N, size). (If the parts are "
+            "alike but not the same, say by indices= which datapoints each has. Ranks that share particles "
+            "do not belong to one data_group.)"
         )
 
 
