@@ -43,7 +43,21 @@ _GRACE = datetime.timedelta(seconds=5)
 
 
 class RankError(RuntimeError):
-    """One of the processes that share a task has failed, or does something else than the others."""
+    """One of the processes that share a task has failed, or does something else than the others.
+
+    Raised on all of them, but that on a rank which failed its own error goes on; the message names that rank.
+    After one of a loss or an evaluation all ranks may go on, with the next minibatch,
+    say; after one that says that a rank did not come they may not.
+
+    Example:
+        >>> def step():  # on a rank that is fine itself
+        ...     raise RankError("the log-weights of a step: rank 1 raised KeyError: 'labels'")
+        >>> try:
+        ...     step()
+        ... except RankError as error:
+        ...     print(f"stopped, since of {error}")
+        stopped, since of the log-weights of a step: rank 1 raised KeyError: 'labels'
+    """
 
 
 class Group:
