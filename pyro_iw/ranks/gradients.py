@@ -225,13 +225,15 @@ class AveragedGradients:
                         "the first step that uses it."
                     )
             constraints = store.get_state()["constraints"]
-            own = [name for name in lacking if sources[name] == self.group.rank]
+            own = {name: store[name].detach() for name in lacking if sources[name] == self.group.rank}
+            here = {param.device.type: param.device for _, param in store.named_parameters()}
             for made in self.group.hear(
-                {name: (store[name].detach().cpu(), constraints[name]) for name in own}
+                {name: (value.cpu(), value.device.type, constraints[name]) for name, value in own.items()}
             ):
-                for name, (value, constraint) in made.items():
+                for name, (value, kind, constraint) in made.items():
                     if name not in told[self.group.rank].known:
-                        store.setdefault(name, value, constraint)
+                        # Each rank has a device of its own, of one kind on all of them.
+                        store.setdefault(name, value.to(here.get(kind, kind)), constraint)
         everything = dict(store.named_parameters())
         for name in entries.keys() - named.keys():
             named[name] = everything[name]

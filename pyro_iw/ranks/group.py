@@ -46,8 +46,8 @@ class RankError(RuntimeError):
     """One of the processes that share a task has failed, or does something else than the others.
 
     Raised on all of them, but that on a rank which failed its own error goes on; the message names that rank.
-    After one of a loss or an evaluation all ranks may go on, with the next minibatch,
-    say; after one that says that a rank did not come they may not.
+    After one of a loss or an evaluation all ranks may go on, with the next minibatch, say; after one that says
+    that a rank did not come they may not.
 
     Example:
         >>> def step():  # on a rank that is fine itself

@@ -19,7 +19,6 @@ from a seed that the first rank of the group draws for the step.
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import math
 import weakref
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .._support.random_state import RandomState
+from .exchange import seed_of
 from .group import Group, RankError
 from .seeds import random_digests
 
@@ -275,9 +275,7 @@ class ParticleGroup:
         Returns:
             The random state, which is the present one.
         """
-        place = self.block.start + start
-        mixed = hashlib.blake2b(f"{self.seed()} {place}".encode(), digest_size=8).digest()
-        return RandomState.seeded(int.from_bytes(mixed, "little") >> 1)
+        return RandomState.seeded(seed_of(self.seed(), self.block.start + start))
 
     def ready(self) -> None:
         """Have the minibatches of the step begin where they should, if its plates draw any."""
