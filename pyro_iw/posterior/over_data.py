@@ -22,7 +22,7 @@ from torch.utils.data import DistributedSampler
 from .._support.random_state import RandomState
 from .._support.warn import warn
 from ..ranks.exchange import checksum, seed_of
-from ..ranks.group import Group, as_process_group
+from ..ranks.group import Group
 from .evidence import LogMarginal
 
 if TYPE_CHECKING:  # a PyTorch may be built without
@@ -30,8 +30,6 @@ if TYPE_CHECKING:  # a PyTorch may be built without
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["NO_BATCH", "evaluate_over_ranks"]
-
-_GROUPS: dict[ProcessGroup, Group] = {}
 
 NO_BATCH = "The loader gave no batch, so there is nothing to evaluate."
 
@@ -66,7 +64,7 @@ def evaluate_over_ranks(
         if alone is None:
             raise ValueError(NO_BATCH)
         return alone
-    group = _group(data_group)
+    group = Group.of("data_group", data_group)
     own = int(torch.randint(2**62, ()))
     state = RandomState.now()
     try:
@@ -101,14 +99,6 @@ def evaluate_over_ranks(
     _warn_of_other_parameters([sums for *_, sums in told], group)
     device = torch.device("cpu") if part is None else part.values.device
     return _mapped(whole, lambda column: column.to(device))
-
-
-def _group(data_group: ProcessGroup | DeviceMesh) -> Group:
-    """The ranks of a group, the same object whenever it is asked for: each keeps a connection of its own."""
-    key = as_process_group("data_group", data_group)
-    if key not in _GROUPS:
-        _GROUPS[key] = Group("data_group", key)
-    return _GROUPS[key]
 
 
 def _known(

@@ -84,7 +84,7 @@ class DataAxis:
         if caller is not None and caller not in self._met:
             self._met.add(caller)
             if isinstance(caller, DistributedDataParallel):
-                group = Group("process_group", caller.process_group)
+                group = Group.of("process_group", caller.process_group)
             if same_seeds and averaged is not None:
                 averaged.leave_seeds()
             if group is None and not any(wrapped(fn) for fn in (model, guide)):

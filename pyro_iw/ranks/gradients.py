@@ -71,7 +71,7 @@ class AveragedGradients:
     _counts: ClassVar[dict[tuple[int, ...], int]] = defaultdict(int)
 
     def __init__(self, process_group: Any, describe: Callable[[str, Tensor], Any]) -> None:
-        self.group = Group("process_group", process_group)
+        self.group = Group.of("process_group", process_group)
         self._seeds = SameSeeds(self.group)
         self._begin(describe)
 

@@ -5,10 +5,11 @@ up numbers in silence. So everything that is exchanged here is exchanged at a *m
 fared and what it brings, in a few integers on the CPU; if one has failed, or they do not bring the same,
 every rank raises, and the error names the rank.
 
-On a CPU those words travel in front of the tensor that is exchanged, in one collective operation. For the
-ranks not to wait for one another in operations of different sizes, all meetings of a group have the size of
-the last tensor that was exchanged, whatever they are about: a rank that fails early, and does not know which
-of the meetings the others are at, fills that room with nothing and says that it has failed.
+On a CPU those words travel in front of the tensor that is exchanged, if that is small, in one collective
+operation. For the ranks not to meet in operations of different sizes, at which gloo ends the process, all
+meetings of a group have the size of the last such tensor, whatever they are about and whoever calls them: a
+rank that fails early, or is at another meeting than the others, fills that room with nothing. So there is one
+:class:`Group` of a process group, which losses, optimisers and samplers share: :meth:`Group.of`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pickle
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,12 @@ _FINE, _FAILED = 0, 1
 #: What ``torch.distributed.new_group`` gives to processes that it leaves out.
 _NOT_A_MEMBER: Any = dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else object()
 
+#: Bytes of a tensor that still travels with the words; every meeting may come to have this size.
+_SMALL = 2**14
+
+#: The attribute of an error that says which ranks know of it.
+_KNOWING = "_known_to_ranks"
+
 #: How long a rank waits, after a failed operation, for the others to say that they are still there.
 _GRACE = datetime.timedelta(seconds=5)
 
@@ -46,7 +53,7 @@ class RankError(RuntimeError):
     """One of the processes that share a task has failed, or does something else than the others.
 
     Raised on all of them, but that on a rank which failed its own error goes on; the message names that rank.
-    After one of a loss or an evaluation all ranks may go on, with the next minibatch, say; after one that says
+    After one of a loss or an evaluation all ranks may go on, say with the next minibatch; after one that says
     that a rank did not come they may not.
 
     Example:
@@ -74,6 +81,16 @@ class Group:
     Raises:
         ValueError: if it is no such thing, has several dimensions, or this process does not belong to it.
     """
+
+    _known: ClassVar[dict[Any, Group]] = {}
+
+    @classmethod
+    def of(cls, name: str, group: ProcessGroup | DeviceMesh) -> Group:
+        """The processes of a group, the same object whoever asks for them; as of the class."""
+        key = as_process_group(name, group)
+        if key not in cls._known:
+            cls._known[key] = cls(name, key)
+        return cls._known[key]
 
     def __init__(self, name: str, group: ProcessGroup | DeviceMesh) -> None:
         self.process_group = as_process_group(name, group)
@@ -116,13 +133,22 @@ class Group:
     def tell(self, subject: str, failure: Exception) -> None:
         """Come to a meeting with the news that this rank has failed; the others raise it by its name.
 
+        Of a failure that all of them have heard of, at a meeting of these or more ranks, nobody tells twice:
+        they may have left the step, and be at no meeting any more.
+
         Arguments:
             subject: what it failed at.
             failure: its error.
         """
-        if self.size > 1:
+        if self.size > 1 and not _knowing(failure).issuperset(self.world_ranks):
             with suppress(RankError):
                 self._meet(subject, f"{type(failure).__name__}: {failure}", failed=True)
+            self._known_to_all(failure)
+
+    def _known_to_all(self, failure: Exception) -> Exception:
+        with suppress(AttributeError):  # of an error that takes no attributes
+            setattr(failure, _KNOWING, _knowing(failure).union(self.world_ranks))
+        return failure
 
     def say(self, subject: str, brought: Sequence[Any] = (), words: Sequence[int] = ()) -> list[list[int]]:
         """Exchange a few integers.
@@ -148,7 +174,8 @@ class Group:
         """Exchange tensors of one shape and dtype, and a few integers.
 
         On a CPU that is one operation, in which each rank sends 64 bytes and those of its tensor, rounded up
-        to 8; on an accelerator the tensors go apart from the words, and nothing waits for the device.
+        to 8, if that is small; larger ones, and those on an accelerator, go apart from the words, and nothing
+        waits for the device.
 
         Arguments:
             subject: what for; the same on all ranks.
@@ -166,10 +193,10 @@ class Group:
         if self.size == 1:
             return [[*words]], tensor.unsqueeze(0)
         said = repr((subject, *brought, tensor.dtype, list(tensor.shape)))
-        if tensor.device.type != "cpu":
+        size = -(-tensor.numel() * tensor.element_size() // 8) * 8
+        if tensor.device.type != "cpu" or size > _SMALL:
             heard, _ = self._meet(subject, said, words)
             return heard, self._gather(tensor, self.process_group)
-        size = -(-tensor.numel() * tensor.element_size() // 8) * 8
         if size != self._room:
             self._meet(subject, said, words)
             self._room = size
@@ -224,9 +251,9 @@ class Group:
         each = list(zip(self.world_ranks, self.hear(said), failed, strict=True))
         if any(failed):
             which = "; ".join(f"rank {rank} raised {words}" for rank, words, is_so in each if is_so)
-            raise RankError(f"{subject}: {which}")
+            raise self._known_to_all(RankError(f"{subject}: {which}"))
         which = "; ".join(f"rank {rank} has {words}" for rank, words, _ in each)
-        raise RankError(f"{subject}: the ranks do not bring the same. {which}")
+        raise self._known_to_all(RankError(f"{subject}: the ranks do not bring the same. {which}"))
 
     def _gather(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
         tensor = tensor.detach().contiguous()
@@ -234,7 +261,7 @@ class Group:
         try:
             dist.all_gather(list(everything.unbind(0)), tensor, group=group)
         except RuntimeError as error:
-            raise RankError(self._who_is_missing(error)) from error
+            raise self._known_to_all(RankError(self._who_is_missing(error))) from error
         return everything
 
     def _who_is_missing(self, error: RuntimeError) -> str:
@@ -258,6 +285,11 @@ class Group:
             f"life: it has ended, has failed outside of the loss, or waits for something else {said}. Look "
             "at its own output."
         )
+
+
+def _knowing(failure: Exception) -> frozenset[int]:
+    """The ranks in the world that have heard of an error."""
+    return getattr(failure, _KNOWING, frozenset())
 
 
 def _listed(ranks: Sequence[int]) -> str:

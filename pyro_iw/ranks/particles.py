@@ -113,7 +113,7 @@ class ParticleGroup:
     """
 
     def __init__(self, group: Any, bound: Any) -> None:
-        self.group = Group("particle_group", group)
+        self.group = Group.of("particle_group", group)
         self.size = self.group.size
         if bound.num_particles % self.size:
             raise ValueError(

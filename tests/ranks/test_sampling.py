@@ -1,5 +1,6 @@
 """The importance sampler over ranks: the whole on each of them, and what one process would have drawn."""
 
+import datetime
 import os
 import warnings
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from helpers.ranks import run_on_ranks
 from pyro_iw import AnnealedImportanceSampler, ImportanceSampler, LogMarginal
 from pyro_iw.bounds import MIWAE
 from pyro_iw.posterior import over_data
+from pyro_iw.ranks import group as the_group
 from pyro_iw.ranks.exchange import seed_of
 
 
@@ -228,7 +230,7 @@ def many_evaluations(rank):
     sampler = ImportanceSampler(model, guide, 200, progress=False)
     mine = {"data_group": group, "indices": range(len(x) * rank, len(x) * (rank + 1))}
     by_data, by_particles = [], []
-    for _ in range(150):
+    for _ in range(80):
         result = sampler.log_marginal_dataset([x], **mine)
         by_data.append((result.mean, result.monte_carlo_error))
     shared = ImportanceSampler(model, guide, 400, chunk_size=200, **world())
@@ -396,6 +398,7 @@ def test_two_of_three_ranks_with_the_same_data():
 
 
 def one_dies(rank):
+    the_group._GRACE = datetime.timedelta(seconds=1)
     sampler = ImportanceSampler(model, guide, 20, chunk_size=5, **world())
     sampler.log_marginal(X)
     if rank == 1:
