@@ -258,9 +258,9 @@ class AveragedGradients:
             for rank, theirs in zip(ranks, told, strict=True):
                 if theirs[name] != told[0][name]:
                     raise RankError(
-                        f"Parameter {name!r} has another state or other options of the optimiser on rank "
-                        f"{rank} than on rank {ranks[0]}. Load a checkpoint on all ranks, and give them the "
-                        "same options."
+                        f"Parameter {name!r} has another optimiser, or another state or other options of it "
+                        f"(clip_args included), on rank {rank} than on rank {ranks[0]}. Load a checkpoint on "
+                        "all ranks, and give them the same options."
                     )
         is_at_home = True
         for name in new:
