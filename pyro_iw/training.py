@@ -125,7 +125,8 @@ def gradient_step(method: _Method) -> _Method:
             return method(self, model, guide, *args, **kwargs)
         if self._data_axis is None:
             self._data_axis = DataAxis(self._warn_once, {PARTICLE_PLATE})
-        same_seeds = getattr(self, "particle_group", None) is not None
+        shared = getattr(self, "_ranks", None)
+        same_seeds = shared is not None and shared.size > 1
         with self._data_axis.step(model, guide, same_seeds, self._clock):
             loss = method(self, model, guide, *args, **kwargs)
         self._data_axis.warn_of_scale(loss)

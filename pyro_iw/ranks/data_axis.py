@@ -89,6 +89,14 @@ class DataAxis:
                 averaged.leave_seeds()
             if group is None and not any(wrapped(fn) for fn in (model, guide)):
                 warn_of_drift("SVI", [optim], self._warn)
+            if group is not None and same_seeds and 1 < group.size < dist.get_world_size():
+                ranks = ", ".join(map(str, group.world_ranks))
+                self._warn(
+                    f"Gradients are averaged over the ranks {ranks} of {dist.get_world_size()} alone, and "
+                    "other ranks train a model of their own. With particle_group= on a mesh average over all "
+                    "of its ranks: process_group=torch.distributed.group.WORLD. If it is meant: "
+                    "warnings.filterwarnings('ignore', 'Gradients are averaged over the ranks')."
+                )
             if group is not None and group.size > 1:
                 with self._first_step(caller, group, same_seeds or averaged is not None, clock):
                     yield

@@ -1,6 +1,7 @@
 """What goes wrong in silence where ranks have data of their own is right, refused, or warned of by name."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pyro
@@ -119,6 +120,8 @@ def ddp(rank):
     found["lazy, run before"] = outcome(step, lazy, guide)
     pyro.set_rng_seed(7)
     found["same seed"] = outcome(step, *pair(N))
+    alone = [td.new_group([one]) for one in range(2)][rank]
+    found["same seed, particles of one rank"] = outcome(partial(step, particle_group=alone), *pair(N))
     return found, [param.grad.tolist() for param in guide.parameters()]
 
 
@@ -136,8 +139,9 @@ def test_under_ddp():
     assert "pyro.plate('data', N, len(data))" in message
     (message,) = first["no plate"]
     assert "The model, in which site 'x' is in no plate, takes" in message
-    (message,) = first["same seed"]
-    assert message.startswith("Ranks 0, 1 draw the same random numbers")
+    for what in ("same seed", "same seed, particles of one rank"):
+        (message,) = first[what]
+        assert message.startswith("Ranks 0, 1 draw the same random numbers")
     statement, message = first["global"]
     assert statement.startswith("Parameter 'shift' of a pyro.param statement")
     assert "beside which the prior of 'scale' counts once a rank" in message

@@ -244,6 +244,9 @@ def wrapped(rank):
             optim.step()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    engine = nn.parallel.DistributedDataParallel(engine.module, process_group=mesh["particles"].get_group())
+    with pytest.warns(UserWarning, match=f"over the ranks {2 * data}, {2 * data + 1} of 4 alone"):
+        engine(x[own])
 
 
 class Plain(nn.Module):
