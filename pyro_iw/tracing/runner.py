@@ -255,7 +255,7 @@ class Runner:
             seen: how many values each BatchNorm in train mode saw.
             minibatch: the subsamples of a new run.
         """
-        if is_new or seen:
+        if is_new or any(module not in probe.normalising for module in seen):
             alone = Alone(pair, traces, minibatch.indices, self.kept)
             with torch.no_grad(), fork_rng():
                 with watch_batch_norm(restore=True) as normalised:
@@ -265,6 +265,8 @@ class Runner:
                 with watch_batch_norm(restore=True):
                     known = is_new and not mixed and alone.compare()
             torch.clear_autocast_cache()  # of casts made without gradients
+            if runs:
+                probe.normalising.update(seen)
             if is_new:
                 probe.compared.add(_kind(pair, probe, None if known else torch.is_grad_enabled()))
         probe.watched = probe.watched or torch.is_grad_enabled()
