@@ -282,9 +282,9 @@ def _log_prob(role: str, name: str, message: Any) -> Tensor:
         ) from error
     except (ValueError, RuntimeError) as error:
         outside = role == "model" and not message["is_observed"] and "within the support" in str(error)
-        advice = (
-            f"\nThe guide proposes values that the prior excludes. {own_support(name)}" if outside else ""
-        )
+        advice = ""
+        if outside:
+            advice = f"\nThe guide proposes values that the prior excludes. {own_support(name, fn)}"
         raise ValueError(
             f"Evaluating the log density at site {name!r} ({role}) failed with {type(error).__name__}: "
             f"{error}\nvalue: {tuple(value.shape)}, batch shape: {tuple(fn.batch_shape)}, event shape: "
