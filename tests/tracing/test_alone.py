@@ -375,6 +375,12 @@ class TestIndicesOfAPlateThatHaveAWeightEach:
         with pytest.raises(ValueError, match=APART.format("x", "model")):
             ImportanceSampler(model, self.guide, num_particles=8, **way).log_marginal(self.DATA)
 
+    def test_refused_in_chunks_of_one_particle(self):
+        with pytest.raises(ValueError, match=APART.format("x", "model")):
+            IWAE_ELBO(K=8, chunk_size=1).loss(self.model("mean"), self.guide, self.DATA)
+        with pytest.raises(ValueError, match=APART.format("x", "model")):
+            ImportanceSampler(self.model("mean"), self.guide, 8, chunk_size=1).log_marginal(self.DATA)
+
     @pytest.mark.parametrize(("size", "across"), IN_STEP.values(), ids=IN_STEP)
     @pytest.mark.parametrize("vectorize", [True, False])
     def test_refused_whatever_the_distance(self, size, across, vectorize):
