@@ -35,9 +35,10 @@ class FilteredSequences:
         log_marginal: :math:`\\log \\hat p(x)` of each sequence in nats, of shape ``[*cells]``.
         monte_carlo_error: its standard error (delta method), ``[*cells]``; NaN with one filter.
         log_increments: :math:`\\log \\hat p(x_t \\mid x_{<t})`, ``[T, *cells]``, which add up to
-            ``log_marginal``; ``init`` counts with the first step.
+            ``log_marginal``; ``init`` counts with the first step. -inf where no particle survives a step, and
+            NaN from then on.
         ess: effective number of the K particles after each step, averaged over the filters, ``[T, *cells]``;
-            NaN where a sequence is masked.
+            0 for a filter without a living particle, NaN where a sequence is masked.
         weights: of all S = M K particles after each step, summing to 1, ``[T, S, *cells]``.
         ancestors: the particle that each came from in the step before, ``[T, S, *cells]``.
         values: latent sites of the steps, ``[T, S, *batch, *event]``, by name; ``"z"`` for sites that are
@@ -88,7 +89,8 @@ class FilteredSequences:
         return len(self.weights)
 
     def mean(self, name: str | None = None) -> Tensor:
-        """Filtering means E[z_t | x_1, ..., x_t], of shape ``[T, *batch, *event]``; NaN where masked.
+        """Filtering means E[z_t | x_1, ..., x_t], of shape ``[T, *batch, *event]``; NaN where masked, and
+        where no particle is alive.
 
         Arguments:
             name: a latent site; may be left out where there is one.
@@ -127,7 +129,11 @@ class FilteredSequences:
 
         Arguments:
             num_samples: the number n of trajectories of each cell; an integer >= 1.
+
+        Raises:
+            ValueError: if a sequence has no living particle at the end.
         """
+        self._check_alive()
         lineage = multinomial(self.weights[-1], positive_integer("num_samples", num_samples))
         chosen = []
         for t in range(self.num_steps - 1, -1, -1):
@@ -151,10 +157,12 @@ class FilteredSequences:
         Raises:
             NotImplementedError: if the state remembers more than that, naming the tensor, or the sites of a
                 step are not those that were filtered.
+            ValueError: if a sequence has no living particle at the end.
 
         References:
             | Monte Carlo Smoothing for Nonlinear Time Series (Godsill et al., 2004)
         """
+        self._check_alive()
         chosen = smooth(self._past, self.weights, positive_integer("num_samples", num_samples))
         return self._along(chosen)
 
@@ -195,8 +203,19 @@ class FilteredSequences:
         for step, weights, active in zip(values, self.weights, self.active, strict=True):
             placed = self._placed(weights, step, site)
             mean = (placed * step).sum(0)
-            means.append(mean.masked_fill(~self._placed(active.unsqueeze(0), step, site)[0], math.nan))
+            known = (active & (weights.sum(0) > 0)).unsqueeze(0)
+            means.append(mean.masked_fill(~self._placed(known, step, site)[0], math.nan))
         return torch.stack(means)
+
+    def _check_alive(self) -> None:
+        dead = ~self.log_marginal.isfinite()
+        if bool(dead.any()):
+            raise ValueError(
+                f"In {int(dead.sum())} of {dead.numel()} sequence(s), the first of them "
+                f"{dead.nonzero()[0].tolist()}, log p(x) is -inf or NaN: no particle is left to draw "
+                "trajectories from. Filter the other sequences without them, or take a guide that proposes "
+                "what the model allows."
+            )
 
     def _name(self, name: str | None) -> str:
         if name is None and len(self.values) == 1:

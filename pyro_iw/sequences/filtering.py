@@ -38,7 +38,7 @@ from .._support.arguments import positive_integer
 from .._support.random_state import RandomState
 from ..logmean import logmeanexp, softmax
 from ..resampling import multinomial, systematic
-from ..tracing.messages import masks_of, unmasked
+from ..tracing.messages import carries_density, masks_of, unmasked
 from ..tracing.minibatches import OneMinibatch
 from ..tracing.particles import Particles, collect
 from ..tracing.runner import ORDINARY, speaks_for_itself
@@ -311,14 +311,20 @@ class Filter:
     ) -> Moment | None:
         """The moment, its densities added to those before; None if it has no site."""
         traced = traces.pairs[0]
-        messages: list[Any] = [*traced.model.nodes.values(), *traced.guide.nodes.values()]
-        if not any(message["type"] == "sample" for message in messages):
+        traced_by = {"model": traced.model.nodes, "guide": traced.guide.nodes}
+        messages: list[Any] = [
+            message
+            for role, nodes in traced_by.items()
+            for message in nodes.values()
+            if carries_density(role, message)
+        ]
+        if not messages:
             return None
         refuse_enumeration(traced)
         if self.plates is None:
             for message in messages:
                 around = {frame.name for frame in message.get("cond_indep_stack", ())}
-                if message["type"] == "sample" and not around.issuperset(known.plates):
+                if not around.issuperset(known.plates):
                     raise Unknown
         particles = collect(traces, known.plates, False, kl_weight, self.warn_once, before=before)
         active = _active(particles)

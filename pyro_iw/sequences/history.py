@@ -17,7 +17,7 @@ from .filtering import Filtered, Moment
 from .finite import first_not_finite
 from .protocol import INIT, Protocol, Sequences
 from .smoothing import Past, attributes_of
-from .state import FilterState
+from .state import Copies, FilterState
 
 __all__ = ["History", "Watch"]
 
@@ -76,10 +76,12 @@ class History(Watch):
         super().__init__(num_filters, num_particles)
         self.pair = pair
         self._steps: dict[int, _Step] = {}
+        self._copies = Copies()
 
     def __call__(self, moment: Moment, state: FilterState) -> None:
         super().__call__(moment, state)
         filtered = self._of(moment)
+        self._copies.begin()
         self._steps[moment.index] = _Step(
             filtered.log_weights(moment),
             filtered.estimate(moment),
@@ -87,8 +89,8 @@ class History(Watch):
             moment.active,
             read_latents(moment.traces),
             _read_observed(moment),
-            state.snapshot(),
-            attributes_of(*self.pair),
+            state.snapshot(self._copies),
+            attributes_of(self._copies, *self.pair),
         )
 
     def collect(self, filtered: Filtered, sequences: Sequences) -> FilteredSequences:
@@ -120,7 +122,9 @@ class History(Watch):
             within = softmax(log_w, 1)
             between = softmax(step.estimate, 0).unsqueeze(1)
             weights.append((within * between).reshape(size, *cells))
-            ess.append(within.square().sum(1).reciprocal().clamp(max=K).mean(0))
+            squares = within.square().sum(1)
+            number = squares.reciprocal().clamp(max=K)
+            ess.append(number.masked_fill(squares == 0, 0.0).mean(0))  # no particle is alive
         totals = torch.stack([logmeanexp(step.estimate, 0) for step in steps])
         value = steps[-1].estimate
         values, sites = _by_name([step.latents for step in steps])

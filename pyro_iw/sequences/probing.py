@@ -1,15 +1,17 @@
 r"""What passes with one and two particles show about a pair of the SMC protocol, before it is filtered.
 
-Three things have to be known. How many dims the plates take, and which of them all sites share: the particles
+Some things have to be known. How many dims the plates take, and which of them all sites share: the particles
 run left of the former, and have one filter for every cell of the latter. Which tensors of the state have the
 particle dim: those whose shape differs between a pass with one particle and one with two, for a shape alone
 cannot tell (a batch may have as many sequences as there are particles). And whether the state is all the
 memory
 there is: what a model keeps in ``self`` would not follow its particle when that is resampled.
 
-The last is tried out on the first few steps, on given values. If the two particles are exchanged, values and
+That is tried out on the first few steps, on given values. If the two particles are exchanged, values and
 state, after every step, then all densities have to be exchanged with them; if the second particle is made a
-copy of the first, then nothing of the first may change, nor what has no particle dim.
+copy of the first, then nothing of the first may change, nor what has no particle dim. And if the values are
+exchanged in some cells alone, whatever the model makes of that, then the densities of these cells have to be
+exchanged and no others: cells are resampled each by itself, and may know nothing of one another.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ from ..tracing.batch_norm import watch_batch_norm
 from ..tracing.cells import kept_plates
 from ..tracing.enumeration import is_enumerated
 from ..tracing.handlers import GivenValues
+from ..tracing.indices import shuffled
 from ..tracing.messages import latent_sites
 from ..tracing.minibatches import OneMinibatch
 from ..tracing.runner import ORDINARY, speaks_for_itself
 from ..tracing.sites import Site, read_sites
 from ..tracing.traces import PARTICLE_PLATE, PairTraces, Progress, Traces
 from .protocol import INIT, Protocol, Sequences, march, moment_name, naming
-from .state import FilterState, Leaf, in_words
+from .state import Copies, FilterState, Leaf, in_words
 
 __all__ = ["Known", "Unknown", "learn", "refuse_enumeration"]
 
@@ -94,6 +97,7 @@ class _Moment(NamedTuple):
 
     values: dict[str, Tensor]
     event_dims: dict[str, int]
+    frames: dict[str, Any]
     sites: list[Site]
     tensors: dict[Leaf, Tensor]
 
@@ -123,7 +127,7 @@ def learn(
     with torch.no_grad(), fork_rng(), watch_batch_norm(restore=True):
         sites, nesting, shapes = _run_alone(pair, sequences)
         nesting = max(nesting, least_nesting)
-        kept = kept_plates(sites, plates, False, warn_once)
+        kept = kept_plates(sites, plates, False, warn_once, offers_local=False)
         moments, indices = _run_two(pair, sequences, nesting)
         carried = tuple(
             {leaf: tensor.shape != before.get(leaf) for leaf, tensor in moment.tensors.items()}
@@ -174,13 +178,13 @@ def _run_alone(pair: Protocol, sequences: Sequences) -> tuple[list[Site], int, l
 def _run_two(pair: Protocol, sequences: Sequences, nesting: int) -> tuple[list[_Moment], dict[str, Any]]:
     """A pass with two particles, and the subsamples that it drew."""
     moments: list[_Moment] = []
-    state, progress, minibatch = FilterState(2), Progress(), OneMinibatch()
+    state, progress, minibatch, copies = FilterState(2), Progress(), OneMinibatch(), Copies()
     run = march(pair, sequences, state, enclose=_plate_of_two(nesting), progress=progress)
     try:
         with minibatch:
             for moment, traced in run:
                 with naming(moment):
-                    moments.append(_read(traced, nesting, state))
+                    moments.append(_read(traced, nesting, state, copies))
     except Exception as error:
         if type(error) not in ORDINARY or speaks_for_itself(error):
             raise
@@ -199,13 +203,15 @@ def _plate_of_two(nesting: int) -> Any:
     return pyro.plate(PARTICLE_PLATE, 2, dim=-1 - nesting)
 
 
-def _read(traced: PairTraces, nesting: int, state: FilterState) -> _Moment:
+def _read(traced: PairTraces, nesting: int, state: FilterState, copies: Copies) -> _Moment:
+    copies.begin()
     latents: dict[str, Any] = latent_sites(traced.guide)
     return _Moment(
         {name: site["value"] for name, site in latents.items()},
         {name: getattr(site["fn"], "event_dim", 0) for name, site in latents.items()},
+        {name: site["cond_indep_stack"] for name, site in latents.items()},
         read_sites(Traces([traced], 2, -1 - nesting)),
-        state.tensors(),
+        {leaf: copies(tensor) for leaf, tensor in state.tensors().items()},
     )
 
 
@@ -235,10 +241,14 @@ def _check_memory(
     """
     before = RandomState.now()
     runs = [_repeat(pair, sequences, known, moments, indices, change) for change in (_Exchanged, _Copied)]
+    mixed = moments
+    if known.plates:
+        mixed = _repeat(pair, sequences, known, moments, indices, _mixed(known))
     after = RandomState.now()
     if not torch.equal(before.cpu, after.cpu) or any(map(_differ, before.devices, after.devices)):
         return
     for number, (moment, exchanged, copied) in enumerate(zip(moments, *runs, strict=True)):
+        _check_cells(moment, mixed[number], known, number)
         carried = known.carried[number]
         for leaf, tensor in moment.tensors.items():
             mine, theirs = tensor, copied.tensors[leaf]
@@ -272,17 +282,47 @@ def _check_memory(
                 )
 
 
+def _check_cells(moment: _Moment, mixed: _Moment, known: Known, number: int) -> None:
+    """Refuse cells that know of one another."""
+    for site, other in zip(moment.sites, mixed.sites, strict=True):
+        if not _has_two(site.log_prob, known.nesting) or not _has_two(other.log_prob, known.nesting):
+            continue
+        wanted = _exchange_in_some(site.log_prob, site.frames, 0, known)
+        if not _agree(wanted, other.log_prob):
+            plates = " and ".join(map(repr, known.plates))
+            raise ValueError(
+                f"The density of site {site} at {moment_name(number - 1)} depends on latents of other "
+                f"indices of plate {plates} (as z.mean(-1), z.roll(1, -1) make it). Each index has a filter "
+                "of its own, whose particles are resampled without those of the others, so its weights would "
+                "mean nothing. Let indices be independent, or pass plates=() for one joint filter."
+            )
+
+
 class _Change(NamedTuple):
     """What a repetition does to values and to the state."""
 
-    values: Callable[[Tensor, int], Tensor]
+    values: Callable[[Tensor, int, Any, int], Tensor]
     state: Callable[[Tensor], Tensor]
 
 
 _Exchanged = _Change(
-    lambda value, number: value.flip(0) if number % 2 else value, lambda tensor: tensor.flip(0)
+    lambda value, number, *_: value.flip(0) if number % 2 else value, lambda tensor: tensor.flip(0)
 )
-_Copied = _Change(lambda value, number: value[:1].expand_as(value), lambda tensor: tensor)
+_Copied = _Change(lambda value, *_: value[:1].expand_as(value), lambda tensor: tensor)
+
+
+def _mixed(known: Known) -> _Change:
+    """The particles exchanged in some cells, the same ones at all moments."""
+    return _Change(
+        lambda value, number, frames, event_dim: _exchange_in_some(value, frames, event_dim, known),
+        lambda tensor: tensor,
+    )
+
+
+def _exchange_in_some(tensor: Tensor, frames: Any, event_dim: int, known: Known) -> Tensor:
+    """``[2, *batch, *event]`` with the two exchanged in some cells."""
+    moved = shuffled(tensor, 2, frozenset(known.plates), frames, event_dim)
+    return torch.where(moved == 0, tensor, tensor.flip(0))
 
 
 def _repeat(
@@ -294,20 +334,20 @@ def _repeat(
     change: _Change,
 ) -> list[_Moment]:
     """The same moments again, on changed values and with a changed state between them."""
-    state, given, repeated = FilterState(2), GivenValues({}), []
+    state, given, repeated, copies = FilterState(2), GivenValues({}), [], Copies()
     run = march(
         pair, sequences, state, enclose=_plate_of_two(known.nesting), moments=range(INIT, len(moments) - 1)
     )
     with OneMinibatch(indices), given:
         for number, moment in enumerate(moments):
             given.values = {
-                name: change.values(value, number)
+                name: change.values(value, number, moment.frames[name], moment.event_dims[name])
                 if value.dim() > known.nesting + moment.event_dims[name] and len(value) == 2
                 else value
                 for name, value in moment.values.items()
             }
             _, traced = next(run)
-            repeated.append(_read(traced, known.nesting, state))
+            repeated.append(_read(traced, known.nesting, state, copies))
             carried = known.carried[number]
             state.change(partial(_changed, change.state, carried))
     return repeated

@@ -14,7 +14,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from .._support.nested import map_leaves
 from ..logmean import softmax
 from ..resampling import multinomial
 from ..tracing.handlers import GivenValues
@@ -32,9 +33,12 @@ from ..tracing.particles import Particles, collect
 from ..tracing.traces import PARTICLE_PLATE, Traces
 from .probing import Known
 from .protocol import Protocol, Sequences, march, moment_name
-from .state import FilterState, Leaf, in_words
+from .state import Copies, FilterState, Leaf, in_words
 
 __all__ = ["Past", "attributes_of", "smooth"]
+
+#: What modules keep their parameters and one another in.
+_LEARNT = ("_parameters", "_modules")
 
 #: Pairs of a trajectory and a particle that the model runs on at once.
 _AT_ONCE = 1 << 16
@@ -101,12 +105,12 @@ def _run_step(past: Past, t: int, following: Tensor, size: int) -> tuple[Particl
     """The next step of all particles with the latents of all trajectories, the trajectories first."""
     known, count = past.known, len(following)
     spread = torch.arange(size, device=following.device).repeat(count)
-    state = past.states[t].snapshot()
+    state = past.states[t].snapshot(Copies())
     state.change(lambda leaf, tensor: tensor.index_select(0, spread) if known.carries(t, leaf) else tensor)
     state._num_particles = size * count
     values = {name: _values(latent, following, known, size) for name, latent in past.latents[t + 1].items()}
     for part, attributes in zip(past.pair, past.attributes[t], strict=True):
-        _attributes(part).update(attributes)
+        _set_attributes(part, attributes, Copies())
     dim = -1 - known.nesting
     plate = pyro.plate(PARTICLE_PLATE, size * count, dim=dim)
     with GivenValues(values):
@@ -161,17 +165,35 @@ def _check_markov(past: Past, t: int, state: FilterState, count: int, size: int)
 @contextmanager
 def _attributes_restored(pair: Protocol) -> Iterator[None]:
     """Put the attributes of model and guide back at the end."""
-    before = attributes_of(*pair)
+    before = attributes_of(Copies(), *pair)
     try:
         yield
     finally:
         for part, attributes in zip(pair, before, strict=True):
-            _attributes(part).update(attributes)
+            _set_attributes(part, attributes, lambda value: value)
 
 
-def attributes_of(*parts: Any) -> list[dict[str, Any]]:
-    """What is stored in objects now."""
-    return [dict(_attributes(part)) for part in parts]
+def attributes_of(copies: Copies, *parts: Any) -> list[dict[str, Any]]:
+    """What is stored in objects now, buffers included: copies of containers and tensors, parameters aside."""
+    return [
+        {
+            name: value if name in _LEARNT else map_leaves(lambda leaf: _copy(copies, leaf), value)
+            for name, value in _attributes(part).items()
+        }
+        for part in parts
+    ]
+
+
+def _set_attributes(part: Any, attributes: dict[str, Any], copy: Callable[[Any], Any]) -> None:
+    for name, value in attributes.items():
+        _attributes(part)[name] = (
+            value if name in _LEARNT else map_leaves(lambda leaf: _copy(copy, leaf), value)
+        )
+
+
+def _copy(copy: Callable[[Any], Any], leaf: Any) -> Any:
+    """What steps may write into: no parameters, which are themselves and not their values."""
+    return leaf if isinstance(leaf, Tensor) and leaf.requires_grad else copy(leaf)
 
 
 def _attributes(part: Any) -> dict[str, Any]:

@@ -18,10 +18,38 @@ from torch import Tensor
 
 from .._support.nested import leaves, map_leaves
 
-__all__ = ["FilterState", "Leaf", "in_words", "take"]
+__all__ = ["Copies", "FilterState", "Leaf", "in_words", "take"]
 
 #: A tensor of the state: the key that it is stored under, and which of the things there it is.
 Leaf = tuple[Hashable, int]
+
+
+class Copies:
+    """Copies of tensors, which stay as they are where a step writes into its own (``state["t"] += 1``).
+
+    What is the same tensor, and has not been written into, at two moments has one copy for both.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._before: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def begin(self) -> None:
+        """A moment begins: what was not there at the last one can be let go of."""
+        self._before, self._made = self._made, {}
+
+    def __call__(self, value: Any) -> Any:
+        """The copy of a tensor; all else as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_inference():  # which does not count what is written into it
+            return value.clone()
+        key, version = id(value), value._version
+        found = self._made.get(key) or self._before.get(key)
+        if found is None or found[0] is not value or found[1] != version:
+            found = value, version, value.clone()
+        self._made[key] = found
+        return found[2]
 
 
 class _NotStored(KeyError):
@@ -76,12 +104,12 @@ class FilterState(dict):
 
             dict.__setitem__(self, key, map_leaves(moved, value))
 
-    def snapshot(self) -> FilterState:
-        """A state of its own with the same tensors."""
-        copy = FilterState(self._num_particles)
+    def snapshot(self, copies: Copies) -> FilterState:
+        """A state of its own with copies of the tensors."""
+        other = FilterState(self._num_particles)
         for key, value in self.items():
-            dict.__setitem__(copy, key, map_leaves(lambda leaf: leaf, value))
-        return copy
+            dict.__setitem__(other, key, map_leaves(copies, value))
+        return other
 
     def __missing__(self, key: Hashable) -> Any:
         raise _NotStored(

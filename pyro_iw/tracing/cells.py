@@ -61,14 +61,18 @@ def kept_plates(
     plates: Sequence[str] | None,
     is_linear: bool,
     warn_once: Callable[[str], None],
+    offers_local: bool = True,
 ) -> tuple[CondIndepStackFrame, ...]:
-    """The kept plates, in the order of their dims; arguments and errors are as of ``collect``."""
-    kept = _weighted(sites, plates)
+    """The kept plates, in the order of their dims; arguments and errors are as of ``collect``.
+
+    Messages name the loss with local particles where it is of use, if ``offers_local``.
+    """
+    kept = _weighted(sites, plates, offers_local)
     if plates is None and not is_linear:
         for frame in common_plates(site for site in sites if site.is_latent and site.role == "model"):
             outside = [site for site in sites if not site.inside(frame)]
             if outside and not is_subsampled(frame):
-                loss = two_levels(sites, frame)
+                loss = two_levels(sites, frame) if offers_local else ""
                 loss = f"Take {loss}, in which what lies outside counts once, or move" if loss else "Move"
                 warn_once(
                     f"All latent sites of the model lie in plate {frame.name!r}, but site(s) "
@@ -81,7 +85,7 @@ def kept_plates(
     for frame in kept:
         check_sizes(sites, frame)
     if not is_linear:
-        check_subsampling(sites, tuple(kept))
+        check_subsampling(sites, tuple(kept), offers_local)
     return tuple(sorted(kept, key=lambda frame: frame.dim or 0))
 
 
@@ -90,8 +94,10 @@ def weighted_plates(sites: list[Site], plates: Sequence[str] | None = None) -> l
     return [frame.name for frame in _weighted(sites, plates)]
 
 
-def _weighted(sites: list[Site], plates: Sequence[str] | None) -> list[CondIndepStackFrame]:
-    return common_plates(sites) if plates is None else _named_plates(sites, plates)
+def _weighted(
+    sites: list[Site], plates: Sequence[str] | None, offers_local: bool = True
+) -> list[CondIndepStackFrame]:
+    return common_plates(sites) if plates is None else _named_plates(sites, plates, offers_local)
 
 
 def check_sizes(sites: list[Site], frame: CondIndepStackFrame) -> None:
@@ -114,7 +120,7 @@ def _in_words(frame: CondIndepStackFrame) -> str:
     return "{} of {}".format(*_sizes(frame))
 
 
-def _named_plates(sites: list[Site], names: Sequence[str]) -> list[CondIndepStackFrame]:
+def _named_plates(sites: list[Site], names: Sequence[str], offers_local: bool) -> list[CondIndepStackFrame]:
     frames = {frame.name: frame for site in sites for frame in site.frames}
     kept = []
     for name in names:
@@ -128,7 +134,7 @@ def _named_plates(sites: list[Site], names: Sequence[str]) -> list[CondIndepStac
             raise ValueError(f"Plate {name!r} is a Python loop; only vectorised plates can be kept.")
         outside = [site for site in sites if not site.inside(frame)]
         if outside:
-            loss = two_levels(sites, frame)
+            loss = two_levels(sites, frame) if offers_local else ""
             raise ValueError(
                 f"Plate {name!r} cannot be kept: site(s) {names_of(outside)} lie outside it, so there is no "
                 f"importance weight for each index of {name!r}"
@@ -142,7 +148,9 @@ def is_subsampled(frame: CondIndepStackFrame) -> bool:
     return frame.full_size is not None and frame.full_size != frame.size
 
 
-def check_subsampling(sites: list[Site], kept: tuple[CondIndepStackFrame, ...]) -> None:
+def check_subsampling(
+    sites: list[Site], kept: tuple[CondIndepStackFrame, ...], offers_local: bool = True
+) -> None:
     keys = {plate_key(frame) for frame in kept}
     for site in sites:
         for frame in site.frames:
@@ -162,7 +170,7 @@ def check_subsampling(sites: list[Site], kept: tuple[CondIndepStackFrame, ...]) 
                     if latent
                     else "move them into the plate, divided by its size where they are a regulariser"
                 )
-            loss = two_levels(sites, frame) if outside else ""
+            loss = two_levels(sites, frame) if outside and offers_local else ""
             first = "Run"
             if loss:
                 first = f"Take {loss}, which weighs the plate's latents given what is outside; or run"

@@ -11,13 +11,14 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Unit
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = [
     "base_of",
+    "carries_density",
     "check_broadcasts",
     "guide_messenger",
     "has_no_density",
@@ -72,6 +73,15 @@ def is_delta(fn: Any) -> bool:
 def has_no_density(message: Any) -> bool:
     """Whether an observed site is there for the record only, as those of ``pyro.deterministic`` are."""
     return message["is_observed"] and any(mask is False for mask in masks_of(message))
+
+
+def carries_density(role: str, message: Any) -> bool:
+    """Whether a message counts in the log-weights: no parameter, nothing that is there for the record only,
+    and in the guide nothing observed, from which no particle is drawn.
+    """
+    if message["type"] != "sample" or site_is_subsample(message) or has_no_density(message):
+        return False
+    return role == "model" or not message["is_observed"] or isinstance(message["fn"], Unit)
 
 
 def base_of(fn: Any) -> Any:

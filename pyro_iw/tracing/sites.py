@@ -24,7 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from .enumeration import is_enumerated, marginalize
 from .guide_values import ids_of, is_enumerated_in_guide, value_dims
 from .masks import fits, masked_value, with_masks_of_model
-from .messages import base_of, has_no_density
+from .messages import base_of, carries_density
 from .paths import class_name, draws_hard_values, has_biased_path, has_path
 from .precision import in_full_precision
 from .supports import is_discrete, own_support, support_moves
@@ -147,10 +147,8 @@ def _read_sites(traces: Traces, roles: Collection[str]) -> list[Site]:
                 continue
             found = []
             for name, message in trace.nodes.items():
-                if message["type"] != "sample" or has_no_density(message):
+                if not carries_density(role, message):
                     continue
-                if role == "guide" and message["is_observed"] and not isinstance(message["fn"], Unit):
-                    continue  # no particle is drawn from it
                 site = Site.read(role, name, message, index)
                 if role == "guide" and name in rescored:
                     site = site._replace(rescored=rescored[name])

@@ -197,6 +197,53 @@ def test_a_model_that_counts_its_steps(way) -> None:
     assert (draws.mean(0).flatten() - mean).abs().max() < 0.35
 
 
+class Clock(torch.nn.Module):
+    """Grows noisier with a time that is kept somewhere."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.past, self.attribute = where, [], torch.tensor(0.0)
+        self.register_buffer("buffer", torch.tensor(0.0))
+
+    def init(self, state):
+        state["z"], state["time"] = torch.zeros(()), torch.tensor(0.0)
+        self.past.clear()
+        self.attribute.zero_()
+        self.buffer.zero_()
+
+    def step(self, state, y):
+        if self.where == "new":
+            state["time"] = state["time"] + 1
+        state["time"] += self.where == "state"  # in its place
+        self.attribute += 1
+        self.buffer += 1
+        self.past.append(y)
+        time = {"list": len(self.past), "attribute": self.attribute, "buffer": self.buffer}
+        z = pyro.sample("z", dist.Normal(state["z"], time.get(self.where, state["time"])))
+        state["z"] = z
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+class ClockGuide:
+    def init(self, state):
+        pass
+
+    def step(self, state, y):
+        pyro.sample("z", dist.Normal((state["z"] + y) / 2, 1.0))
+
+
+@pytest.mark.parametrize("where", ["state", "attribute", "buffer", "list"])
+def test_steps_that_write_into_what_there_is(where) -> None:
+    draws = []
+    for kept in ("new", where):
+        torch.manual_seed(0)
+        filtered = ParticleFilter(Clock(kept), ClockGuide(), 20)(
+            torch.tensor([0.5, -1.0, 2.0, 1.0, -3.0, 4.0])
+        )
+        draws.append(filtered.smooth(50)["z"])
+    assert torch.equal(*draws)
+
+
 def test_objects_of_pyros_filter_run_unchanged() -> None:
     y, initial = torch.tensor([0.2, -1.0, 0.5, 1.5]), torch.tensor([1.0, 0.0])
     filtered = ParticleFilter(Counting(), Counting(guide=True), 4000)(y, initial=initial)
@@ -289,6 +336,14 @@ def test_what_is_not_finite_is_named_and_leaves_the_others(bad) -> None:
             found = evaluate(simulate(5, 3))
         assert len(caught) == 1
         assert found.isfinite().tolist() == [True, False, True]
+    with pytest.warns(RuntimeWarning, match=kind):
+        filtered = judge(simulate(5, 3))
+    assert filtered.mean().isfinite().all(1).tolist() == [True, True, False, False, False]
+    assert filtered.mean()[:, [0, 2]].isfinite().all()
+    assert not (filtered.ess[2:, 1] > 0).any()
+    for draw in (filtered.trajectories, filtered.smooth):
+        with pytest.raises(ValueError, match=r"1 of 3 .* first of them \[1\].* trajectories"):
+            draw(5)
     pyro.enable_validation(True)
 
 

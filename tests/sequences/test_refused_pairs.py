@@ -454,3 +454,25 @@ def test_the_first_run_leaves_the_random_state_alone() -> None:
         pyro.set_rng_seed(0)
         losses.append(elbo.loss(*pair, X))
     assert losses[0] == losses[1]
+
+
+def test_cells_that_know_of_one_another() -> None:
+    class Averaged(Model):
+        def store(self, state, z):
+            state["z"] = z.mean(-1, keepdim=True)
+
+    with pytest.raises(ValueError, match=r"'z' \(model\) at step 1 depends on latents of other.*plates=\(\)"):
+        loss(Averaged())
+    assert loss(Averaged(), plates=()) > 0
+
+
+def test_what_is_recorded_outside_of_the_plates_is_no_site() -> None:
+    class Recording(Model):
+        def step(self, state, x):
+            super().step(state, x)
+            pyro.deterministic("recorded", state["z"].sum())
+
+    torch.manual_seed(0)
+    plain = loss(Model())
+    torch.manual_seed(0)
+    assert loss(Recording()) == plain
