@@ -275,7 +275,7 @@ class Filter:
                 with naming(index):
                     moment = self._weigh(traces, known, kl_weight, draw, before, closed)
                 if self.ess_threshold > 0 or visit is not None:
-                    known.check(index, state.tensors())
+                    known.check(index, state.tensors(), size)
                 if moment is None:
                     continue  # what was before it still is
                 draw = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -176,10 +177,17 @@ def _read_observed(moment: Moment) -> dict[str, Observed]:
 
 
 def _stems(steps: list[list[str]]) -> list[dict[str, str]]:
-    """For each step the sites' names by those that they have in common with the other steps'."""
-    if all(set(names) == set(steps[0]) for names in steps):
-        return [{name: name for name in names} for names in steps]
-    return [{re.sub(r"[_.\[(-]?\d+[\])]?$", "", name): name for name in names} for names in steps]
+    """For each step the sites' names by those that they have in common with the other steps'.
+
+    What every step has keeps its name; others lose the number at their end, where that leaves them apart.
+    """
+    everywhere = set.intersection(*map(set, steps))
+    named = []
+    for names in steps:
+        stems = {n: n if n in everywhere else re.sub(r"[_.\[(-]?\d+[\])]?$", "", n) for n in names}
+        count = Counter(stems.values())
+        named.append({stem if count[stem] == 1 else name: name for name, stem in stems.items()})
+    return named
 
 
 def _by_name(steps: list[dict[str, Latent]]) -> tuple[dict[str, Tensor], dict[str, Latent]]:

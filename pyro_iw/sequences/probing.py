@@ -58,13 +58,13 @@ class Known:
         nesting: the number of dims that all its plates take.
         plates: names of the plates whose cells have a filter each.
         carried: for ``init`` and every step, whether a tensor of the state has the particle dim.
-        ranks: likewise, how many dims it has.
+        shapes: likewise, the shape that it has with two particles.
     """
 
     nesting: int
     plates: tuple[str, ...]
     carried: tuple[dict[Leaf, bool], ...]
-    ranks: tuple[dict[Leaf, int], ...]
+    shapes: tuple[dict[Leaf, torch.Size], ...]
 
     def covers(self, sequences: Sequences) -> bool:
         """Whether all steps are known: memory of steps further back may begin late to have particles."""
@@ -81,15 +81,25 @@ class Known:
             raise Unknown
         return carried[leaf]
 
-    def check(self, moment: int, tensors: dict[Leaf, Tensor]) -> None:
-        """Compare the state after a moment with what was known of it; other arguments may lead elsewhere.
+    def check(self, moment: int, tensors: dict[Leaf, Tensor], size: int) -> None:
+        """Compare the state of that many particles after a moment with what was known of it; other arguments
+        may lead elsewhere.
 
         Raises:
-            Unknown: if there is another tensor, or one has more or fewer dims.
+            Unknown: if there is another tensor, one has more or fewer dims, or it seems to have begun or
+                ceased to vary with the particles.
         """
-        ranks = self.ranks[moment + 1]
-        if any(ranks.get(leaf) != tensor.dim() for leaf, tensor in tensors.items()):
-            raise Unknown
+        shapes = self.shapes[moment + 1]
+        for leaf, tensor in tensors.items():
+            known = shapes.get(leaf)
+            if known is None or len(known) != tensor.dim():
+                raise Unknown
+            if tensor.dim() > self.nesting:
+                has_dim, had_dim = tensor.shape[0] == size, self.carries(moment, leaf)
+                # Data may have that size, and what has the wrong shape is named where it is resampled.
+                usual = known[0] == (2 if had_dim else size)
+                if has_dim != had_dim and usual == had_dim:
+                    raise Unknown
 
 
 class _Moment(NamedTuple):
@@ -133,9 +143,9 @@ def learn(
             {leaf: tensor.shape != before.get(leaf) for leaf, tensor in moment.tensors.items()}
             for moment, before in zip(moments, shapes, strict=True)
         )
-        ranks = tuple({leaf: tensor.dim() for leaf, tensor in moment.tensors.items()} for moment in moments)
+        sizes = tuple({leaf: tensor.shape for leaf, tensor in moment.tensors.items()} for moment in moments)
         _warn_of_forgetting(moments, warn_once)
-        known = Known(nesting, tuple(frame.name for frame in kept), carried, ranks)
+        known = Known(nesting, tuple(frame.name for frame in kept), carried, sizes)
         _check_memory(pair, sequences, known, moments[:_MOMENTS], indices)
     return known
 

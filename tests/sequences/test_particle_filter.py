@@ -71,15 +71,15 @@ def test_filters_count_by_their_evidence(x) -> None:
 @pytest.mark.slow
 def test_against_the_kalman_smoother(x) -> None:
     means, variances = smoother(x)
-    filtered = ParticleFilter(Walk(), near_optimal(), 400, num_filters=4)(x)
-    draws = filtered.smooth(2000)["z"]
-    assert draws.shape == (2000, 12, 4)
-    error = (variances / 500).sqrt()  # of fewer independent ones: the particles are shared
+    filtered = ParticleFilter(Walk(), near_optimal(), 150, num_filters=4)(x)
+    draws = filtered.smooth(600)["z"]
+    assert draws.shape == (600, 12, 4)
+    error = (variances / 150).sqrt()  # of fewer independent ones: the particles are shared
     assert ((draws.mean(0) - means).abs() < 5 * error).all()
-    assert (draws.var(0) / variances - 1).abs().max() < 0.25
+    assert (draws.var(0) / variances - 1).abs().max() < 0.35
     together = ((draws[:, 1:] - draws.mean(0)[1:]) * (draws[:, :-1] - draws.mean(0)[:-1])).mean(0)
     gain = A * kalman(x)[2][:-1] / (A**2 * kalman(x)[2][:-1] + Q**2)
-    assert (together - gain * variances[1:]).abs().max() < 0.05
+    assert (together - gain * variances[1:]).abs().max() < 0.08
     # Along the genealogy the early steps have few distinct values, and the late ones are right.
     lines = ParticleFilter(Walk(), near_optimal(), 4000, num_filters=4)(x).trajectories(4000)["z"]
     assert ((lines.mean(0) - means).abs()[-3:] < 5 * error[-3:]).all()
@@ -195,6 +195,31 @@ def test_a_model_that_counts_its_steps(way) -> None:
     gain = joint[:, seen] @ torch.linalg.inv(joint[seen][:, seen] + torch.eye(4))
     mean = prior + gain @ (y - prior[seen])
     assert (draws.mean(0).flatten() - mean).abs().max() < 0.35
+
+
+def test_names_that_only_their_number_tells_apart() -> None:
+    class Layers:
+        def init(self, state):
+            pass
+
+        def step(self, state, t):
+            for name in (f"z1_{t}", f"z2_{t}", "w_1", "w_2", f"v_{2 * t}", f"v_{2 * t + 1}"):
+                state["last"] = pyro.sample(name, dist.Normal(0.0, 1.0))
+
+    with pytest.warns(UserWarning, match="'v_0', 'v_1', 'v_2', 'v_3' are not in every step"):
+        filtered = ParticleFilter(Layers(), LayersGuide(Layers()), 5)(range(2))
+    assert set(filtered.values) == {"z1", "z2", "w_1", "w_2"}
+
+
+class LayersGuide:
+    def __init__(self, model):
+        self.model = model
+
+    def init(self, state):
+        pass
+
+    def step(self, state, t):
+        self.model.step({}, t)
 
 
 class Clock(torch.nn.Module):

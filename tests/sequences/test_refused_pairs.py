@@ -476,3 +476,25 @@ def test_what_is_recorded_outside_of_the_plates_is_no_site() -> None:
     plain = loss(Model())
     torch.manual_seed(0)
     assert loss(Recording()) == plain
+
+
+def test_arguments_that_make_a_state_vary_with_the_particles() -> None:
+    class Mixed(Model):
+        def step(self, state, x, mixes):
+            super().step(state, x)
+            state["z"] = state["z"] if mixes else torch.zeros(1, 3, dtype=torch.float64)
+
+    class MixedGuide(Guide):
+        def step(self, state, x, mixes):
+            super().step(state, x)
+
+    def run(elbo, mixes):
+        torch.manual_seed(0)
+        return elbo.loss(*pair, X, [mixes] * 5)
+
+    pair = Mixed(), MixedGuide()
+    fresh = {mixes: run(FIVO_ELBO(K=4, ess_threshold=1), mixes) for mixes in (True, False)}
+    for order in ((True, False), (False, True)):
+        elbo = FIVO_ELBO(K=4, ess_threshold=1)
+        for mixes in order:
+            assert run(elbo, mixes) == fresh[mixes]
