@@ -402,8 +402,10 @@ def _straight(moment: int) -> Route | None:
 
 
 def _weights(filtered: Filtered, moment: Moment, draw: Any) -> Tensor:
-    """The weights of a moment's sums of densities in V: of the cells whose block ends here."""
-    a = softmax(filtered.log_weights(moment), 1)
+    """The weights of a moment's sums of densities in V: of the cells whose block ends here; 0 where V is
+    -inf, of a sequence that no particle survived.
+    """
+    a = softmax(filtered.log_weights(moment), 1) * filtered.value.isfinite().unsqueeze(1)
     if draw is not None:
         a = a * draw.chosen.unsqueeze(1)
     return a.reshape(moment.particles.log_p.shape)
@@ -415,6 +417,7 @@ def _path_weights(filtered: Filtered, moment: Moment, a: Tensor, draw: Any) -> T
     estimator: Any = get_estimator("dreg")
     log_w = filtered.log_weights(moment)
     b = estimator.path_weights(bound, log_w, a.reshape(log_w.shape), particles.log_q_weight)
+    b = b * filtered.value.isfinite().unsqueeze(1)
     if draw is not None:
         b = b * draw.chosen.unsqueeze(1)
     return b.reshape(a.shape)

@@ -259,3 +259,32 @@ def test_a_sequence_without_a_living_particle_gives_no_gradient(estimator) -> No
     assert p.grad == 0
     loss.differentiable_loss(Coins(p), Coins(None, g), simulate(3, 2)).backward()
     assert p.grad != 0
+
+
+@pytest.mark.parametrize("estimator", ["reparam", "dreg"])
+def test_nor_do_the_steps_before_and_after_its_death(estimator) -> None:
+    each = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+
+    class Walled:
+        def init(self, state):
+            state["z"] = torch.zeros((), dtype=torch.float64)
+
+        def step(self, state, x, t):
+            with pyro.plate("data", 2):
+                state["z"] = pyro.sample("z", dist.Normal(state["z"] + each, 1.0))
+                dead = torch.tensor([False, t == 1])
+                pyro.factor("no", torch.where(dead, -math.inf, torch.zeros(2, dtype=torch.float64)))
+
+    class Free:
+        def init(self, state):
+            pass
+
+        def step(self, state, x, t):
+            with pyro.plate("data", 2):
+                pyro.sample("z", dist.Normal(state["z"] + x + each, 1.0))
+
+    loss = FIVO_ELBO(3, 1.0, estimator=estimator)
+    with pytest.warns(RuntimeWarning, match="give no gradient"):
+        loss.loss_and_grads(Walled(), Free(), simulate(3, 2), range(3))
+    assert each.grad[0] != 0
+    assert each.grad[1] == 0
