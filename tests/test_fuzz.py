@@ -4,7 +4,7 @@ import pytest
 from fuzzing.__main__ import main
 from fuzzing.checks import check
 
-PAIRS, PARTS = 300, 10
+PAIRS, PARTS = 200, 8
 
 
 @pytest.mark.slow

@@ -99,13 +99,29 @@ def signal(bound, log_w, estimator):
     """The guide's bound less its value with a particle's log-weight replaced by what the others suggest."""
     value, result = bound.guide_value(log_w), torch.empty_like(log_w)
     for m, k in itertools.product(range(bound.M), range(bound.K)):
-        changed = log_w.clone()
-        others = [log_w[m, j] for j in range(bound.K) if j != k] if bound.K > 1 else []
-        if estimator == "score" and (bound.linear or bound.K == 1):
-            others = [log_w[n, j] for n in range(bound.M) for j in range(bound.K) if (n, j) != (m, k)]
-        if others:
-            others = torch.stack(others)
-            mean = torch.logsumexp(others, 0) - math.log(len(others))
-            changed[m, k] = others.mean(0) if estimator == "vimco" or bound.linear else mean
-        result[m, k] = value - (bound.guide_value(changed) if len(others) else 0.0)
+        changed, other = log_w.clone(), replacement(bound, log_w, m, k, estimator)
+        if other is not None:
+            changed[m, k] = other
+        result[m, k] = value - (0.0 if other is None else bound.guide_value(changed))
     return result
+
+
+def replacement(bound, log_w, m, k, estimator):
+    """What the others suggest for the log-weight of a particle; None if there are none."""
+    if estimator == "ovis":
+        return torch.full_like(log_w[m, k], -torch.inf)
+    others = [log_w[m, j] for j in range(bound.K) if j != k] if bound.K > 1 else []
+    if estimator == "score" and (bound.linear or bound.K == 1):
+        others = [log_w[n, j] for n in range(bound.M) for j in range(bound.K) if (n, j) != (m, k)]
+    if not others:
+        return None
+    others = torch.stack(others)
+    mean = torch.logsumexp(others, 0) - math.log(len(others))
+    return others.mean(0) if estimator == "vimco" or bound.linear else mean
+
+
+def has_ovis(bound):
+    """Whether the guide's bound is finite where a particle weighs nothing."""
+    log_w = torch.zeros(bound.M, bound.K, dtype=torch.float64)
+    log_w[0, 0] = -torch.inf
+    return bound.K > 1 and bool(bound.guide_value(log_w).isfinite())

@@ -12,15 +12,18 @@ import pyro
 import pyro.poutine as poutine
 import torch
 
-from pyro_iw import ImportanceSampler, ImportanceWeightedELBO
+from pyro_iw import ImportanceSampler, ImportanceWeightedELBO, LocallyEnhancedELBO
+from pyro_iw.sequences.protocol import Protocol, read_sequences
 
-from .bounds import BOUNDS
+from .bounds import BOUNDS, has_ovis
 from .draw import make_pair
 from .families import DISCRETE
+from .filters import Loop, make_loss, make_steps
+from .levels import Levels, local_particles
 from .reference import Reference, Refuse
 from .replay import log_prob, plates, run
 
-ESTIMATORS = ["reparam", "stl", "dreg", "score", "vimco", "rws"]
+ESTIMATORS = ["reparam", "stl", "dreg", "score", "vimco", "ovis", "rws"]
 WAYS = ["vectorized", "vectorized", "one by one", "chunks", "subset"]
 # Warnings that speak of something else than a difference from the reference.
 BENIGN = [
@@ -90,7 +93,11 @@ def check(seed: int, compiled: bool = False) -> Outcome:
         check_loss(outcome, pair, r, "compiled")
         return outcome
     check_loss(outcome, pair, r, r.choice(WAYS))
-    if r.random() < 0.5:
+    if seed % 3 == 0:
+        check_filters(outcome)
+    if pair.has_levels and r.random() < 0.3:
+        check_levels(outcome, pair, r)
+    elif r.random() < 0.5:
         check_loss(outcome, pair, r, r.choice(WAYS))
     else:
         check_sampler(outcome, pair, r)
@@ -112,8 +119,9 @@ def check_loss(outcome, pair, r, way):
     """A loss and its gradients."""
     bound = BOUNDS[r.choice(list(BOUNDS))](r)
     discrete = any(s.guide_family in (*DISCRETE, "through") for s in pair.sites)
-    estimator = r.choice(["score", "vimco", "rws"] if discrete and r.random() < 0.85 else ESTIMATORS)
-    if estimator in ("vimco", "rws") and bound.K == 1:
+    estimators = ["score", "vimco", "ovis", "rws"]
+    estimator = r.choice(estimators if discrete and r.random() < 0.85 else ESTIMATORS)
+    if (estimator in ("vimco", "rws") and bound.K == 1) or (estimator == "ovis" and not has_ovis(bound)):
         estimator = "score"
     kl_weight = 0.5 if r.random() < 0.15 else 1.0
     S, keep = bound.M * bound.K, _keep(pair, r)
@@ -158,6 +166,74 @@ def check_loss(outcome, pair, r, way):
             same(pair, f"d loss / d {name}", wanted * 0 if grad is None else grad, wanted, size)
 
     judge(outcome, pair, f"{loss!r} kl_weight={kl_weight}", estimator, compare)
+
+
+def check_levels(outcome, pair, r):
+    """A loss on two levels of particles and its gradients, of one plate."""
+    while True:  # the reference runs the pair for each of the particles
+        outer = BOUNDS[r.choice(list(BOUNDS))](r)
+        inner = BOUNDS[r.choice([name for name in BOUNDS if name != "PIWAE"])](r)
+        if outer.M * outer.K * inner.M * inner.K <= 12:
+            break
+    over = r.choice(pair.plates).name
+    discrete = any(s.guide_family in DISCRETE for s in pair.sites)
+    estimator = r.choice(["score", "vimco", "ovis"] if discrete and r.random() < 0.85 else ESTIMATORS[:-1])
+    if estimator == "ovis" and not all(has_ovis(b) or b.K == 1 for b in (outer, inner)):
+        estimator = "vimco"
+    S, L, kl_weight = outer.M * outer.K, inner.M * inner.K, 0.5 if r.random() < 0.15 else 1.0
+    chunk_size = r.randint(1, S) if r.random() < 0.3 else S
+    options = {"estimator": estimator, "kl_weight": kl_weight, "chunk_size": chunk_size}
+    guide, noise = Recorder(pair.guide), r.randrange(2**31)
+    loss = LocallyEnhancedELBO(inner.package, over, outer.package, **options)
+
+    def compare():
+        for _ in range(2):
+            torch.manual_seed(noise)
+            guide.runs.clear()  # of probes and the first step
+            for leaf in leaves().values():
+                leaf.grad = None
+            value = loss.loss_and_grads(pair.model, guide)
+        sizes = _chunks(S, chunk_size)
+        assert len(guide.runs) == len(sizes), f"{len(guide.runs)} runs of the guide for {len(sizes)}"
+        particles = []
+        for size, (_, found) in zip(sizes, guide.runs, strict=True):
+            particles += local_particles(found, size, L)
+        truth = Levels(pair, over, particles, kl_weight)
+        size = sum(map(largest, truth.log_w))
+        same(pair, "loss", torch.tensor(value, dtype=torch.float64), truth.loss(outer, inner), size)
+        params = leaves()
+        right = truth.gradients(outer, inner, estimator, list(params.values()))
+        size = max(map(largest, right), default=1.0)
+        for (name, leaf), wanted in zip(params.items(), right, strict=True):
+            same(pair, f"d loss / d {name}", wanted * 0 if leaf.grad is None else leaf.grad, wanted, size)
+
+    judge(outcome, pair, f"{loss!r}", estimator, compare)
+
+
+def check_filters(outcome):
+    """A filter's loss and its gradients, of a pair of sequences."""
+    seed = outcome.seed
+    pair, r = make_steps(seed), random.Random(-seed - 1)
+    loss, kl_weight = make_loss(pair, r)
+
+    def compare():
+        sequences = read_sequences([range(pair.T)], {})
+        torch.manual_seed(seed)
+        filtered, estimate = loss._estimate(
+            Protocol(pair.part("model"), pair.part("guide")), sequences, kl_weight
+        )
+        truth = Loop(pair, filtered, loss, kl_weight)
+        same(pair, "loss", estimate.loss.detach(), -truth.bound, largest(truth.bound))
+        params = list(pair.params.values())
+        got, wanted = (
+            torch.autograd.grad(total, params, materialize_grads=True, allow_unused=True)
+            for total in (estimate.loss, -truth.surrogate)
+        )
+        size = max(map(largest, wanted))
+        for name, one, other in zip(pair.params, got, wanted, strict=True):
+            same(pair, f"d loss / d {name}", one, other, size)
+
+    judge(outcome, pair, repr(loss), "", compare)
 
 
 def check_sampler(outcome, pair, r):

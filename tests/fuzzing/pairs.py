@@ -84,6 +84,13 @@ class Pair:
         return [trait for trait in found if trait]
 
     @property
+    def has_levels(self):
+        """Whether the reference for two levels of particles knows all that the pair has."""
+        usual = not (self.enumerated or self.extra or self.conditioned or self.improper or self.left)
+        plain = not any(s.scales or s.guide_family in ("through", "interval") for s in self.sites)
+        return bool(self.plates) and usual and plain and not torch.is_tensor(self.scale)
+
+    @property
     def by_name(self):
         return {site.name: site for site in self.sites}
 

@@ -141,7 +141,7 @@ class Reference:
         guide = flat(b) * (t["path"] - t["q"])
         if estimator in ("stl", "dreg"):
             guide = guide + flat(b) * t["score"]
-        elif estimator in ("score", "vimco"):
+        elif estimator in ("score", "vimco", "ovis"):
             guide = guide + flat(signal(bound, log_w, estimator)) * t["discrete"]
         elif estimator == "rws":
             guide = flat(torch.softmax(log_w, 1) / bound.M) * t["wake"]
