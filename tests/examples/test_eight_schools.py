@@ -129,7 +129,9 @@ def test_nuts_gives_the_exact_posterior() -> None:
     assert 40 < ess < 1000
     # Five standard errors of the quantity that mixes worst.
     assert ((values.mean(0) - mean) / sd).abs().max() < 5 / ess**0.5
-    assert (values.std(0) / sd - 1).abs().max() < 0.4
+    off = values.std(0) / sd - 1
+    assert off.abs().max() < 0.4
+    assert off.mean().abs() < 0.15  # errors of the ten have both signs
 
 
 def test_quadrature_against_draws_from_the_prior() -> None:
