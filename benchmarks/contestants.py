@@ -42,6 +42,7 @@ class Case:
         seed: of the initial weights.
         learning_rate: of everyone's Adam.
         batches: where given, each step takes the next of these instead of ``x``.
+        precision: of the networks' matrix products: ``"float32"``, ``"tf32"`` or ``"bfloat16"``.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Case:
     seed: int = 0
     learning_rate: float = 1e-3
     batches: Callable[[], Tensor] | None = None
+    precision: str = "float32"
 
     @property
     def adam(self) -> dict[str, float]:
@@ -65,7 +67,11 @@ class Case:
         # Forked, so that what trains already keeps its noise.
         with torch.random.fork_rng(devices=[self.x.device] if self.x.is_cuda else []):
             torch.manual_seed(self.seed)
-            return models.MODELS[self.model](**self.options, tag=tag).to(self.x.device)
+            vae = models.MODELS[self.model](**self.options, tag=tag).to(self.x.device)
+        if self.precision == "bfloat16":
+            for network in (vae.encoder, vae.decoder):
+                models.in_bfloat16(network)
+        return vae
 
 
 @dataclass
@@ -225,6 +231,8 @@ def ours(
 
 def numpyro_loss(name: str, case: Case) -> Contestant:
     """NumPyro's RenyiELBO, or its ELBO for one particle; each step jitted and waited for."""
+    if case.precision != "float32":
+        raise Skip("is timed in float32 alone")
     try:
         import jax
         import numpyro
@@ -262,6 +270,8 @@ def numpyro_loss(name: str, case: Case) -> Contestant:
 
 def pythae_loss(name: str, case: Case) -> Contestant:
     """pythae's IWAE on the same layers; it averages over the batch, so its loss is taken times B."""
+    if case.precision != "float32":
+        raise Skip("is timed in float32 alone")
     if case.model == "two-layer":
         raise Skip("has one latent layer")
     try:

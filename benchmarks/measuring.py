@@ -10,7 +10,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ __all__ = [
     "Rates",
     "Work",
     "add_common_arguments",
+    "matmul_precision",
     "measure_rates",
     "positive_int",
     "prepare",
@@ -251,9 +253,13 @@ class Rates(NamedTuple):
     tf32: float | None = None
     bfloat16: float | None = None
 
-    def seconds(self, work: Work) -> float:
-        """The least time for this work, bound by arithmetic or by memory."""
-        return max(work.flops / self.flops, work.bytes / self.bytes)
+    def seconds(self, work: Work, precision: str = "float32") -> float:
+        """The least time for this work, bound by arithmetic in a precision or by memory.
+
+        A CPU's is counted as float32's throughout.
+        """
+        flops = {"tf32": self.tf32, "bfloat16": self.bfloat16}.get(precision) or self.flops
+        return max(work.flops / flops, work.bytes / self.bytes)
 
     def __str__(self) -> str:
         text = f"matrix product {self.flops / 1e9:.0f} GFLOP/s in float32"
@@ -278,6 +284,18 @@ def work_of(vae: models.VAE, batch: int, particles: int) -> Work:
     return Work(flops, moved * size)
 
 
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """A scope in which float32 matrix products on a GPU may take TensorFloat32, if that is the name."""
+    before = torch.get_float32_matmul_precision()
+    if name == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def measure_rates(device: torch.device, smoke: bool = False) -> Rates:
     """The best of a few large products and copies."""
     size = 256 if smoke else 8192 if device.type == "cuda" else 2048
@@ -298,12 +316,8 @@ def measure_rates(device: torch.device, smoke: bool = False) -> Rates:
     single = product_rate(torch.float32)
     if device.type != "cuda":
         return Rates(single, moved)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with matmul_precision("tf32"):
         tf32 = product_rate(torch.float32)
-    finally:
-        torch.set_float32_matmul_precision(before)
     return Rates(single, moved, tf32, product_rate(torch.bfloat16))
 
 

@@ -7,8 +7,9 @@ a tensor of shape ``[K, B]``, in as few operations as PyTorch allows: the encode
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -16,7 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MODELS", "VAE", "ConvVAE", "Gaussian", "OneLayerVAE", "Product", "TwoLayerVAE", "mlp"]
+__all__ = [
+    "MODELS",
+    "VAE",
+    "ConvVAE",
+    "Gaussian",
+    "OneLayerVAE",
+    "Product",
+    "TwoLayerVAE",
+    "in_bfloat16",
+    "mlp",
+]
 
 
 class Product(NamedTuple):
@@ -92,6 +103,21 @@ def _log_standard_normal(z: Tensor) -> Tensor:
 def _log_bernoulli(logits: Tensor, x: Tensor) -> Tensor:
     target = x.expand_as(logits)
     return -F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
+
+
+def in_bfloat16(network: nn.Module) -> None:
+    """Have a network's matrix products run in bfloat16, with float32 at both ends."""
+    for part in network if isinstance(network, nn.ModuleList) else [network]:
+        part.forward = _narrowed(part.forward)
+
+
+def _narrowed(forward: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def narrow(x: Tensor) -> Any:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            result = forward(x)
+        return result.float() if isinstance(result, Tensor) else tuple(part.float() for part in result)
+
+    return narrow
 
 
 class VAE(nn.Module):

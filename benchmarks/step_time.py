@@ -6,7 +6,7 @@ with the loss by hand before anything is timed. Try::
 
     python benchmarks/step_time.py --models one-layer --sizes 20x1 20x64
     python benchmarks/step_time.py --only ours --validation both
-    python benchmarks/step_time.py --device cuda
+    python benchmarks/step_time.py --device cuda --precisions float32 tf32 bfloat16
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import measuring
@@ -38,6 +39,7 @@ TARGETS: dict[str, dict[tuple[int, int], float]] = {
 # would soon spread the log-weights so far that gradients hold denormal numbers, which slow a CPU down
 # several times over.
 LEARNING_RATE = 1e-8
+PRECISIONS = ("float32", "tf32", "bfloat16")
 # How many standard errors of a difference count as the same loss.
 TOLERANCE = 4.5
 
@@ -63,6 +65,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PATTERN",
         help="contestants whose name contains one of these, or fits "
         "it with wildcards; the reference always runs",
+    )
+    add(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        default=PRECISIONS[:1],
+        help="of the networks' matrix products; those behind the first are a GPU's",
     )
     add("--validation", choices=("off", "on", "both"), default="off", help="Pyro's validation")
     add("--rounds", type=measuring.positive_int, default=15, help="blocks of steps that each contestant gets")
@@ -168,6 +177,7 @@ def run_case(case: Case, args: argparse.Namespace, rates: Rates) -> dict[str, An
         "model": case.model,
         "batch": batch,
         "particles": particles,
+        "precision": case.precision,
         "flops": work.flops,
         "bytes": work.bytes,
         "rows": rows,
@@ -187,7 +197,7 @@ def _row(
     against = contestant.against if contestant.against in blocks else REFERENCE
     seconds = Quartiles.of(blocks[name].seconds)
     target = None
-    if case.model == "one-layer" and case.x.device.type == "cpu":
+    if case.model == "one-layer" and case.x.device.type == "cpu" and case.precision == "float32":
         target = TARGETS.get(name, {}).get((len(case.x), case.particles))
     return {
         "milliseconds": [1e3 * value for value in seconds],
@@ -195,7 +205,7 @@ def _row(
         "against": against,
         "target": target,
         "gflops": work.flops / seconds.median / 1e9,
-        "of_roofline": rates.seconds(work) / seconds.median,
+        "of_roofline": rates.seconds(work, case.precision) / seconds.median,
         "cores": statistics.median(blocks[name].cores),
         "check": checked,
         "seconds": blocks[name].seconds,
@@ -222,7 +232,8 @@ def show(result: dict[str, Any], validation: str) -> str:
             ]
         )
     title = (
-        f"{result['model']}, B = {result['batch']}, {result['particles']} particles, validation {validation}"
+        f"{result['model']}, B = {result['batch']}, {result['particles']} particles, "
+        f"{result['precision']}, validation {validation}"
     )
     work = f"{result['flops'] / 1e9:.3f} GFLOP and {result['bytes'] / 1e6:.1f} MB a step at the least"
     header = [
@@ -253,18 +264,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for model in args.models:
         options = {"pixels": 64, "hidden": 20, "latent": 5} if args.smoke and model == "one-layer" else {}
         pixels = models.MODELS[model](**options).pixels
-        for batch, particles in args.sizes:
-            for validation in modes:
-                pyro.clear_param_store()
-                torch.compiler.reset()
-                case = Case(
-                    model, images(batch, pixels, args.device), particles, options, learning_rate=LEARNING_RATE
-                )
-                with pyro.validation_enabled(validation == "on"):
-                    result = run_case(case, args, rates)
-                print(show(result, validation), flush=True)
-                results.append({**result, "validation": validation})
-                path = measuring.save(args, "step_time", rates=rates._asdict(), results=results)
+        for (batch, particles), precision, validation in product(args.sizes, args.precisions, modes):
+            pyro.clear_param_store()
+            torch.compiler.reset()
+            x = images(batch, pixels, args.device)
+            case = Case(model, x, particles, options, learning_rate=LEARNING_RATE, precision=precision)
+            with pyro.validation_enabled(validation == "on"), measuring.matmul_precision(precision):
+                result = run_case(case, args, rates)
+            print(show(result, validation), flush=True)
+            results.append({**result, "validation": validation})
+            path = measuring.save(args, "step_time", rates=rates._asdict(), results=results)
     print(f"\n{path}")
     return {"rates": rates._asdict(), "results": results}
 

@@ -3,16 +3,18 @@ r"""A recorded graph made into kernels by Inductor, with eager's own noise."""
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._support.random_state import RandomState
 from .exchanging import OPERATION
-from .private import cached_on_disk, compile_graph, library, schema_of
+from .private import cached_on_disk, compile_graph, library, schema_of, times_each
 
-__all__ = ["DECOMPOSITIONS", "inductor"]
+__all__ = ["DECOMPOSITIONS", "inductor", "replayed"]
 
 _aten = torch.ops.aten
 
@@ -41,10 +43,51 @@ def inductor(graph: Any, inputs: list[Tensor]) -> Callable[[list[Tensor]], Seque
     exchanges = any(node.target is OPERATION for node in graph.graph.nodes)
     # A CUDA graph replays kernels, and not what ranks say to one another on the CPU.
     if not exchanges and any(tensor.device.type == "cuda" for tensor in inputs):
-        options["triton.cudagraphs"] = True
+        options["triton.cudagraphs"] = not _waits(graph, inputs)
     with torch.no_grad(), cached_on_disk(graph):
         compiled: Any = compile_graph(graph, list(inputs), options=options)
     return lambda args: compiled(*args)[:count]
+
+
+def replayed(function: Callable[[list[Tensor]], Sequence[Tensor]], inputs: list[Tensor]) -> list[Tensor]:
+    """What a compiled function gives on a GPU, in memory of its own.
+
+    The next replay of a CUDA graph writes over what this one returned. One kernel copies all that is in
+    floating point: fifteen small copies would take a third of a step.
+    """
+    torch.compiler.cudagraph_mark_step_begin()
+    found = list(function(inputs))
+    floating = [i for i, tensor in enumerate(found) if tensor.is_floating_point()]
+    copies = iter(times_each([found[i] for i in floating], 1.0) if floating else ())
+    return [next(copies) if tensor.is_floating_point() else tensor.clone() for tensor in found]
+
+
+def _waits(graph: Any, inputs: list[Tensor]) -> bool:
+    """Whether the host waits for the device somewhere in a graph, as operations do that look at values.
+
+    A CUDA graph cannot hold that: an attempt to record it fails, and leaves the device's generator unusable
+    for the rest of the process. So the graph is run once with PyTorch's look-out for it.
+    """
+    state = RandomState.now()
+    own = [value for value in vars(graph).values() if isinstance(value, torch.Generator)]
+    states = [generator.get_state() for generator in own]
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the look-out is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            graph(*(tensor.clone() for tensor in inputs))  # of which some may be written to
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        state.restore()
+        for generator, value in zip(own, states, strict=True):
+            generator.set_state(value)
+    return False
 
 
 def _keep_draws(graph: Any) -> int:
@@ -99,5 +142,26 @@ def _tanh(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.625, x + x * square * series, far)
 
 
+def _normal(mean: Tensor, std: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """Draws as PyTorch makes them, which before looks on a GPU whether a scale is negative."""
+    if mean.device.type != "cuda" or generator is not None:
+        return NotImplemented
+    shape = torch.broadcast_shapes(mean.shape, std.shape)
+    return mean + std * torch.randn(shape, dtype=mean.dtype, device=mean.device)
+
+
+def _multinomial(
+    probs: Tensor, num_samples: int, replacement: bool = False, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """One draw, as PyTorch makes it, which before looks on a GPU whether a probability is negative."""
+    if probs.device.type != "cuda" or generator is not None or num_samples != 1:
+        return NotImplemented
+    return (probs / torch.empty_like(probs).exponential_()).argmax(-1, keepdim=True)
+
+
 #: Operations that are recorded as others.
-DECOMPOSITIONS = {_aten.tanh.default: _tanh}
+DECOMPOSITIONS = {
+    _aten.tanh.default: _tanh,
+    _aten.normal.Tensor_Tensor: _normal,
+    _aten.multinomial.default: _multinomial,
+}

@@ -24,6 +24,8 @@ try:
 
     #: Adds each of some tensors to one of others, in place.
     add_each: Any = torch._foreach_add_
+    #: Each of some tensors times a number, or a tensor of one.
+    times_each: Any = torch._foreach_mul
     #: Draws of the von Mises distribution, until all are accepted.
     rejection_sample: Callable[..., Tensor] = von_mises._rejection_sample
     #: The code that runs an ``import``.
@@ -69,6 +71,7 @@ __all__ = [
     "rejection_sample",
     "rejection_sampling_by",
     "schema_of",
+    "times_each",
     "traced",
     "without_modes",
     "without_validation",

@@ -20,7 +20,7 @@ from ..tracing.traces import Pair
 from . import inductor
 from .arguments import Refused
 from .guards import Guards
-from .private import add_each, params_of_store
+from .private import add_each, params_of_store, times_each
 from .recording import Recorded, record
 
 __all__ = ["CompiledStep", "Piece", "Program", "WholeStep"]
@@ -44,9 +44,7 @@ class Piece:
         with torch.no_grad():
             if self.device is None or self.device.type != "cuda":
                 return self.function([*self.fixed, *inputs])
-            torch.compiler.cudagraph_mark_step_begin()
-            # The next replay of a CUDA graph writes over what this one returns.
-            return [out.clone() for out in self.function([*self.fixed, *inputs])]
+            return inductor.replayed(self.function, [*self.fixed, *inputs])
 
 
 class Program(ABC):
@@ -246,7 +244,7 @@ class _Attached(torch.autograd.Function):
         grads: Sequence[Tensor] = ctx.saved_tensors
         # The usual factor of 1 is not worth a pass over the parameters; elsewhere reading it would wait.
         if grad.device.type != "cpu" or grad.item() != 1:
-            grads = [saved * grad for saved in grads]
+            grads = times_each(grads, grad)
         return (None, None, *grads, *[None] * len(grads))
 
 

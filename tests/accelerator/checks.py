@@ -1,9 +1,13 @@
-"""On another device: the numbers of the CPU, and no waiting in a step. ``test_on_a_device.py`` runs it."""
+"""On another device: the numbers of the CPU, and no waiting in a step. ``test_on_a_device.py`` runs it.
+
+On a real one, to rounding::
+
+    PYRO_IW_DEVICE=cuda python -m pytest tests/accelerator/checks.py
+"""
 
 import math
 
 import pyro
-import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
@@ -15,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from helpers import accelerator
 from helpers.accelerator import counting
 from helpers.by_hand import LOSSES, K, M
+from helpers.on_devices import Hierarchy, Pair, Steered, Walk, X, step
 from pyro_iw import (
     FIVO_ELBO,
     IWAE_ELBO,
@@ -47,7 +52,7 @@ OPTIMISERS = {
     "Adagrad": lambda: FusedOptim(torch.optim.Adagrad, {"lr": 0.01}),
     "ClippedAdam": lambda: FusedOptim(pyro.optim.clipped_adam.ClippedAdam, {"lr": 0.01}),
 }
-X = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
+simulated = pytest.mark.skipif(accelerator.IS_REAL, reason="a matter of the simulated device alone")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,98 +72,6 @@ def without_float64():
     devices.wide_dtype.cache_clear()
 
 
-class Pair:
-    """A small autoencoder of a minibatch, all of whose tensors lie on a device; its numbers too, for PyTorch
-    would copy them."""
-
-    def __init__(self, device, path=True, size=60):
-        pyro.clear_param_store()
-        torch.manual_seed(0)
-        self.encoder, self.decoder = nn.Linear(2, 2).to(device), nn.Linear(1, 2).to(device)
-        self.x = X.to(device)
-        self.indices = torch.arange(len(X)).to(device)
-        self.zero, self.one = torch.zeros((), device=device), torch.ones((), device=device)
-        self.path, self.size = path, size
-
-    def plate(self):
-        return pyro.plate("data", self.size, subsample=self.indices)
-
-    def model(self, x):
-        pyro.module("decoder", self.decoder)
-        with self.plate():
-            z = pyro.sample("z", dist.Normal(self.zero, self.one))
-            pyro.sample("x", dist.Normal(self.decoder(z.unsqueeze(-1)), self.one).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        with self.plate():
-            loc, log_scale = self.encoder(x).unbind(-1)
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).has_rsample_(self.path))
-
-
-class Hierarchy:
-    """A global latent and one for each datapoint."""
-
-    def __init__(self, device, size=60):
-        pyro.clear_param_store()
-        self.x, self.indices = X[:, 0].to(device), torch.arange(len(X)).to(device)
-        self.zero, self.one = torch.zeros((), device=device), torch.ones((), device=device)
-        self.size = size
-
-    def plate(self):
-        return pyro.plate("data", self.size, subsample=self.indices)
-
-    def model(self, x):
-        mean = pyro.sample("mean", dist.Normal(self.zero, self.one))
-        with self.plate():
-            z = pyro.sample("z", dist.Normal(mean, self.one))
-            pyro.sample("x", dist.Normal(z, self.one), obs=x)
-
-    def guide(self, x):
-        loc = pyro.param("loc", lambda: self.zero + 0.2)
-        mean = pyro.sample("mean", dist.Normal(loc, 0.3 * self.one))
-        with self.plate():
-            pyro.sample("z", dist.Normal((mean + x) / 2, 0.7 * self.one))
-
-
-class Walk:
-    def __init__(self, device):
-        pyro.clear_param_store()
-        self.zero, self.one = torch.zeros((), device=device), torch.ones((), device=device)
-
-    def init(self, state):
-        state["z"] = self.zero
-
-    def step(self, state, x):
-        a = pyro.param("a", lambda: 0.9 * self.one)
-        with pyro.plate("data", len(x)):
-            z = state["z"] = pyro.sample("z", dist.Normal(a * state["z"], self.one))
-            pyro.sample("x", dist.Normal(z, self.one), obs=x)
-
-
-class Steered(Walk):
-    def init(self, state):
-        pass
-
-    def step(self, state, x):
-        b = pyro.param("b", lambda: 0.5 * self.one)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(b * (state["z"] + x), 0.7 * self.one))
-
-
-def step(loss, pair, seed):
-    """A loss and its gradients, which are taken away again."""
-    pyro.set_rng_seed(seed)
-    with poutine.trace(param_only=True) as capture:
-        value = loss.differentiable_loss(pair.model, pair.guide, pair.x)
-        value.backward()
-    grads = {}
-    for name, site in capture.trace.nodes.items():
-        leaf = site["value"].unconstrained()
-        grads[name], leaf.grad = leaf.grad, None
-    return value.detach(), grads
-
-
 def training(device, pair, loss, optim=lambda: FusedOptim(torch.optim.Adam, {"lr": 0.01})):
     """Three steps of SVI; the losses, the parameters, and what the last one counted."""
     pyro.set_rng_seed(0)
@@ -170,14 +83,19 @@ def training(device, pair, loss, optim=lambda: FusedOptim(torch.optim.Adam, {"lr
 
 
 def same(one, other):
-    """Whether two results are equal to the last bit, wherever they lie."""
+    """Whether two results are equal to the last bit, or on a real device to rounding, wherever they lie."""
     pairs = list(zip(tree_leaves(one), tree_leaves(other), strict=True))
     assert pairs
 
     def plain(part):
         return torch.as_tensor(part).detach().cpu().nan_to_num(7.0)
 
-    return all(torch.equal(plain(a), plain(b)) for a, b in pairs)
+    equal = close if accelerator.IS_REAL else torch.equal
+    return all(equal(plain(a), plain(b)) for a, b in pairs)
+
+
+def close(one, other):
+    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-4)
 
 
 def on_both(run):
@@ -230,6 +148,7 @@ class TestThatTheChecksBite:
             torch.stack([there.sum(), torch.ones(())])
         assert (there * torch.tensor(3.0)).sum().item() == 6
 
+    @simulated
     def test_it_counts(self):
         with counting() as counts:
             there = torch.tensor([1.0, 2.0], device=THERE)
@@ -239,12 +158,14 @@ class TestThatTheChecksBite:
         assert len(counts.reads) == 2
         assert len(counts.to_device) == len(counts.to_host) == 1
 
+    @simulated
     def test_it_draws_from_a_generator_of_its_own(self):
         torch.manual_seed(3)
         here, there = torch.rand(4), torch.rand(4, device=THERE)
         assert same(here, there)
         assert not same(torch.rand(4), there)
 
+    @simulated
     def test_another_random_state_is_seen(self, monkeypatch):
         """Chunks drawn again on the device need its own generator put back."""
         monkeypatch.setattr("pyro_iw._support.random_state.rng_states", list)
@@ -473,6 +394,7 @@ class TestPosterior:
         assert len(run(THERE, 8)[1].reads) == len(counts.reads)
 
 
+@simulated
 class TestWithoutFloat64:
     """As on Apple's devices: numbers that want it come in float32."""
 

@@ -22,6 +22,7 @@ MISSING = [
     "torch.multiprocessing.reductions:StorageWeakRef",
     "torch.utils._python_dispatch:_disable_current_modes",
     "torch:_foreach_add_",
+    "torch:_foreach_mul",
     "torch.distributions.von_mises:_rejection_sample",
 ]
 

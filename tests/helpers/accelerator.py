@@ -9,8 +9,11 @@ undone, so :func:`register` belongs into a process of its own. The tensors
   seed both devices draw the same,
 * count what makes a host wait for a device: values read in Python, operations whose shapes depend on values,
   and copies from one to the other.
+
+With the environment variable ``PYRO_IW_DEVICE=cuda`` a real device takes its place, with the CPU's noise.
 """
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,9 +22,12 @@ from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_iter, tree_map_only
 
-__all__ = ["DEVICE", "NAME", "Counts", "counting", "is_supported", "module", "register"]
+from .host_noise import HostNoise
 
-NAME = "sim"
+__all__ = ["DEVICE", "IS_REAL", "NAME", "Counts", "counting", "is_supported", "module", "register"]
+
+NAME = os.environ.get("PYRO_IW_DEVICE", "sim")
+IS_REAL = NAME != "sim"
 DEVICE = torch.device("privateuseone", 0)
 _aten = torch.ops.aten
 
@@ -156,7 +162,10 @@ def is_supported() -> bool:
 
 
 def register() -> None:
-    """Make ``sim`` a device of this process, for good."""
+    """Make ``sim`` a device of this process, or a real one draw the CPU's noise, for good."""
+    if IS_REAL:
+        HostNoise(NAME, _WAITING, _note).__enter__()
+        return
 
     class Hook(torch._C._acc.PrivateUse1Hooks):
         def is_available(self):
