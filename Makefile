@@ -44,7 +44,7 @@ $(FULL): $(BASE)
 	@$(INSTALL) -e '.[examples,test,docs,dev]'
 	@touch $@
 
-demo: $(BASE)  ## Train a VAE with five bounds on real images (under two minutes)
+demo: $(BASE)  ## Train a VAE with six losses on real images (under two minutes)
 	@$(BIN)/python examples/demo.py
 
 # One thread: the tests' tensors are tiny, and on a busy machine idle threads spin on one another's cores.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .posterior.samples import ImportanceSamples
     from .posterior.sandwich import Sandwich, sandwich
     from .posterior.two_samples import TwoSamples
+    from .ranks.group import RankError
     from .sequences.evaluation import ParticleFilter
     from .sequences.filtered import FilteredSequences
     from .sequences.fivo import FIVO_ELBO
@@ -59,6 +60,7 @@ __all__ = [
     "PairCheck",
     "ParticleFilter",
     "Particles",
+    "RankError",
     "RateDistortion",
     "Sandwich",
     "SiteCheck",
@@ -94,6 +96,7 @@ _HOMES = {
     "posterior.samples": ("ImportanceSamples",),
     "posterior.sandwich": ("Sandwich", "sandwich"),
     "posterior.two_samples": ("TwoSamples",),
+    "ranks.group": ("RankError",),
     "sequences.evaluation": ("ParticleFilter",),
     "sequences.filtered": ("FilteredSequences",),
     "sequences.fivo": ("FIVO_ELBO",),

@@ -6,7 +6,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,7 +136,8 @@ def check(
         model: the model (a callable with Pyro primitives).
         guide: the guide.
         args: positional arguments of both.
-        loss: the loss to train with; ``IWAE_ELBO(K=8)`` if None.
+        loss: the loss to train with; ``IWAE_ELBO(K=8)`` if None. One with a ``particle_group`` is tried
+            with all particles on this process, without the other ranks.
         kwargs: keyword arguments of both.
 
     Returns:
@@ -191,12 +192,20 @@ def _noting(found: PairCheck) -> Iterator[None]:
 
 
 def _time(loss: ImportanceWeightedELBO, pair: Pair) -> float:
-    trial, seconds = copy.deepcopy(loss), []
+    trial, seconds = _alone(loss), []
     for _ in range(_TIMED):
         begin = time.perf_counter()
         _step(trial, pair)
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
+
+
+def _alone(loss: ImportanceWeightedELBO) -> ImportanceWeightedELBO:
+    """A copy that has all particles on this process, for other ranks may not be checking anything."""
+    trial = copy.deepcopy(loss)
+    trial.particle_group = trial._ranks = None
+    trial._minibatches = nullcontext()
+    return trial
 
 
 def _step(loss: ImportanceWeightedELBO, pair: Pair) -> None:
@@ -215,7 +224,7 @@ def _try_estimators(loss: ImportanceWeightedELBO, pair: Pair) -> dict[str, str |
     if isinstance(loss, LocallyEnhancedELBO):  # whose estimators are of another kind
         return outcomes
     for name in ESTIMATORS:
-        trial = copy.deepcopy(loss)
+        trial = _alone(loss)
         trial._estimator = get_estimator(name)
         try:
             _step(trial, pair)

@@ -314,7 +314,8 @@ class ImportanceWeightedELBO(TrainedLoss):
         if self._ranks is None:
             return nullcontext()
         if self._said is None:
-            self._said = str(self._bounds), self.estimator, self.plates
+            keywords = (self.plates, self.backward_particles, self.stratified)
+            self._said = str(self._bounds), self.estimator, *keywords
         kind = "a gradient step" if torch.is_grad_enabled() else "a loss"
         weight = None if isinstance(kl_weight, Tensor) else float(kl_weight)
         return self._ranks.step(kind, *self._said, weight)

@@ -42,6 +42,8 @@ class _NamedELBO(ImportanceWeightedELBO):
             if name not in Keywords.__annotations__:
                 close = difflib.get_close_matches(name, known, 1)
                 hint = f"Did you mean {close[0]!r}?" if close else f"It takes {', '.join(known)}."
+                if name == "num_particles":  # what Pyro's losses call it
+                    hint = f"The particles are counted by {' * '.join(n for n in known if n in ('M', 'K'))}."
                 raise TypeError(
                     f"{type(self).__name__}() got an unexpected keyword argument {name!r}. {hint}"
                 )

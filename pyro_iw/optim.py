@@ -199,7 +199,9 @@ class FusedOptim(PyroOptim):
 
     def _describe(self, name: str, param: Tensor) -> Any:
         """What a new parameter is given to begin with."""
-        return self._options(param), self._state_waiting_to_be_consumed.get(name)
+        kind = getattr(self._make, "__qualname__", None)
+        clip: Any = self._get_grad_clip_args(param)  # type: ignore[arg-type]
+        return kind, self._options(param), clip, self._state_waiting_to_be_consumed.get(name)
 
     def _can_fuse(self, param: Tensor, options: dict[str, Any]) -> bool:
         """Whether there is a fused kernel for such a parameter; PyTorch says so when a step is taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -86,10 +87,24 @@ class TrainedLoss(ELBO):
     def _count_one(self, *_: Any) -> None:
         self.steps += 1
 
+    def _clock(self) -> str:
+        """Where the ``kl_weight`` of the next step is, in words."""
+        weight = getattr(self, "kl_weight", None)
+        return f"kl_weight after {self.steps} steps" if callable(weight) else f"kl_weight={weight}"
+
     def _count(self) -> None:
         """A gradient has been taken."""
         if self._counted is None:
             self.steps += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainedLoss:
+        other = copy.copy(self)
+        memo[id(self)] = other
+        group = getattr(self, "particle_group", None)
+        memo[id(group)] = group  # processes cannot be copied
+        for name, value in vars(other).items():
+            setattr(other, name, copy.deepcopy(value, memo))
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no optimiser to count, and has met nobody.
@@ -110,7 +125,9 @@ def gradient_step(method: _Method) -> _Method:
             return method(self, model, guide, *args, **kwargs)
         if self._data_axis is None:
             self._data_axis = DataAxis(self._warn_once, {PARTICLE_PLATE})
-        with self._data_axis.step(model, guide, getattr(self, "particle_group", None) is not None):
+        shared = getattr(self, "_ranks", None)
+        same_seeds = shared is not None and shared.size > 1
+        with self._data_axis.step(model, guide, same_seeds, self._clock):
             loss = method(self, model, guide, *args, **kwargs)
         self._data_axis.warn_of_scale(loss)
         return loss

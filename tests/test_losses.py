@@ -51,6 +51,8 @@ def test_a_typo_names_the_class_and_what_was_meant(kind: type) -> None:
     ):
         kind(**LOSSES[kind], chunksize=2)
     first = next(iter(LOSSES[kind]))
+    with pytest.raises(TypeError, match=r"'num_particles'. The particles are counted by (M \* )?K\."):
+        kind(**LOSSES[kind], num_particles=2)
     with pytest.raises(TypeError, match=rf"{kind.__name__}\(\) got .* 'xyz'. It takes {first}, .*compile"):
         kind(**LOSSES[kind], xyz=2)
 

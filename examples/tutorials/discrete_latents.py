@@ -15,6 +15,7 @@ which patterns an image is the sum of.
 
 import itertools
 import math
+import textwrap
 
 import matplotlib.pyplot as plt
 import pyro
@@ -67,9 +68,8 @@ class Switches(nn.Module):
     @torch.no_grad()
     def log_p(self, x):
         joint = dist.Bernoulli(logits=self.prior).log_prob(states).sum(-1)
-        joint = joint + dist.Normal(states @ self.patterns, 0.5).log_prob(x[:, None]).sum(
-            -1
-        )
+        of_x = dist.Normal(states @ self.patterns, 0.5)
+        joint = joint + of_x.log_prob(x[:, None]).sum(-1)
         return joint.logsumexp(-1).mean()
 
 
@@ -89,7 +89,7 @@ print(f"log p(x) of the model that made the data: {best.log_p(x):.2f}")
 try:
     IWAE_ELBO(K=8).loss_and_grads(Switches().model, Switches().guide, x)
 except ValueError as error:
-    print(error)
+    print(textwrap.fill(str(error), 84))
 
 # %%
 # Noise of the gradient

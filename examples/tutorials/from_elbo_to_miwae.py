@@ -24,9 +24,8 @@ from pyro.optim import Adam
 from pyro_iw import IWAE_ELBO, MIWAE_ELBO, ImportanceSampler
 
 pyro.set_rng_seed(0)
-x = torch.randn(400, 2).sum(-1, keepdim=True) + 0.5 * torch.randn(
-    400, 3
-)  # strength 1, noise 0.5
+causes = torch.randn(400, 2)
+x = 1.0 * causes.sum(-1, keepdim=True) + 0.5 * torch.randn(400, 3)  # strength 1, noise 0.5
 positive = dist.constraints.positive
 
 

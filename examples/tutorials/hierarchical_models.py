@@ -180,14 +180,8 @@ ax.set(
 )
 ax.legend()
 plt.show()
-error = {"averages": average, "posterior means": estimate}
-print(
-    {
-        name: f"{(value - effects).square().mean().sqrt():.3f}"
-        for name, value in error.items()
-    },
-    "rms error",
-)
+for name, value in {"averages": average, "posterior means": estimate}.items():
+    print(f"rms error of {name:15s} {(value - effects).square().mean().sqrt():.3f}")
 
 # %%
 # More in :doc:`../hierarchical`, among it several plates side by side and what to do when

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from .._support.random_state import RandomState
-from ..ranks.exchange import seed_of
-from ..ranks.group import Group, as_process_group
+from .._support.warn import warn
+from ..ranks.exchange import checksum, seed_of
+from ..ranks.group import Group
 from .evidence import LogMarginal
 
 if TYPE_CHECKING:  # a PyTorch may be built without
@@ -27,8 +30,6 @@ if TYPE_CHECKING:  # a PyTorch may be built without
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["NO_BATCH", "evaluate_over_ranks"]
-
-_GROUPS: dict[ProcessGroup, Group] = {}
 
 NO_BATCH = "The loader gave no batch, so there is nothing to evaluate."
 
@@ -63,7 +64,7 @@ def evaluate_over_ranks(
         if alone is None:
             raise ValueError(NO_BATCH)
         return alone
-    group = _group(data_group)
+    group = Group.of("data_group", data_group)
     own = int(torch.randint(2**62, ()))
     state = RandomState.now()
     try:
@@ -73,35 +74,31 @@ def evaluate_over_ranks(
         torch.manual_seed(seed_of(seed, "data", group.rank))
         watched = loader if known is not None else _Fingerprint(loader)
         with group.meeting("data_group, the log evidence of each rank's part") as brought:
-            part = evaluate(watched, group)
-            if part is not None and known is not None and len(part.values) != len(known):
+            with _Parameters() as parameters:
+                part = evaluate(watched, group)
+            count = 0 if part is None else len(part.values)
+            if known is not None and count != len(known):
                 raise ValueError(
-                    f"The loader gave {len(part.values)} datapoints, but there are indices of {len(known)}. "
-                    "(A DataLoader with drop_last=True drops those of the last batch.)"
+                    f"The loader gave {count} datapoints, but there are indices of {len(known)}. (A "
+                    "DataLoader with drop_last=True drops those of the last batch, and an iterator gives its "
+                    "batches once.)"
                 )
             brought += ["with indices" if known is not None else "without indices", total]
     finally:
         state.restore()
     mark = watched.mark if isinstance(watched, _Fingerprint) else None
-    told = group.hear((None if part is None else _on_cpu(part), known, mark))
-    there = [(each, places) for each, places, _ in told if each is not None]
+    told = group.hear((None if part is None else _on_cpu(part), known, mark, parameters.checksums()))
+    there = [(each, places) for each, places, *_ in told if each is not None]
     if not there:
         raise ValueError(NO_BATCH)
     if known is None:
-        _refuse_the_same([mark for part, _, mark in told if part is not None], group)
+        _refuse_the_same([None if part is None else mark for part, _, mark, _ in told], group)
         whole = LogMarginal.join([each for each, _ in there])
     else:
         whole = _join_once(there, total)
+    _warn_of_other_parameters([sums for *_, sums in told], group)
     device = torch.device("cpu") if part is None else part.values.device
     return _mapped(whole, lambda column: column.to(device))
-
-
-def _group(data_group: ProcessGroup | DeviceMesh) -> Group:
-    """The ranks of a group, the same object whenever it is asked for: each keeps a connection of its own."""
-    key = as_process_group("data_group", data_group)
-    if key not in _GROUPS:
-        _GROUPS[key] = Group("data_group", key)
-    return _GROUPS[key]
 
 
 def _known(
@@ -159,15 +156,51 @@ def _on_cpu(result: LogMarginal) -> LogMarginal:
     return _mapped(result, lambda column: column.cpu())
 
 
-def _refuse_the_same(marks: Sequence[int], group: Group) -> None:
-    """Refuse ranks that have evaluated the same data."""
-    if len(marks) > 1 and len(set(marks)) == 1:
+def _refuse_the_same(marks: Sequence[int | None], group: Group) -> None:
+    """Refuse ranks that have evaluated the same data as others."""
+    ranks: dict[int, list[int]] = defaultdict(list)
+    for rank, mark in zip(group.world_ranks, marks, strict=True):
+        if mark is not None:
+            ranks[mark].append(rank)
+    same = next((found for found in ranks.values() if len(found) > 1), None)
+    if same is not None:
         raise ValueError(
-            f"All {group.size} ranks of data_group= evaluated the same data, which would count {group.size} "
-            "times. Give each rank a part of its own: a DataLoader with a DistributedSampler, or "
-            "data[rank::size] with indices=range(rank, N, size). (If the parts are alike but not the same, "
-            "say by indices= which datapoints each has.)"
+            f"Ranks {', '.join(map(str, same))} of data_group= evaluated the same data, which would "
+            f"count {len(same)} times. Give each rank a part of its own: a DataLoader with a "
+            "DistributedSampler, or data[rank::size] with indices=range(rank, N, size). (If the parts are "
+            "alike but not the same, say by indices= which datapoints each has. Ranks that share particles "
+            "do not belong to one data_group.)"
         )
+
+
+def _warn_of_other_parameters(said: Sequence[Mapping[str, int]], group: Group) -> None:
+    """Warn of ranks whose values are of other models."""
+    known: dict[str, tuple[int, int]] = {}  # by name, the first rank that has it, and its value's sum
+    for rank, sums in zip(group.world_ranks, said, strict=True):
+        others = [name for name, value in sums.items() if known.setdefault(name, (rank, value))[1] != value]
+        if others:
+            names = ", ".join(map(repr, others[:3])) + (", ..." if len(others) > 3 else "")
+            warn(
+                f"Rank {rank} of data_group= has evaluated its part with other values of parameter(s) "
+                f"{names} than rank {known[others[0]][0]}. Values under several models are no log evidence "
+                "of a data set: load one checkpoint on all ranks, or broadcast the parameters. (What the "
+                "guide alone uses may differ, such as parameters fitted to a rank's own datapoints.)"
+            )
+            return
+
+
+class _Parameters(Messenger):
+    """Notes the parameters that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: dict[str, Tensor] = {}
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self._found.setdefault(msg["name"], msg["value"])
+
+    def checksums(self) -> dict[str, int]:
+        return {name: checksum(value) for name, value in self._found.items()}
 
 
 class _Fingerprint:
@@ -187,9 +220,10 @@ class _Fingerprint:
 
 
 def _rows(batch: Any) -> Iterator[bytes]:
-    """The rows of all tensors in a batch."""
+    """The rows of all tensors in a batch, and what else is in there."""
     if isinstance(batch, Tensor):
-        rows = torch.atleast_2d(batch.detach().cpu()) if batch.dim() != 1 else batch.cpu().unsqueeze(1)
+        batch = batch.detach().cpu()
+        rows = batch.unsqueeze(1) if batch.dim() == 1 else torch.atleast_2d(batch)
         yield from (row.tobytes() for row in rows.flatten(1).contiguous().view(torch.uint8).numpy())
     elif isinstance(batch, np.ndarray):
         yield from (row.tobytes() for row in np.atleast_1d(batch))
@@ -199,3 +233,5 @@ def _rows(batch: Any) -> Iterator[bytes]:
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         for value in batch:
             yield from _rows(value)
+    else:
+        yield repr(batch).encode()

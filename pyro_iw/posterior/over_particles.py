@@ -133,7 +133,7 @@ class ParticleRanks:
     """
 
     def __init__(self, group: ProcessGroup | DeviceMesh, num_particles: int) -> None:
-        self.group = Group("particle_group", group)
+        self.group = Group.of("particle_group", group)
         self.num_particles = num_particles
 
     def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:

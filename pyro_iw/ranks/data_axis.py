@@ -58,17 +58,24 @@ class DataAxis:
         self._of_scale: str | None = None
 
     @contextmanager
-    def step(self, model: Callable, guide: Callable, same_seeds: bool = False) -> Iterator[None]:
+    def step(
+        self,
+        model: Callable,
+        guide: Callable,
+        same_seeds: bool = False,
+        clock: Callable[[], str] = str,
+    ) -> Iterator[None]:
         """A gradient step of the loss, which runs inside.
 
         Arguments:
             model: the model.
             guide: the guide.
             same_seeds: whether the ranks are to draw the same random numbers.
+            clock: says where the ``kl_weight`` of the step is.
 
         Raises:
             ValueError: if ``DistributedDataParallel`` does not know some of the parameters.
-            RankError: if another rank has failed in its first step.
+            RankError: if another rank has failed in its first step, or has another ``kl_weight``.
         """
         caller = _caller()
         optim = caller.optim if isinstance(caller, SVI) else None
@@ -77,13 +84,21 @@ class DataAxis:
         if caller is not None and caller not in self._met:
             self._met.add(caller)
             if isinstance(caller, DistributedDataParallel):
-                group = Group("process_group", caller.process_group)
+                group = Group.of("process_group", caller.process_group)
             if same_seeds and averaged is not None:
                 averaged.leave_seeds()
             if group is None and not any(wrapped(fn) for fn in (model, guide)):
                 warn_of_drift("SVI", [optim], self._warn)
+            if group is not None and same_seeds and 1 < group.size < dist.get_world_size():
+                ranks = ", ".join(map(str, group.world_ranks))
+                self._warn(
+                    f"Gradients are averaged over the ranks {ranks} of {dist.get_world_size()} alone, and "
+                    "other ranks train a model of their own. With particle_group= on a mesh average over all "
+                    "of its ranks: process_group=torch.distributed.group.WORLD. If it is meant: "
+                    "warnings.filterwarnings('ignore', 'Gradients are averaged over the ranks')."
+                )
             if group is not None and group.size > 1:
-                with self._first_step(caller, group, same_seeds or averaged is not None):
+                with self._first_step(caller, group, same_seeds or averaged is not None, clock):
                     yield
                 return
         try:
@@ -94,15 +109,19 @@ class DataAxis:
             raise
 
     @contextmanager
-    def _first_step(self, caller: Any, group: Group, seeds_known: bool) -> Iterator[None]:
+    def _first_step(
+        self, caller: Any, group: Group, seeds_known: bool, clock: Callable[[], str]
+    ) -> Iterator[None]:
         parameters = _parameters(caller)
         look = _Look(self._hidden)
         before = random_digests()
         try:
             with group.meeting("the first step of a loss"):
+                now = clock()
                 with look:
                     yield
                 _refuse_late(parameters, _parameters(caller))
+            _refuse_other_clocks(group, now)
         except RankError:
             if isinstance(caller, SVI):  # which will not come to clear them
                 for _, param in pyro.get_param_store().named_parameters():
@@ -120,7 +139,9 @@ class DataAxis:
                         "DistributedDataParallel wraps, which does not synchronise it between the ranks. "
                         "Make it a torch.nn.Parameter or pyro.nn.PyroParam of model or guide."
                     )
-        self._compare_data(group, look)
+        told = group.hear((look.plates, look.observed))
+        self._compare_plates(group, [plates for plates, _ in told])
+        self._compare_data(group, look, [observed for _, observed in told])
 
     def warn_of_scale(self, loss: Any) -> None:
         """Warn of a gradient that is too small by the number of ranks, unless the loss is a mean over data.
@@ -136,9 +157,32 @@ class DataAxis:
         elif loss.requires_grad:
             loss.register_hook(lambda grad: self._warn(message) if bool(grad == 1) else None)
 
-    def _compare_data(self, group: Group, look: _Look) -> None:
+    def _compare_plates(self, group: Group, told: list[dict[str, tuple[int, int]]]) -> None:
+        """Find minibatches that do not count alike, as those of a union would."""
+        ranks = group.world_ranks
+        for name in sorted(set.intersection(*map(set, told))):
+            sizes = [plates[name] for plates in told]
+            if all(full == size for full, size in sizes):
+                continue  # the data tell
+            for rank, (full, size) in zip(ranks, sizes, strict=True):
+                if full != sizes[0][0]:
+                    self._warn(
+                        f"Plate {name!r} has the size {sizes[0][0]} on rank {ranks[0]} and {full} on rank "
+                        f"{rank}, and gradients are averaged over the ranks. Give it the number N of all "
+                        f"ranks' data on all of them, in model and guide: pyro.plate({name!r}, N, len(data))."
+                    )
+                    break
+                if size != sizes[0][1]:
+                    self._warn(
+                        f"Plate {name!r} has a minibatch of {sizes[0][1]} on rank {ranks[0]} and of {size} "
+                        f"on rank {rank}. The mean of the gradients counts both alike, and so a datapoint of "
+                        "the smaller one for more. Give all ranks minibatches of one size, as a "
+                        "DistributedSampler does."
+                    )
+                    break
+
+    def _compare_data(self, group: Group, look: _Look, told: list[dict[str, tuple[str | None, int]]]) -> None:
         """Find sites that hold other data on other ranks, all of which count as all there is."""
-        told = group.hear(look.observed)
         for name, (plate, _) in look.observed.items():
             if len({said[name][1] for said in told if name in said}) == 1:
                 continue
@@ -214,6 +258,7 @@ class _Look(Messenger):
         observed: by name of the site, its outermost plate and a checksum of its values.
         latents: by name of a latent site, its plates.
         params: unconstrained parameters by name.
+        plates: full size and size by name.
     """
 
     def __init__(self, hidden: frozenset[str]) -> None:
@@ -222,6 +267,7 @@ class _Look(Messenger):
         self.observed: dict[str, tuple[str | None, int]] = {}
         self.latents: dict[str, set[str | None]] = {}
         self.params: dict[str, Tensor] = {}
+        self.plates: dict[str, tuple[int, int]] = {}
 
     def _pyro_post_param(self, msg: Any) -> None:
         value = msg["value"]
@@ -230,6 +276,9 @@ class _Look(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) or not isinstance(msg["value"], Tensor):
             return
+        for frame in msg["cond_indep_stack"]:
+            if frame.name not in self._hidden and frame.full_size is not None:
+                self.plates[frame.name] = frame.full_size, frame.size
         if not msg["is_observed"]:
             # Latents without a plate go with data without one.
             names = {frame.name for frame in msg["cond_indep_stack"]} - self._hidden
@@ -281,6 +330,17 @@ def _refuse_late(before: dict[str, Tensor], now: dict[str, Tensor]) -> None:
             "run, and would never synchronise them. Run the pair once before: elbo = loss(model, guide); "
             "elbo(data); elbo = DistributedDataParallel(elbo)."
         )
+
+
+def _refuse_other_clocks(group: Group, clock: str) -> None:
+    told = group.hear(clock)
+    for rank, theirs in zip(group.world_ranks, told, strict=True):
+        if theirs != told[0]:
+            raise RankError(
+                f"Rank {rank} trains with {theirs}, rank {group.world_ranks[0]} with {told[0]}. Give all "
+                "ranks the same, and load the loss's steps on all of them: they are in the state_dict of "
+                "loss(model, guide) and in that of the loss."
+            )
 
 
 def refuse_sharded(model: Callable, guide: Callable, what: str) -> None:

@@ -71,7 +71,7 @@ class AveragedGradients:
     _counts: ClassVar[dict[tuple[int, ...], int]] = defaultdict(int)
 
     def __init__(self, process_group: Any, describe: Callable[[str, Tensor], Any]) -> None:
-        self.group = Group("process_group", process_group)
+        self.group = Group.of("process_group", process_group)
         self._seeds = SameSeeds(self.group)
         self._begin(describe)
 
@@ -225,13 +225,15 @@ class AveragedGradients:
                         "the first step that uses it."
                     )
             constraints = store.get_state()["constraints"]
-            own = [name for name in lacking if sources[name] == self.group.rank]
+            own = {name: store[name].detach() for name in lacking if sources[name] == self.group.rank}
+            here = {param.device.type: param.device for _, param in store.named_parameters()}
             for made in self.group.hear(
-                {name: (store[name].detach().cpu(), constraints[name]) for name in own}
+                {name: (value.cpu(), value.device.type, constraints[name]) for name, value in own.items()}
             ):
-                for name, (value, constraint) in made.items():
+                for name, (value, kind, constraint) in made.items():
                     if name not in told[self.group.rank].known:
-                        store.setdefault(name, value, constraint)
+                        # Each rank has a device of its own, of one kind on all of them.
+                        store.setdefault(name, value.to(here.get(kind, kind)), constraint)
         everything = dict(store.named_parameters())
         for name in entries.keys() - named.keys():
             named[name] = everything[name]
@@ -256,9 +258,9 @@ class AveragedGradients:
             for rank, theirs in zip(ranks, told, strict=True):
                 if theirs[name] != told[0][name]:
                     raise RankError(
-                        f"Parameter {name!r} has another state or other options of the optimiser on rank "
-                        f"{rank} than on rank {ranks[0]}. Load a checkpoint on all ranks, and give them the "
-                        "same options."
+                        f"Parameter {name!r} has another optimiser, or another state or other options of it "
+                        f"(clip_args included), on rank {rank} than on rank {ranks[0]}. Load a checkpoint on "
+                        "all ranks, and give them the same options."
                     )
         is_at_home = True
         for name in new:

@@ -5,10 +5,11 @@ up numbers in silence. So everything that is exchanged here is exchanged at a *m
 fared and what it brings, in a few integers on the CPU; if one has failed, or they do not bring the same,
 every rank raises, and the error names the rank.
 
-On a CPU those words travel in front of the tensor that is exchanged, in one collective operation. For the
-ranks not to wait for one another in operations of different sizes, all meetings of a group have the size of
-the last tensor that was exchanged, whatever they are about: a rank that fails early, and does not know which
-of the meetings the others are at, fills that room with nothing and says that it has failed.
+On a CPU those words travel in front of the tensor that is exchanged, if that is small, in one collective
+operation. For the ranks not to meet in operations of different sizes, at which gloo ends the process, all
+meetings of a group have the size of the last such tensor, whatever they are about and whoever calls them: a
+rank that fails early, or is at another meeting than the others, fills that room with nothing. So there is one
+:class:`Group` of a process group, which losses, optimisers and samplers share: :meth:`Group.of`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pickle
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -35,12 +36,35 @@ WORDS = 6
 
 _FINE, _FAILED = 0, 1
 
+#: What ``torch.distributed.new_group`` gives to processes that it leaves out.
+_NOT_A_MEMBER: Any = dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else object()
+
+#: Bytes of a tensor that still travels with the words; every meeting may come to have this size.
+_SMALL = 2**14
+
+#: The attribute of an error that says which ranks know of it.
+_KNOWING = "_known_to_ranks"
+
 #: How long a rank waits, after a failed operation, for the others to say that they are still there.
 _GRACE = datetime.timedelta(seconds=5)
 
 
 class RankError(RuntimeError):
-    """One of the processes that share a task has failed, or does something else than the others."""
+    """One of the processes that share a task has failed, or does something else than the others.
+
+    Raised on all of them, but that on a rank which failed its own error goes on; the message names that rank.
+    After one of a loss or an evaluation all ranks may go on, say with the next minibatch; after one that says
+    that a rank did not come they may not.
+
+    Example:
+        >>> def step():  # on a rank that is fine itself
+        ...     raise RankError("the log-weights of a step: rank 1 raised KeyError: 'labels'")
+        >>> try:
+        ...     step()
+        ... except RankError as error:
+        ...     print(f"stopped, since of {error}")
+        stopped, since of the log-weights of a step: rank 1 raised KeyError: 'labels'
+    """
 
 
 class Group:
@@ -58,12 +82,20 @@ class Group:
         ValueError: if it is no such thing, has several dimensions, or this process does not belong to it.
     """
 
+    _known: ClassVar[dict[Any, Group]] = {}
+
+    @classmethod
+    def of(cls, name: str, group: ProcessGroup | DeviceMesh) -> Group:
+        """The processes of a group, the same object whoever asks for them; as of the class."""
+        key = as_process_group(name, group)
+        if key not in cls._known:
+            cls._known[key] = cls(name, key)
+        return cls._known[key]
+
     def __init__(self, name: str, group: ProcessGroup | DeviceMesh) -> None:
         self.process_group = as_process_group(name, group)
         self.size = dist.get_world_size(self.process_group)
         self.rank = dist.get_rank(self.process_group)
-        if self.rank < 0:
-            raise ValueError(f"{name} is a group that this process (rank {dist.get_rank()}) is not part of")
         #: Ranks in the world, by which a message names a process.
         self.world_ranks: list[int] = dist.get_process_group_ranks(self.process_group)
         self._words = self.process_group
@@ -72,6 +104,9 @@ class Group:
             self._words = dist.new_group(self.world_ranks, backend="gloo", use_local_synchronization=True)
         self._room = 0  # bytes for a tensor at every meeting, the same on all ranks
         self._meetings = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self  # a copy of what uses it meets the same ranks, at meetings that are counted here
 
     @contextmanager
     def meeting(self, subject: str) -> Iterator[list[Any]]:
@@ -98,13 +133,22 @@ class Group:
     def tell(self, subject: str, failure: Exception) -> None:
         """Come to a meeting with the news that this rank has failed; the others raise it by its name.
 
+        Of a failure that all of them have heard of, at a meeting of these or more ranks, nobody tells twice:
+        they may have left the step, and be at no meeting any more.
+
         Arguments:
             subject: what it failed at.
             failure: its error.
         """
-        if self.size > 1:
+        if self.size > 1 and not _knowing(failure).issuperset(self.world_ranks):
             with suppress(RankError):
                 self._meet(subject, f"{type(failure).__name__}: {failure}", failed=True)
+            self._known_to_all(failure)
+
+    def _known_to_all(self, failure: Exception) -> Exception:
+        with suppress(AttributeError):  # of an error that takes no attributes
+            setattr(failure, _KNOWING, _knowing(failure).union(self.world_ranks))
+        return failure
 
     def say(self, subject: str, brought: Sequence[Any] = (), words: Sequence[int] = ()) -> list[list[int]]:
         """Exchange a few integers.
@@ -130,7 +174,8 @@ class Group:
         """Exchange tensors of one shape and dtype, and a few integers.
 
         On a CPU that is one operation, in which each rank sends 64 bytes and those of its tensor, rounded up
-        to 8; on an accelerator the tensors go apart from the words, and nothing waits for the device.
+        to 8, if that is small; larger ones, and those on an accelerator, go apart from the words, and nothing
+        waits for the device.
 
         Arguments:
             subject: what for; the same on all ranks.
@@ -148,10 +193,10 @@ class Group:
         if self.size == 1:
             return [[*words]], tensor.unsqueeze(0)
         said = repr((subject, *brought, tensor.dtype, list(tensor.shape)))
-        if tensor.device.type != "cpu":
+        size = -(-tensor.numel() * tensor.element_size() // 8) * 8
+        if tensor.device.type != "cpu" or size > _SMALL:
             heard, _ = self._meet(subject, said, words)
             return heard, self._gather(tensor, self.process_group)
-        size = -(-tensor.numel() * tensor.element_size() // 8) * 8
         if size != self._room:
             self._meet(subject, said, words)
             self._room = size
@@ -206,9 +251,9 @@ class Group:
         each = list(zip(self.world_ranks, self.hear(said), failed, strict=True))
         if any(failed):
             which = "; ".join(f"rank {rank} raised {words}" for rank, words, is_so in each if is_so)
-            raise RankError(f"{subject}: {which}")
+            raise self._known_to_all(RankError(f"{subject}: {which}"))
         which = "; ".join(f"rank {rank} has {words}" for rank, words, _ in each)
-        raise RankError(f"{subject}: the ranks do not bring the same. {which}")
+        raise self._known_to_all(RankError(f"{subject}: the ranks do not bring the same. {which}"))
 
     def _gather(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
         tensor = tensor.detach().contiguous()
@@ -216,7 +261,7 @@ class Group:
         try:
             dist.all_gather(list(everything.unbind(0)), tensor, group=group)
         except RuntimeError as error:
-            raise RankError(self._who_is_missing(error)) from error
+            raise self._known_to_all(RankError(self._who_is_missing(error))) from error
         return everything
 
     def _who_is_missing(self, error: RuntimeError) -> str:
@@ -243,6 +288,11 @@ class Group:
         )
 
 
+def _knowing(failure: Exception) -> frozenset[int]:
+    """The ranks in the world that have heard of an error."""
+    return getattr(failure, _KNOWING, frozenset())
+
+
 def _listed(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
 
@@ -264,7 +314,12 @@ def as_process_group(name: str, group: Any) -> ProcessGroup:
                 f"mesh[{names[-1]!r}]" if names else "mesh['particles'] of a mesh whose dimensions have names"
             )
             raise ValueError(f"{name} is a mesh of {group.ndim} dimensions. Pass one of them: {example}.")
-        return group.get_group()
+        group = _NOT_A_MEMBER if group.get_coordinate() is None else group.get_group()
+    if isinstance(group, type(_NOT_A_MEMBER)) and group == _NOT_A_MEMBER:
+        raise ValueError(
+            f"{name} is a group that this process (rank {dist.get_rank()}) is not part of. Pass the one that "
+            "it is in, or leave the argument out."
+        )
     if not isinstance(group, ProcessGroup):
         raise ValueError(
             f"{name} must be a torch.distributed.ProcessGroup or a DeviceMesh of one dimension, got {group!r}"

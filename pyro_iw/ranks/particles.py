@@ -18,7 +18,7 @@ from a seed that the first rank of the group draws for the step.
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import itertools
 import math
 import weakref
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .._support.random_state import RandomState
+from .exchange import seed_of
 from .group import Group, RankError
 from .seeds import random_digests
 
@@ -112,7 +113,7 @@ class ParticleGroup:
     """
 
     def __init__(self, group: Any, bound: Any) -> None:
-        self.group = Group("particle_group", group)
+        self.group = Group.of("particle_group", group)
         self.size = self.group.size
         if bound.num_particles % self.size:
             raise ValueError(
@@ -133,6 +134,11 @@ class ParticleGroup:
         self._recorded: Callable[[ParticleGroup, Tensor], Tensor] | None = None
         self._everything: Tensor | None = None
         self._own: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParticleGroup:
+        other = copy.copy(self)
+        other._generators, other.parameters = {}, []
+        return other
 
     # Steps --------------------------------------------------------------------------------------------
 
@@ -269,9 +275,7 @@ class ParticleGroup:
         Returns:
             The random state, which is the present one.
         """
-        place = self.block.start + start
-        mixed = hashlib.blake2b(f"{self.seed()} {place}".encode(), digest_size=8).digest()
-        return RandomState.seeded(int.from_bytes(mixed, "little") >> 1)
+        return RandomState.seeded(seed_of(self.seed(), self.block.start + start))
 
     def ready(self) -> None:
         """Have the minibatches of the step begin where they should, if its plates draw any."""

@@ -211,9 +211,11 @@ class Runner:
                 f"The {progress.role} runs with one particle but not with {num_particles} in one pass: it "
                 f"failed {progress.where()} with {type(error).__name__}: {error}\n"
                 f"Particles add a batch dim of size {num_particles} at dim {dim}{local}, left of every "
-                "plate. Let the computation broadcast over leading dims (index dims from the right, end "
-                "reshapes in (*z.shape[:-1], ...); a latent outside the plates comes with a dim of size 1 "
-                "for each), or pass vectorize_particles=False to run the particles one by one. "
+                "plate. Let the computation broadcast over leading dims: z[..., 0] for z[:, 0], "
+                "z.reshape(*z.shape[:-1], ...) for z.reshape(n, ...). A latent outside the plates comes with "
+                "a dim of size 1 for each: (X * w).sum(-1) for X @ w, and for means[c] of such means in a "
+                "plate, with c enumerated, Vindex(means.unsqueeze(-2))[..., c]. Or pass "
+                "vectorize_particles=False to run the particles one by one. "
                 "(If it fails for some values of the latents only, see the error itself, above.)"
             ) from error
         return Traces([traced], num_particles, dim, enum_dim, local=self.local)

@@ -369,6 +369,6 @@ def _check_particle_dim(site: Site, traces: Traces, ids: frozenset[int]) -> None
             f"The log density at site {site} has shape {tuple(log_prob.shape)}, but under "
             f"{traces.num_particles} particles its leftmost dim should be {dim}, of size "
             f"{traces.num_particles}. Let the computation broadcast over leading dims (a latent outside "
-            "the plates comes with a dim of size 1 for each), declare the other batch dims by pyro.plate or "
-            ".to_event(), or pass vectorize_particles=False."
+            "the plates comes with a dim of size 1 for each: (X * w).sum(-1) for X @ w), declare the other "
+            "batch dims by pyro.plate or .to_event(), or pass vectorize_particles=False."
         )

@@ -90,10 +90,11 @@ def compiled(rank, size, stubborn, names, interpreted):
 
 
 def test_compiled_steps():
-    run_on_ranks(compiled, 2, 2, False, list(LOSSES), True)
+    run_on_ranks(compiled, 2, 2, False, ["MIWAE dreg", "own"], True)
 
 
 def test_a_rank_that_does_not_compile():
+    """The other one does."""
     run_on_ranks(compiled, 2, 2, True, ["PIWAE chosen"], True)
 
 

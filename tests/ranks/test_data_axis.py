@@ -1,6 +1,7 @@
 """What goes wrong in silence where ranks have data of their own is right, refused, or warned of by name."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pyro
@@ -121,6 +122,8 @@ def ddp(rank):
     found["lazy, run before"] = outcome(step, lazy, guide)
     pyro.set_rng_seed(7)
     found["same seed"] = outcome(step, *pair(N))
+    alone = [td.new_group([one]) for one in range(2)][rank]
+    found["same seed, particles of one rank"] = outcome(partial(step, particle_group=alone), *pair(N))
     return found, [param.grad.tolist() for param in guide.parameters()]
 
 
@@ -138,8 +141,9 @@ def test_under_ddp():
     assert "pyro.plate('data', N, len(data))" in message
     (message,) = first["no plate"]
     assert "The model, in which site 'x' is in no plate, takes" in message
-    (message,) = first["same seed"]
-    assert message.startswith("Ranks 0, 1 draw the same random numbers")
+    for what in ("same seed", "same seed, particles of one rank"):
+        (message,) = first[what]
+        assert message.startswith("Ranks 0, 1 draw the same random numbers")
     statement, message = first["global"]
     assert statement.startswith("Parameter 'shift' of a pyro.param statement")
     assert "beside which the prior of 'scale' counts once a rank" in message
@@ -155,13 +159,13 @@ def svi(rank):
     pyro.set_rng_seed(rank)
     adam = torch.optim.Adam, {"lr": 0.1}
 
-    def train(optim, full=N, loss=None, silent=False):
+    def train(optim, full=N, loss=None, silent=False, x=None):
         pyro.clear_param_store()
         if silent:
             warnings.filterwarnings("ignore", "SVI on each of")
         model, guide = pair(full)
         svi = SVI(model, guide, optim, loss=loss or IWAE_ELBO(K=3))
-        twice(svi.step, shard(rank))
+        twice(svi.step, shard(rank) if x is None else x)
 
     averaged = FusedOptim(*adam, process_group=td.group.WORLD)
     found = {
@@ -172,6 +176,15 @@ def svi(rank):
         "averaged": outcome(train, averaged),
         "whole": outcome(train, FusedOptim(*adam, process_group=td.group.WORLD), None),
     }
+
+    def train_averaged(*args):
+        train(FusedOptim(*adam, process_group=td.group.WORLD), *args)
+
+    found["a rank's N"] = outcome(train_averaged, 4 + 2 * rank, None, False, X[:3])
+    found["sizes"] = outcome(train_averaged, N, None, False, X[: 6 - 2 * rank])
+    loss = IWAE_ELBO(K=3, kl_weight=lambda steps: 0.5 + 0.25 * steps)
+    loss.steps = rank  # as if one rank alone had gone on from a checkpoint
+    found["clock"] = outcome(train_averaged, N, loss)
     pyro.set_rng_seed(7)
     # Pyro's own loss looks at nothing; the optimiser sees that all draw the same.
     optim = FusedOptim(*adam, process_group=td.group.WORLD)
@@ -188,8 +201,15 @@ def test_under_svi():
         assert message.startswith("SVI on each of 2 ranks trains a model of its own")
     for fine in ("silenced", "own", "averaged"):
         assert not first[fine]
-    (message,) = first["whole"]
-    assert "Plate 'data' takes" in message
+    for what, words in {
+        "whole": "Plate 'data' takes",
+        "a rank's N": "Plate 'data' has the size 4 on rank 0 and 6 on rank 1",
+        "sizes": "Plate 'data' has a minibatch of 6 on rank 0 and of 4 on rank 1",
+    }.items():
+        (message,) = first[what]
+        assert message.startswith(words)
+    words = "Rank 1 trains with kl_weight after 1 steps, rank 0 with kl_weight after 0 steps"
+    assert first["clock"].startswith(f"RankError: {words}")
     for what in ("same seed", "same seed again"):
         (message,) = first[what]
         assert message.startswith("Ranks 0, 1 draw the same random numbers")

@@ -1,5 +1,7 @@
 """What ranks of a particle group do where one of them is not as the others are: all end, and say which."""
 
+import copy
+import datetime
 import time
 
 import pyro
@@ -8,12 +10,22 @@ import pytest
 import torch
 import torch.distributed
 from pyro.infer import SVI
+from torch.distributed.device_mesh import DeviceMesh
 
 from helpers.ranks import names_lost, run_on_ranks
-from pyro_iw import FIVO_ELBO, IWAE_ELBO, MIWAE_ELBO, FusedOptim, LocallyEnhancedELBO
+from pyro_iw import (
+    FIVO_ELBO,
+    IWAE_ELBO,
+    MIWAE_ELBO,
+    FusedOptim,
+    ImportanceSampler,
+    LocallyEnhancedELBO,
+    RankError,
+    check,
+)
 from pyro_iw.bounds import IWAE, MIWAE
 from pyro_iw.gradients.snr import gradient_snr
-from pyro_iw.ranks.group import RankError
+from pyro_iw.ranks import group as the_group
 
 
 class Pair:
@@ -128,6 +140,7 @@ def test_one_that_is_not_as_the_others():
 
 
 def dies(rank, how):
+    the_group._GRACE = datetime.timedelta(seconds=1)
     loss = IWAE_ELBO(K=4, particle_group=group())
     pair = Pair()
     pyro.set_rng_seed(rank)
@@ -165,11 +178,42 @@ def refusals(rank):
     pair = Pair()
     with pytest.raises(ValueError, match="particle_group"):
         gradient_snr(IWAE_ELBO(K=4, particle_group=group()), pair.model, pair.guide)
-    assert issubclass(RankError, RuntimeError)
+    for another in torch.distributed.new_group([0]), DeviceMesh("cpu", [0]):
+        if rank == 0:
+            IWAE_ELBO(K=4, particle_group=another)
+            continue
+        with pytest.raises(
+            ValueError, match=r"particle_group is a group that this process \(rank 1\) is not"
+        ):
+            IWAE_ELBO(K=4, particle_group=another)
 
 
 def test_what_cannot_be_divided_is_refused():
     run_on_ranks(refusals, 2)
+
+
+def copied(rank):
+    """A loss of a group that was checked, on one rank alone, and a copy that goes on with the others."""
+    pair = Pair()
+    loss = IWAE_ELBO(K=4, particle_group=group())
+    loss.loss_and_grads(pair.model, pair.guide)
+    if rank == 0:
+        found = check(pair.model, pair.guide, loss=loss)
+        assert found.error is None
+        assert found.estimators["dreg"] is None
+    other = copy.deepcopy(loss)
+    assert other.particle_group is group()
+    values = []
+    for one in loss, other:
+        pyro.set_rng_seed(rank)
+        values.append(one.loss(pair.model, pair.guide))
+    assert values[0] == values[1]
+    return values
+
+
+def test_checks_and_copies():
+    first, second = run_on_ranks(copied, 2)
+    assert first == second
 
 
 def advised(rank):
@@ -189,9 +233,18 @@ def advised(rank):
     pyro.set_rng_seed(rank)
     svi = SVI(model, guide, optim, loss=IWAE_ELBO(K=4, particle_group=group()))
     losses = [svi.step() for _ in range(4)]
-    return losses, pyro.param("loc").tolist()
+    results = losses, pyro.param("loc").tolist()
+    # One is at its next step while the other has gone on to an evaluation, of which it knows nothing.
+    sampler = ImportanceSampler(model, guide, 20, progress=False)
+    with pytest.raises(
+        RankError, match=r"rank 0 has .*'a gradient step'.*rank 1 has .*the data set"
+    ) as caught:
+        svi.step() if rank == 0 else sampler.log_marginal_dataset([()], data_group=group())
+    return results, str(caught.value).split(": ", 1)[1]
 
 
 def test_svi_with_the_optimiser_that_errors_name():
-    first, second = run_on_ranks(advised, 2)
+    start = time.monotonic()
+    first, second = run_on_ranks(advised, 2, timeout=60)
     assert first == second
+    assert time.monotonic() - start < 50  # nobody waits for one that knows already

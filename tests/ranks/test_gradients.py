@@ -1,5 +1,6 @@
 """Ranks that average gradients take the steps of one process on the data of all, and stop together."""
 
+import datetime
 import os
 import signal
 import warnings
@@ -17,6 +18,7 @@ from helpers.ranks import names_lost, run_on_ranks
 from helpers.shards import Pair, batch, parameters
 from pyro_iw import IWAE_ELBO, AdversarialSVI, FusedOptim
 from pyro_iw.ranks import gradients
+from pyro_iw.ranks import group as the_group
 
 OPTIMISERS = [
     (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}, {"clip_norm": 0.5}),
@@ -134,9 +136,9 @@ def contradictions(rank):
     """What comes of ranks that differ in what has to be the same, by what that is."""
     warnings.simplefilter("ignore")
 
-    def optimiser(lr=0.1):
+    def optimiser(lr=0.1, kind=torch.optim.Adam, clip=None):
         pyro.clear_param_store()
-        return FusedOptim(torch.optim.Adam, {"lr": lr}, process_group=td.group.WORLD)
+        return FusedOptim(kind, {"lr": lr}, clip, process_group=td.group.WORLD)
 
     def one(length=2, nan=False):
         a = pyro.param("a", torch.ones(length))
@@ -155,6 +157,8 @@ def contradictions(rank):
         pyro.factor("rows", -rows.sum())
 
     found = {"options": step_of(one, optimiser(0.1 + rank))}
+    found["kinds"] = step_of(one, optimiser(kind=[torch.optim.Adam, torch.optim.Adamax][rank]))
+    found["clipping"] = step_of(one, optimiser(clip={"clip_norm": 1.0 + rank}))
     optim = optimiser()
     step_of(one, optim)
     optim.optimizer.param_groups[0]["lr"] = 0.2 + rank
@@ -194,13 +198,13 @@ def test_contradictions_are_named():
         assert {name for name, _ in found.values()} == {"RankError"}
     words = {
         "nan": "On rank 1 the gradient of parameter 'a' is not finite",
-        "options": "'a' has another state or other options of the optimiser on rank 1",
         "rates": "Rank 0 has the learning rates [0.2], rank 1 [1.2]",
         "shapes": "'a' is [2] of torch.float32 on rank 0 and [3] of torch.float32 on rank 1",
         "module": "'net$$$bias' of a module is used by rank 1, and rank 0 has not registered it",
-        "order": "rank 0 brings those of optimiser 6, rank 1 those of optimiser 7",
-        "state": "'a' has another state or other options of the optimiser on rank 1",
+        "order": "rank 0 brings those of optimiser 8, rank 1 those of optimiser 9",
     }
+    for what in ("options", "kinds", "clipping", "state"):
+        words[what] = "'a' has another optimiser, or another state or other options of it"
     for what, expected in words.items():
         assert expected in first[what][1]
         assert second[what][1] == first[what][1]
@@ -255,6 +259,7 @@ def test_batch_norms_and_adversarial_training():
 
 def falls_silent(rank, how):
     """A rank whose loss is NaN in its second step, or that ends in it."""
+    the_group._GRACE = datetime.timedelta(seconds=1)
     pair = Pair()
     optim = FusedOptim(torch.optim.Adam, {"lr": 0.1}, process_group=td.group.WORLD)
     svi = SVI(pair.model, pair.guide, optim, loss=IWAE_ELBO(K=3))

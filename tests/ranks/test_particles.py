@@ -100,8 +100,11 @@ def check(mesh, make, data_rank=0, chunk_size=None, vectorize=True, subsample=Tr
 
 
 def combinations():
-    for name in LOSSES:
-        for estimator in PATHS + SCORES:
+    """Every bound with some of the estimators, and every estimator with some of the bounds."""
+    for i, name in enumerate(LOSSES):
+        for j, estimator in enumerate(PATHS + SCORES):
+            if (i + j) % 3:  # nothing of an exchange depends on both
+                continue
             if name == "ELBO" and estimator in ("vimco", "ovis", "rws"):
                 continue
             if estimator == "ovis" and name not in ("IWAE", "MIWAE", "PIWAE", "VR"):
@@ -109,9 +112,11 @@ def combinations():
             yield name, estimator
 
 
-def every_bound_and_estimator(rank, some):
+def every_bound_and_estimator(rank):
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "particles"))["particles"]
-    for name, estimator in list(combinations())[some]:
+    assert {name for name, _ in combinations()} == {*LOSSES}
+    assert {estimator for _, estimator in combinations()} == {*PATHS, *SCORES}
+    for name, estimator in combinations():
         discrete = estimator in SCORES
         make = lambda **kw: LOSSES[name](estimator=estimator, **kw)  # noqa: B023, E731
         try:
@@ -121,9 +126,8 @@ def every_bound_and_estimator(rank, some):
             raise AssertionError(f"{name} {estimator}") from error
 
 
-@pytest.mark.parametrize("some", [slice(0, None, 2), slice(1, None, 2)])
-def test_every_bound_and_estimator(some):
-    run_on_ranks(every_bound_and_estimator, 2, some)
+def test_every_bound_and_estimator():
+    run_on_ranks(every_bound_and_estimator, 2)
 
 
 def other_ways(rank):
@@ -140,7 +144,7 @@ def other_ways(rank):
         check(mesh, make, enumerate_kind=True, chunk_size=3)
     # Particles chosen by weight: k' below, at and above the number of a rank's own.
     for name, estimator in (("PIWAE", "dreg"), ("MIWAE", "stl"), ("IWAE", "score"), ("own", "reparam")):
-        for count in (1, 3, 4, 5):
+        for count in (1, 3, 4, 5) if name == "PIWAE" else (3,):
             make = lambda **kw: LOSSES[name](estimator=estimator, backward_particles=count, **kw)  # noqa: B023, E731
             check(mesh, make, discrete=estimator == "score", subsample=False, given=True)
 
@@ -240,6 +244,9 @@ def wrapped(rank):
             optim.step()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    engine = nn.parallel.DistributedDataParallel(engine.module, process_group=mesh["particles"].get_group())
+    with pytest.warns(UserWarning, match=f"over the ranks {2 * data}, {2 * data + 1} of 4 alone"):
+        engine(x[own])
 
 
 class Plain(nn.Module):

@@ -1,6 +1,9 @@
 """The importance sampler over ranks: the whole on each of them, and what one process would have drawn."""
 
+import datetime
 import os
+import warnings
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +16,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from helpers.ranks import names_lost, run_on_ranks
 from pyro_iw import AnnealedImportanceSampler, ImportanceSampler, LogMarginal
 from pyro_iw.bounds import MIWAE
+from pyro_iw.posterior import over_data
+from pyro_iw.ranks import group as the_group
 from pyro_iw.ranks.exchange import seed_of
 
 
@@ -225,7 +230,7 @@ def many_evaluations(rank):
     sampler = ImportanceSampler(model, guide, 200, progress=False)
     mine = {"data_group": group, "indices": range(len(x) * rank, len(x) * (rank + 1))}
     by_data, by_particles = [], []
-    for _ in range(150):
+    for _ in range(80):
         result = sampler.log_marginal_dataset([x], **mine)
         by_data.append((result.mean, result.monte_carlo_error))
     shared = ImportanceSampler(model, guide, 400, chunk_size=200, **world())
@@ -296,6 +301,24 @@ def faults(rank):
     gap = range(4 * rank, 4 * rank + 3)
     hear("gap", alone.log_marginal_dataset, [X], data_group=group, indices=gap)
     hear("few indices", alone.log_marginal_dataset, [X], data_group=group, indices=range(3 - is_wrong))
+    batches = iter([] if is_wrong else [X])  # as one that was read before
+    last = range(3 * rank, 3 * rank + 3)
+    hear("no batch for indices", alone.log_marginal_dataset, batches, data_group=group, indices=last)
+
+    def own_model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(float(rank))), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def own_guide(x):
+        loc = pyro.param("locs of a part", x / 2)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.5))
+
+    own = ImportanceSampler(own_model, own_guide, 20, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hear("other parameters", own.log_marginal_dataset, [other], data_group=group)
 
     def loader(num_replicas=2, **options):
         split = DistributedSampler(DATA, num_replicas=num_replicas, rank=rank % num_replicas, **options)
@@ -330,7 +353,7 @@ def test_faults_of_one_rank_stop_all():
         "fewer batches": ("RankError", "rank 1 has ('particle_group, the next batch of the loader', 'none')"),
         "failing loader": ("RankError", "next batch of the loader: rank 1 raised IndexError"),
         "NaN in a part": ("RankError", "rank's part: rank 1 raised ValueError"),
-        "the same data": ("ValueError", "All 2 ranks of data_group= evaluated the same data"),
+        "the same data": ("ValueError", "Ranks 0, 1 of data_group= evaluated the same data"),
         "no data": ("ValueError", "The loader gave no batch"),
         "other estimator": ("ValueError", "the particles of part 0: 20; of part 1: 21"),
         "gap": (
@@ -341,6 +364,11 @@ def test_faults_of_one_rank_stop_all():
             "RankError",
             "rank 1 raised ValueError: The loader gave 3 datapoints, but there are",
         ),
+        "no batch for indices": (
+            "RankError",
+            "rank 1 raised ValueError: The loader gave 0 datapoints, but there are indices of 3",
+        ),
+        "other parameters": ("UserWarning", "of parameter(s) 'locs of a part', 'loc' than rank 0"),
         "wrong sampler": (
             "ValueError",
             "DistributedSampler is of rank 0 among 1, but this is rank 0 among",
@@ -356,11 +384,21 @@ def test_faults_of_one_rank_stop_all():
         assert words in good[name][1], (name, good[name])
         assert bad[name] is not None, name
         own = {"NaN": "ValueError", "NaN in a part": "ValueError", "few indices": "ValueError"}
+        own["no batch for indices"] = "ValueError"
         own |= {"failing guide": "KeyError", "failing loader": "IndexError"}
         assert bad[name][0] == own.get(name, kind), (name, bad[name])
 
 
+def test_two_of_three_ranks_with_the_same_data():
+    loaders = [over_data._Fingerprint(batches) for batches in ([X, "a"], [X + 1, "a"], [X.flip(0), "a"])]
+    marks = [list(loader) and loader.mark for loader in loaders]
+    with pytest.raises(ValueError, match=r"Ranks 4, 8 of data_group= .* would count 2 times"):
+        over_data._refuse_the_same(marks, SimpleNamespace(world_ranks=[4, 6, 8]))
+    over_data._refuse_the_same([*marks[:2], None, None], SimpleNamespace(world_ranks=[4, 6, 8, 9]))
+
+
 def one_dies(rank):
+    the_group._GRACE = datetime.timedelta(seconds=1)
     sampler = ImportanceSampler(model, guide, 20, chunk_size=5, **world())
     sampler.log_marginal(X)
     if rank == 1:
