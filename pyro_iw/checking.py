@@ -6,7 +6,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from .hierarchical import LocallyEnhancedELBO
 from .losses import IWAE_ELBO
 from .tracing.batch_norm import watch_batch_norm
 from .tracing.cells import is_subsampled, weighted_plates
+from .tracing.enumeration import is_enumerated
+from .tracing.guide_values import is_marked
 from .tracing.sites import Site, read_sites
 from .tracing.traces import Pair, Traces, trace_pair
 
@@ -65,12 +67,12 @@ class PairCheck:
         loss: the loss that was tried.
         sites: the sites of one particle, guide first.
         cells: the plates whose indices have an importance weight each, with their sizes; none for one joint
-            weight.
+            weight. Plates of local particles, whose weights are given what is outside, are not among them.
         estimators: by name, None where the estimator goes with this pair and loss, else what it raises.
         warnings: what a first step warns of, each once.
         error: what a step raises; None if it does not.
         seconds: of the fastest of three steps with all particles, gradients included.
-        seconds_of_one: likewise with a single particle.
+        seconds_of_one: likewise with a single particle; None if that raises.
 
     Example:
         >>> found = check(model, guide, data)
@@ -109,11 +111,16 @@ class PairCheck:
             yield f"weights: one for each index of plate {each}"
         elif self.sites:
             yield "weights: one joint weight for all sites"
+        if self.sites and _local(self.loss):
+            over = " and ".join(map(repr, _local(self.loss)))
+            yield f"local weights, given each particle of what is outside: one for each index of plate {over}"
         if self.error is not None:
             yield f"a step raises {self.error}"
-        if self.seconds is not None and self.seconds_of_one is not None:
-            ratio = self.seconds / self.seconds_of_one
-            yield f"cost: a step takes {1e3 * self.seconds:.3g} ms, {ratio:.2g} times one of one particle"
+        if self.seconds is not None:
+            cost = f"cost: a step takes {1e3 * self.seconds:.3g} ms"
+            if self.seconds_of_one is not None:
+                cost += f", {self.seconds / self.seconds_of_one:.2g} times one of one particle"
+            yield cost
         fine = [name for name, refusal in self.estimators.items() if refusal is None]
         if fine:
             yield "estimators: " + ", ".join(fine)
@@ -170,17 +177,27 @@ def check(
         with _noting(found):
             traces = Traces([trace_pair(pair)], 1, None)
             sites = read_sites(traces)
-            found.sites = [_read(site) for site in sites]
-            kept = set(weighted_plates(sites, loss.plates))
+            guide_trace = traces.pairs[0].guide
+            summed = {name for name, message in guide_trace.nodes.items() if is_marked(message)}
+            model_sites = traces.pairs[0].model.nodes.items()
+            summed |= {name for name, message in model_sites if is_enumerated(name, message, guide_trace)}
+            found.sites = [_read(site, site.name in summed) for site in sites]
+            kept = set(weighted_plates(sites, loss.plates)).difference(_local(loss))
             found.cells = {f.name: f.size for f in (sites[0].frames if sites else ()) if f.name in kept}
             found.seconds = _time(loss, pair)
         found.warnings = list(dict.fromkeys(str(warning.message) for warning in caught))
         if found.error is None:
             paths = loss.estimator in ("auto", "reparam", "stl", "dreg")
-            found.seconds_of_one = _time(IWAE_ELBO(K=1, estimator="auto" if paths else "score"), pair)
+            with suppress(Exception):  # not every pair goes with it
+                found.seconds_of_one = _time(IWAE_ELBO(K=1, estimator="auto" if paths else "score"), pair)
         if found.sites:
             found.estimators = _try_estimators(loss, pair)
     return found
+
+
+def _local(loss: ImportanceWeightedELBO) -> list[str]:
+    """The plates of local particles."""
+    return list(loss.bound.local) if isinstance(loss, LocallyEnhancedELBO) else []
 
 
 @contextmanager
@@ -235,9 +252,9 @@ def _try_estimators(loss: ImportanceWeightedELBO, pair: Pair) -> dict[str, str |
     return outcomes
 
 
-def _read(site: Site) -> SiteCheck:
+def _read(site: Site, is_summed: bool) -> SiteCheck:
     message = site.message
-    kind = "enumerated" if site.is_enumerated else "latent" if site.is_latent else "observed"
+    kind = "enumerated" if is_summed else "latent" if site.is_latent else "observed"
     if site.is_factor:
         kind = "factor"
     return SiteCheck(

@@ -119,6 +119,32 @@ def test_it_leaves_things_as_they_are():
 
 def test_two_levels_and_what_is_no_loss():
     loss = LocallyEnhancedELBO(local=pyro_iw.bounds.IWAE(4), over="data")
-    assert check(model, guide, X, loss=loss).error is None
+    found = check(model, guide, X, loss=loss)
+    assert found.error is None
+    assert found.cells == {}
+    assert "local weights, given each particle of what is outside: one for each index of plate 'data'" in str(
+        found
+    )
     with pytest.raises(ValueError, match="loss must be one of"):
         check(model, guide, X, loss=Trace_ELBO())
+
+
+@pytest.mark.parametrize("where", ["model", "guide"])
+def test_what_is_summed_out_is_enumerated(where):
+    def mixture(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(c, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def its_guide(x):
+        with pyro.plate("data", len(x)):
+            if where == "guide":
+                pyro.sample("c", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    found = check(mixture, its_guide, X)
+    assert found.error is None
+    kinds = {(site.role, site.name): site.kind for site in found.sites}
+    assert kinds["model", "z"] == kinds["guide", "z"] == "latent"
+    assert {kind for (_, name), kind in kinds.items() if name == "c"} == {"enumerated"}

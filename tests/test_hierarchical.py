@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -605,3 +606,30 @@ class TestBadInput:
             LocallyEnhancedELBO(PIWAE(2, 2), "data")
         with pytest.raises(ValueError, match="no form for particles on two levels"):
             LocallyEnhancedELBO(IWAE(4), "data", estimator="rws")
+
+
+def test_a_global_site_that_is_summed_out_with_local_latents():
+    """It would be summed over the product of all local particles. What is advised gives p(x)."""
+    x, locs = torch.tensor([0.5, 1.5, 2.0]), torch.arange(3.0)
+
+    def model(**infer):
+        c = pyro.sample("c", dist.Categorical(torch.ones(3) / 3), infer=infer)
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(locs[c], 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(draws_c):
+        if draws_c:
+            pyro.sample("c", dist.Categorical(torch.ones(3) / 3))
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(x / 2, 0.9))
+
+    summing, without = partial(model, enumerate="parallel"), partial(guide, False)
+    with pytest.raises(ValueError, match="sums out 'c', outside of the plate of local particles"):
+        LocallyEnhancedELBO(local=IWAE(4), over="data").loss(summing, without)
+    with pytest.raises(ValueError, match="Let the guide sample 'c'"):
+        ImportanceSampler(summing, without, 4, local="data", num_local=4).log_marginal()
+    exact = dist.Normal(locs, math.sqrt(2.0)).log_prob(x[:, None]).sum(0).logsumexp(0) - math.log(3)
+    levels = ImportanceSampler(model, partial(guide, True), 1000, local="data", num_local=100)
+    value, error, _ = levels.evidence()
+    assert abs(value - exact) < 4 * error < 0.2

@@ -82,9 +82,10 @@ def refuse_missing_paths(sites: Sequence[Site], name: str) -> None:
         )
     raise ValueError(
         f"Guide site(s) {listed(sites)} cannot be reparameterised, so estimator={name!r} would leave out the "
-        "gradient of their parameters without a word. Pass estimator='vimco' (K > 1), 'score', 'rws' "
-        "(wake-wake) or, for IWAE, MIWAE, PIWAE and VR with K > 1, 'ovis'; or use a continuous distribution "
-        f"with an exact rsample at these sites, in model and guide.{reason}"
+        "gradient of their parameters without a word. Pass estimator='vimco' (K > 1) or 'score'; particles "
+        "on one level also have 'rws' (wake-wake) and, with IWAE, MIWAE, PIWAE or VR and K > 1, 'ovis'. Or "
+        "use a continuous distribution with an exact rsample at these sites, in model and guide."
+        f"{reason}"
     )
 
 

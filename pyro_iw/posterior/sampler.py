@@ -34,6 +34,7 @@ from ..bounds import Bound
 from ..compiling.evaluating import EvaluationCompiler
 from ..ranks.group import Group
 from ..running import RunningBound, RunningGap, RunningLogMean, jackknife
+from ..tracing.batch_norm import watch_batch_norm
 from ..tracing.cells import weighted_plates
 from ..tracing.counterparts import check_guide
 from ..tracing.latents import enumerated_sites
@@ -416,7 +417,7 @@ class ImportanceSampler:
             return self.chunk_size
         shapes = tuple(each.shape for each in leaves((pair.args, pair.kwargs)) if isinstance(each, Tensor))
         if shapes not in self._fits:
-            with torch.no_grad(), fork_rng(), OneMinibatch():
+            with torch.no_grad(), fork_rng(), watch_batch_norm(restore=True), OneMinibatch():
                 self._fits[shapes] = particles_that_fit(
                     lambda size: self._particles_of(pair, size), self.num_particles
                 )

@@ -42,7 +42,7 @@ from .compared import (
     scored,
 )
 from .guide_values import ids_of
-from .indices import Kept, dependent_indices, no_plates, places
+from .indices import Kept, dependent_indices, no_plates, shuffled
 from .latents import own_frames, own_shape
 from .messages import latent_sites
 from .minibatches import OneMinibatch
@@ -235,5 +235,5 @@ def _one_in_each(tensor: Tensor, dim: int, plates: frozenset[str], frames: Any, 
     """Gather one particle, another one for each index of some plates, with a particle dim of size 1."""
     number, size = tensor.shape[dim], list(tensor.shape)
     size[dim] = 1
-    index = number // 2 + places(tensor, plates, frames, event_dim)
+    index = number // 2 + shuffled(tensor, number, plates, frames, event_dim)
     return tensor.gather(dim, (index % number).expand(size))

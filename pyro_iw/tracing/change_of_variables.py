@@ -32,10 +32,11 @@ from .._support.devices import wide
 from .._support.random_state import RandomState
 from .messages import is_delta, is_latent
 from .minibatches import OneMinibatch
-from .supports import is_discrete
+from .paths import class_name
+from .supports import is_circular, is_discrete, own_support
 from .traces import Pair, PairTraces, trace_guide_given
 
-__all__ = ["Verdict", "change_of_variables", "deltas", "points"]
+__all__ = ["Verdict", "angles_beyond", "change_of_variables", "deltas", "points"]
 
 #: Coordinates up to which the Jacobian is looked at: as many backward passes, once for each pair.
 _SMALL = 64
@@ -117,6 +118,25 @@ def change_of_variables(pair: Pair, traces: PairTraces, names: Sequence[str]) ->
     if any(run.coordinates.keys() != function.targets.keys() for run in runs):
         return Verdict()  # its structure is random, and another one in each run
     return _judge(function, runs, targets)
+
+
+@torch.no_grad()
+def angles_beyond(pair: Pair, traces: PairTraces, names: Sequence[str]) -> list[str]:
+    """Warnings of angles made of sites that the guide alone has, which leave the circle where those do.
+
+    Arguments:
+        pair, traces, names: as of :func:`change_of_variables`.
+    """
+    angles = {name: fn for name, fn in deltas(traces).items() if is_circular(fn)}
+    if not angles:
+        return []
+    nodes: dict[str, Any] = dict(traces.guide.nodes)
+    drawn = [name for name in names if not is_delta(nodes[name]["fn"])]
+    function = _Function(pair, traces, [name for name in drawn if not is_discrete(nodes[name]["fn"])])
+    found: dict[str, None] = {}
+    for sites in function.far_out():
+        found |= {name: None for name in angles if bool((sites[name]["value"].abs() > 3.2).any())}
+    return [_beyond_circle(name, angles[name]) for name in found]
 
 
 def _judge(function: _Function, runs: Sequence[_Run], targets: Sequence[str]) -> Verdict:
@@ -206,6 +226,13 @@ class _Function:
                 noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
                 values[name] = self.nodes[name]["fn"]() if self._transforms[name] is None else noise
             yield self._run(values)
+
+    def far_out(self) -> Iterator[dict[str, Any]]:
+        """The guide's sites where the unconstrained coordinates are large, of either sign."""
+        known = {name: each for name, each in self._transforms.items() if each is not None}
+        for far in (-100.0, 100.0):
+            values = {name: each(torch.full_like(self._start[name], far)) for name, each in known.items()}
+            yield self.at({**self.held, **values})
 
     def _run(self, start: Mapping[str, Tensor]) -> _Run:
         inputs = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
@@ -340,6 +367,14 @@ def _wrong_density(names: Sequence[str], given: Sequence[str], excess: float) ->
         f"{excess:.3g} nats for one particle: the log_density of the Deltas should add up to minus the "
         "log-determinant of how they depend on it. Write dist.Delta(value, log_density=-log|det|), or take "
         "dist.TransformedDistribution, which does so itself."
+    )
+
+
+def _beyond_circle(name: str, fn: Any) -> str:
+    return (
+        f"Guide site {name!r} is a Delta that goes to any real number, but the prior ({class_name(fn)}) is "
+        "an angle from -pi to pi, whose density repeats itself beyond: the model counts the same angles "
+        f"again there, so bound and evidence may be too high, without limit. {own_support(name, fn)}"
     )
 
 

@@ -71,12 +71,13 @@ def by_name(sites: list[Site]) -> dict[tuple[str, str], Site]:
 
 
 def scored(site: Site) -> Tensor:
-    """A site's log density, unscaled, under its mask.
+    """A site's log density under its mask, and times its scale where that may differ from index to index.
 
     What the guide draws follows its distribution, and goes on to other sites, whatever a mask says.
     """
-    drawn = site.role == "guide" and site.is_latent
-    return scale_and_mask(site.log_prob, mask=None if drawn else site.message["mask"])
+    drawn, scale = site.role == "guide" and site.is_latent, site.message["scale"]
+    scale = scale if isinstance(scale, Tensor) else 1.0
+    return scale_and_mask(site.log_prob, scale, mask=None if drawn else site.message["mask"])
 
 
 def difference_of(site: Site, one: Tensor, other: Tensor) -> Difference | None:

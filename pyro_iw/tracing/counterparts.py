@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pyro.distributions import Unit
 from pyro.util import check_model_guide_match
 
-from .change_of_variables import Verdict, change_of_variables, deltas, points
+from .change_of_variables import Verdict, angles_beyond, change_of_variables, deltas, points
 from .messages import has_no_density
 from .traces import Pair, PairTraces, plate_nesting
 
@@ -84,6 +84,7 @@ def check_guide(pair: Pair, traces: PairTraces, *, strict: bool) -> list[str]:
     if verdict.fault is not None and strict:
         raise ValueError(verdict.fault)
     messages += [message for message in (verdict.fault, verdict.surplus) if message is not None]
+    messages += angles_beyond(pair, traces, pattern.unmatched)
     if strict:
         messages += map(_point, verdict.points)
         if pattern.factors and not verdict.exact:

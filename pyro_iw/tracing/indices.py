@@ -1,8 +1,8 @@
 r"""Particles that run one by one: does each index of a plate have a weight of its own?
 
-It has if its densities do not depend on the latents of other indices. Then every second index may as well
-have the latents of another particle: any of them together are a joint value, of which each index has the
-densities that it had. What differs by itself is no evidence, as in :mod:`~pyro_iw.tracing.alone`.
+It has if its densities do not depend on the latents of other indices. Then some indices may as well have the
+latents of another particle: any of them together are a joint value, of which each index has the densities
+that it had. What differs by itself is no evidence, as in :mod:`~pyro_iw.tracing.alone`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ from .minibatches import OneMinibatch
 from .sites import Site
 from .traces import Pair, PairTraces, Traces, trace_particle
 
-__all__ = ["Kept", "check_indices", "dependent_indices", "no_plates", "places"]
+__all__ = ["Kept", "check_indices", "dependent_indices", "no_plates", "shuffled"]
+
+#: Odd. Of 150 chosen at random the one by which the fewest rolls, lags, reversals and transpositions of up to
+#: 60 indices leave each index its particle, for 2 to 9 particles.
+_MIXING = 4286255503
 
 #: Names, given the sites of a pair, the plates whose indices have an importance weight each.
 Kept = Callable[[list[Site]], Iterable[str]]
@@ -54,7 +58,7 @@ def dependent_indices(site: Site, kept: frozenset[str], difference: Difference) 
 
 
 def check_indices(pair: Pair, traces: Traces, minibatch: dict[str, Any], kept: Kept) -> None:
-    """Run a particle whose latents are those of two others by turns, and compare its densities with theirs.
+    """Run a particle whose latents are those of two others, and compare its densities with theirs.
 
     Arguments:
         pair: the pair and its arguments.
@@ -99,7 +103,7 @@ def check_indices(pair: Pair, traces: Traces, minibatch: dict[str, Any], kept: K
 
 
 def _by_turns(pairs: list[PairTraces], plates: frozenset[str], move: float) -> dict[str, Tensor]:
-    """Latent values, those of the first pair at even indices and of the last at odd ones."""
+    """Latent values, those of the first pair at some indices and of the last at the others."""
     others: Any = pairs[-1].guide.nodes
 
     def take(site: Any, read: Callable[[Any], Tensor]) -> Tensor | None:
@@ -111,18 +115,27 @@ def _by_turns(pairs: list[PairTraces], plates: frozenset[str], move: float) -> d
     return given_latents(pairs[0].guide, take, move)
 
 
-def _turns(even: Tensor, odd: Tensor, frames: Any, plates: frozenset[str], event_dim: int = 0) -> Tensor:
-    """The one tensor at even indices of some plates, the other at odd ones; a new tensor."""
-    return torch.where(places(even, plates, frames, event_dim) % 2 == 0, even, odd)
+def _turns(one: Tensor, other: Tensor, frames: Any, plates: frozenset[str], event_dim: int = 0) -> Tensor:
+    """The one tensor at some indices of the plates, the other at the rest; a new tensor."""
+    return torch.where(shuffled(one, 2, plates, frames, event_dim) == 0, one, other)
 
 
-def places(tensor: Tensor, plates: frozenset[str], frames: Any, event_dim: int = 0) -> Tensor:
-    """The sum of each entry's indices in some of the plates around it, in a shape that broadcasts."""
-    total = torch.zeros([1] * tensor.dim(), dtype=torch.long, device=tensor.device)
+def shuffled(tensor: Tensor, number: int, plates: frozenset[str], frames: Any, event_dim: int = 0) -> Tensor:
+    """Which of a number of particles each index of the plates around a tensor gets.
+
+    The first indices get different ones, and those after them one each by :math:`n^2 c \\bmod 2^{32}`: in an
+    order that repeats itself after no lag, nor from the other end, nor in another plate.
+
+    Returns:
+        Integers below that number, in a shape that broadcasts with the tensor.
+    """
+    place = torch.zeros([1] * tensor.dim(), dtype=torch.long, device=tensor.device)
     for frame in frames:
         if frame.name in plates and frame.dim is not None and tensor.dim() >= event_dim - frame.dim:
             shape = [1] * tensor.dim()
             shape[frame.dim - event_dim] = -1
             size = tensor.shape[frame.dim - event_dim]
-            total = total + torch.arange(size, device=tensor.device).reshape(shape)
-    return total
+            stride = 7 ** (-1 - frame.dim)
+            place = place + stride * torch.arange(size, device=tensor.device).reshape(shape)
+    mixed = (place**2 * _MIXING & 0xFFFFFFFF) * number >> 32
+    return torch.where(place < number, place, mixed)

@@ -110,7 +110,8 @@ def wrong_outside(name: str, prior: Any, proposal: Any) -> str | None:
             return (
                 f"{_beyond(name, prior, proposal)} With Pyro's validation off, "
                 f"{class_name(prior['fn'])}.log_prob does not say so there, but gives a number that is no "
-                "density, so the importance weights of particles outside are wrong. " + own_support(name)
+                "density, so the importance weights of particles outside are wrong. "
+                + own_support(name, prior["fn"])
             )
     return None
 
@@ -136,7 +137,7 @@ def _jump(name: str, prior: Any, proposal: Any, moves: bool) -> str:
     return (
         f"{_beyond(name, prior, proposal)} A particle's weight jumps to 0 at the end, so "
         f"{lacks} would lack what flows over it, however many particles there are. "
-        + own_support(name)
+        + own_support(name, prior["fn"])
         + other
     )
 

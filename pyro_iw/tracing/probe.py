@@ -9,8 +9,11 @@ do not repeat the first particle's noise.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from .._support.random_state import fork_rng
 from .batch_norm import watch_batch_norm
@@ -32,6 +35,7 @@ class Probe:
         nesting: number of batch dims that the pair's own plates take.
         enumerates: whether model or guide have sites that are to be enumerated in parallel.
         watched: whether batch normalisation has been looked at in a pass with gradients.
+        normalising: the modules of it that have been looked at in train mode.
         patterns: what has been looked at of the guide's sites without a counterpart in the model.
         compared: the kinds of runs of which a particle has been run by itself, see
             :mod:`~pyro_iw.tracing.alone`.
@@ -44,6 +48,7 @@ class Probe:
         self.nesting = 0
         self.enumerates = False
         self.watched = False
+        self.normalising: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.patterns: set[Pattern] = set()
         self.compared: set[Any] = set()
         self.looked_along = False

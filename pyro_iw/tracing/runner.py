@@ -34,6 +34,9 @@ ORDINARY = (ValueError, RuntimeError, IndexError, TypeError, AssertionError)
 #: What PyTorch says of parameters and values that a distribution does not allow.
 _CONSTRAINTS = ("to satisfy the constraint", "to be within the support")
 
+#: What stands for all runs of a single particle among those that have been looked at.
+_SINGLE = "single"
+
 #: Kinds of runs of a pair that are looked at closely; shapes may be new at every step.
 _MANY = 8
 
@@ -119,7 +122,10 @@ class Runner:
             if minibatch is not None:
                 minibatch.indices = dict(known)
             began = None if begin is None else begin()
-            is_new = (vectorized or num_particles > 1) and _is_new(pair, probe)
+            single = num_particles == 1 and not vectorized
+            is_new = _is_new(pair, probe)
+            if single:  # it shows nothing of other particles, but does of a plate's indices
+                is_new = is_new and self.kept is not no_plates and _SINGLE not in probe.compared
             watch = watch_batch_norm(enabled=is_new or (vectorized and not probe.watched))
             drawn = OneMinibatch()
             with watch as seen, drawn if is_new else nullcontext():
@@ -257,7 +263,7 @@ class Runner:
             seen: how many values each BatchNorm in train mode saw.
             minibatch: the subsamples of a new run.
         """
-        if is_new or seen:
+        if is_new or any(module not in probe.normalising for module in seen):
             alone = Alone(pair, traces, minibatch.indices, self.kept)
             with torch.no_grad(), fork_rng():
                 with watch_batch_norm(restore=True) as normalised:
@@ -267,6 +273,8 @@ class Runner:
                 with watch_batch_norm(restore=True):
                     known = is_new and not mixed and alone.compare()
             torch.clear_autocast_cache()  # of casts made without gradients
+            if runs:
+                probe.normalising.update(seen)
             if is_new:
                 probe.compared.add(_kind(pair, probe, None if known else torch.is_grad_enabled()))
         probe.watched = probe.watched or torch.is_grad_enabled()
@@ -283,11 +291,16 @@ class Runner:
 
         BatchNorm in train mode is let pass: its statistics are meant to be those of the batch.
         """
+        single = len(traces.pairs) == 1
         if not seen:
             with torch.no_grad(), fork_rng():
+                if single:
+                    with OneMinibatch(minibatch.indices):
+                        other = trace_pair(pair, enum_dim=traces.enum_dim)
+                    traces = traces._replace(pairs=[*traces.pairs, other])
                 check_indices(pair, traces, minibatch.indices, self.kept)
             torch.clear_autocast_cache()  # of casts made without gradients
-        probe.compared.add(_kind(pair, probe, None))
+        probe.compared.add(_SINGLE if single else _kind(pair, probe, None))
 
     def _check_batch_norm(
         self, seen: dict[nn.Module, int], normalised: dict[nn.Module, int], pair: Pair

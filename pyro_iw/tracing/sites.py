@@ -181,10 +181,39 @@ def _marginalized(sites: list[Site], model_trace: Any, guide_trace: Any) -> list
     """The sites with the enumerated ones, and what depends on them, replaced by what is left of them."""
     log_probs = {site.name: site.log_prob for site in sites}
     absorbed, terms = marginalize(model_trace, guide_trace, log_probs)
+    for name, message, _ in terms:
+        _check_local_plate(name, message, model_trace, guide_trace)
     pair = sites[0].pair
     return [site for site in sites if site.name not in absorbed] + [
         Site.read("model", name, message, pair, log_prob) for name, message, log_prob in terms
     ]
+
+
+def _check_local_plate(name: str, term: Any, model_trace: Any, guide_trace: Any) -> None:
+    """Refuse a sum outside of the local plates over values that what is inside depends on.
+
+    It would be one of the product over all local particles.
+    """
+    inside = [each for each in term["absorbed"] if _has_local_particles(model_trace.nodes[each])]
+    if not inside or _has_local_particles(term):
+        return
+    summed = [
+        each
+        for each in term["absorbed"]
+        if each not in inside and is_enumerated(each, model_trace.nodes[each], guide_trace)
+    ]
+    values, site = ", ".join(map(repr, summed)), f"{name!r} (model)"
+    raise ValueError(
+        f"The log density at site {site} sums out {values}, outside of the plate of local particles, "
+        f"together with what is inside ({', '.join(map(repr, inside))}), so there is no local weight for "
+        f"each index of the plate. Let the guide sample {values} (without infer={{'enumerate': 'parallel'}} "
+        "in the model, and with estimator='score'), or use a bound with one joint weight (IWAE_ELBO, "
+        "MIWAE_ELBO)."
+    )
+
+
+def _has_local_particles(message: Any) -> bool:
+    return any(frame.name == LOCAL_PLATE and frame.size > 1 for frame in message["cond_indep_stack"])
 
 
 def _without_enum_dims(site: Site, nesting: int) -> Site:
@@ -282,9 +311,9 @@ def _log_prob(role: str, name: str, message: Any) -> Tensor:
         ) from error
     except (ValueError, RuntimeError) as error:
         outside = role == "model" and not message["is_observed"] and "within the support" in str(error)
-        advice = (
-            f"\nThe guide proposes values that the prior excludes. {own_support(name)}" if outside else ""
-        )
+        advice = ""
+        if outside:
+            advice = f"\nThe guide proposes values that the prior excludes. {own_support(name, fn)}"
         raise ValueError(
             f"Evaluating the log density at site {name!r} ({role}) failed with {type(error).__name__}: "
             f"{error}\nvalue: {tuple(value.shape)}, batch shape: {tuple(fn.batch_shape)}, event shape: "

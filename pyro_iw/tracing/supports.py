@@ -145,12 +145,18 @@ def _limits_of_image(fn: Any) -> tuple[Any, Any] | None:
     return both
 
 
-def own_support(name: str) -> str:
+def own_support(name: str, prior: Any) -> str:
     """What to do about a guide that goes beyond the prior's support, as a sentence."""
+    if is_circular(prior):
+        return (
+            f"Give {name!r} a guide with the prior's support: dist.VonMises, or a "
+            "dist.TransformedDistribution of a dist.Normal by "
+            "torch.distributions.biject_to(constraints.interval(-math.pi, math.pi)); no AutoNormal, which "
+            "goes by what the prior says of its support: all real numbers."
+        )
     return (
         f"Give {name!r} a guide with the prior's support: AutoNormal, a dist.TransformedDistribution of a "
-        "dist.Normal by torch.distributions.biject_to(support), or a Beta for an interval; for an angle, "
-        "whose support says all real numbers, dist.VonMises."
+        "dist.Normal by torch.distributions.biject_to(support), or a Beta for an interval."
     )
 
 

@@ -181,6 +181,32 @@ def test_dropout_in_the_encoder_is_drawn_for_every_chunk():
     assert program.once is not None  # its first layer, and no more
 
 
+def test_batch_norm_in_train_mode_keeps_its_statistics():
+    """Each chunk normalises over the batch and updates them, as an eager one does; nothing is read aside."""
+
+    def run(**options):
+        pyro.set_rng_seed(0)
+        net = nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+
+        def guide(x):
+            loc = net(x[:, None])[:, 0]
+            with pyro.plate("data", 3):
+                pyro.sample("z", dist.Normal(loc, 1.0))
+
+        def model(x):
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        sampler = ImportanceSampler(model, guide, num_particles=8, chunk_size=2, **options)
+        values = torch.stack(on_one_seed(sampler, torch.tensor([-1.0, 0.3, 2.0])))
+        return sampler, [values, *net[1].buffers()]
+
+    (_, eager), (sampler, compiled) = run(), run(compile=True)
+    assert evaluations(sampler)
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
 def test_settings_are_followed():
     """``settings.beta`` is read in Python."""
     pair = Configured().eval()

@@ -81,3 +81,16 @@ def test_any_other_word_is_refused():
         ValueError, match="chunk_size must be an integer >= 1, 'auto', or None for all, got 'all'"
     ):
         ImportanceSampler(model, guide, chunk_size="all")
+
+
+def test_auto_leaves_the_statistics_of_batch_norm_alone():
+    """The runs that it measures are none of the evaluation's."""
+    norm = torch.nn.BatchNorm1d(1)
+
+    def normed(x):
+        loc = norm(x[:, None])[:, 0]
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    ImportanceSampler(model, normed, 10, chunk_size="auto").log_marginal(torch.arange(3.0))
+    assert int(norm.num_batches_tracked) == 1

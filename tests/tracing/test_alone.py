@@ -1,6 +1,7 @@
 """One particle by itself: pairs that run under the particle dim but mean something else there."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -335,6 +336,12 @@ ACROSS = {
     "roll": lambda h: h.roll(1, -1),
     "one other": lambda h: h + 0.1 * h[..., :1] * (torch.arange(h.shape[-1]) == 1),
 }
+#: What leaves an index its particle if these take turns along the plate, by name, with the plate's size.
+IN_STEP = {
+    "a lag of the particles' number": (16, lambda h: h.roll(8, -1)),
+    "every second one": (6, lambda h: h.roll(2, -1)),
+    "backwards": (5, lambda h: h.flip(-1)),
+}
 
 
 class TestIndicesOfAPlateThatHaveAWeightEach:
@@ -367,6 +374,49 @@ class TestIndicesOfAPlateThatHaveAWeightEach:
             IWAE_ELBO(K=8, plates="data", **way).loss_and_grads(model, self.guide, self.DATA)
         with pytest.raises(ValueError, match=APART.format("x", "model")):
             ImportanceSampler(model, self.guide, num_particles=8, **way).log_marginal(self.DATA)
+
+    def test_refused_in_chunks_of_one_particle(self):
+        with pytest.raises(ValueError, match=APART.format("x", "model")):
+            IWAE_ELBO(K=8, chunk_size=1).loss(self.model("mean"), self.guide, self.DATA)
+        with pytest.raises(ValueError, match=APART.format("x", "model")):
+            ImportanceSampler(self.model("mean"), self.guide, 8, chunk_size=1).log_marginal(self.DATA)
+
+    @pytest.mark.parametrize(("size", "across"), IN_STEP.values(), ids=IN_STEP)
+    @pytest.mark.parametrize("vectorize", [True, False])
+    def test_refused_whatever_the_distance(self, size, across, vectorize):
+        def model(x):
+            with pyro.plate("data", size):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(across(z), 1.0), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", size):
+                pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+        with pytest.raises(ValueError, match=APART.format("x", "model")):
+            IWAE_ELBO(K=8, vectorize_particles=vectorize).loss(model, guide, torch.zeros(size))
+
+    @pytest.mark.parametrize("vectorize", [True, False])
+    def test_refused_where_two_plates_change_places(self, vectorize):
+        def pair(x, is_model):
+            with pyro.plate("rows", 4, dim=-2), pyro.plate("columns", 4, dim=-1):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                if is_model:
+                    pyro.sample("x", dist.Normal(z.mT, 1.0), obs=x)
+
+        loss = IWAE_ELBO(K=8, vectorize_particles=vectorize)
+        with pytest.raises(ValueError, match="are not independent of one another at site 'x'"):
+            loss.loss(partial(pair, is_model=True), partial(pair, is_model=False), torch.zeros(4, 4))
+
+    def test_refused_in_a_scale(self):
+        def model(x):
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                with pyro.poutine.scale(scale=z.mean(-1, keepdim=True).exp()):
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        with pytest.raises(ValueError, match=APART.format("x", "model")):
+            IWAE_ELBO(K=8).loss(model, self.guide, self.DATA)
 
     def test_refused_in_annealed_chains(self):
         model, few = self.model("mean"), {"num_chains": 4, "num_temperatures": 5, "progress": False}

@@ -366,3 +366,32 @@ def test_a_guide_that_goes_beyond_an_angle_is_named() -> None:
         pyro.sample("z", dist.VonMises(0.0, pyro.param("k", torch.tensor(0.5))))
 
     assert abs(-IWAE_ELBO(8000, estimator="score").loss(model, angle)) < 0.03
+
+
+@pytest.mark.parametrize("auto", [AutoNormal, AutoDiagonalNormal])
+def test_a_guide_that_makes_an_angle_of_a_real_number_is_named(auto) -> None:
+    """AutoNormal takes a VonMises for what it says of itself: its support are all real numbers."""
+
+    def model():
+        pyro.sample("z", dist.VonMises(torch.tensor(0.0), 0.05))
+
+    with pytest.warns(UserWarning, match=r"'z' is a Delta that goes to any real number, but .* \(VonMises\)"):
+        IWAE_ELBO(8).loss(model, auto(model))
+    with pytest.warns(UserWarning, match=r"Give 'z' a guide with the prior's support: dist.VonMises, or"):
+        ImportanceSampler(model, auto(model), 8).log_marginal()
+
+
+def test_a_guide_that_makes_an_angle_of_a_bounded_one_is_right() -> None:
+    """What the warning advises, as a Delta: p = 1, and nobody warns."""
+    to_circle = biject_to(constraints.interval(-math.pi, math.pi))
+
+    def model():
+        pyro.sample("z", dist.VonMises(torch.tensor(0.0), 0.05))
+
+    def guide():
+        u = pyro.sample("u", dist.Normal(0.0, 1.7), infer={"is_auxiliary": True})
+        z = to_circle(u)
+        pyro.sample("z", dist.Delta(z, log_density=-to_circle.log_abs_det_jacobian(u, z)))
+
+    pyro.set_rng_seed(0)
+    assert abs(ImportanceSampler(model, guide, 8000).log_marginal()) < 0.03
