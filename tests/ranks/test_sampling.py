@@ -287,7 +287,7 @@ def faults(rank):
     hear("other shapes", shared.log_marginal, X[: 3 - is_wrong])
     hear("NaN", shared, torch.full_like(X, torch.nan) if is_wrong else X)
     hear("other numbers", sampler(20 + is_wrong, **world()).log_marginal, X)
-    guide_that_fails.left = 3 if is_wrong else 1000  # by then the first particle is through
+    guide_that_fails.left = 5 if is_wrong else 1000  # by then the first particle is through
     hear("failing guide", sampler(guide=guide_that_fails, **world()).log_marginal, X)
     hear("fewer batches", shared.log_marginal_dataset, [X] * (2 - is_wrong))
     hear("failing loader", shared.log_marginal_dataset, map([X].__getitem__, [0, is_wrong]))
