@@ -21,6 +21,7 @@ import numpy as np
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from .._support.nested import map_leaves
 from ..tracing.runner import breaks_a_constraint
 from ..tracing.traces import Pair, PairTraces, Progress, Route, trace_pair
 from .state import FilterState
@@ -63,8 +64,11 @@ class Sequences(NamedTuple):
         return len(self.steps)
 
     def at(self, moment: int) -> tuple[tuple, dict[str, Any]]:
-        """Positional and keyword arguments of a moment."""
-        return ((), self.init) if moment == INIT else (self.steps[moment], {})
+        """Positional and keyword arguments of a moment; lists are copies, for a state may store and extend
+        them.
+        """
+        given: tuple = ((), self.init) if moment == INIT else (self.steps[moment], {})
+        return map_leaves(lambda leaf: leaf, given)
 
 
 def read_sequences(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequences:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pyro
@@ -498,3 +499,24 @@ def test_arguments_that_make_a_state_vary_with_the_particles() -> None:
         elbo = FIVO_ELBO(K=4, ess_threshold=1)
         for mixes in order:
             assert run(elbo, mixes) == fresh[mixes]
+
+
+def test_a_list_that_init_is_given_and_steps_extend() -> None:
+    class Listing(Model):
+        def init(self, state, past):
+            super().init(state)
+            state["past"] = past
+
+        def loc(self, state):
+            return sum(state["past"])
+
+        def store(self, state, z):
+            state["past"].append(z)
+
+    class ListingGuide(Guide):
+        def init(self, state, past):
+            pass
+
+    past, elbo = [torch.ones((), dtype=torch.float64)], FIVO_ELBO(K=4)
+    assert math.isfinite(elbo.loss(Listing(), ListingGuide(), X, past=past))
+    assert len(past) == 1
