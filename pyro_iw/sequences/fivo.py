@@ -85,8 +85,8 @@ class FIVO_ELBO(TrainedLoss):
         K: number of particles; an integer >= 2, or 1 with ``ess_threshold=0``, which is the ELBO.
         ess_threshold: share of K, in [0, 1], below which the effective number of particles makes a sequence
             resample: 0 never does, and is :class:`IWAE_ELBO`; 1 does before every step. In between, a CPU
-            draws ancestors where a sequence is to be resampled, and an accelerator, or ``compile=True``, at every
-            step, so as not to wait for the answer: there the same seed gives other particles.
+            draws ancestors where a sequence is to be resampled, and an accelerator, or ``compile=True``, at
+            every step, so as not to wait for the answer: there the same seed gives other particles.
         resampling: ``"systematic"`` or ``"multinomial"``, see :mod:`pyro_iw.resampling`.
         resampling_gradient: whether the gradient includes the score of the ancestors, which makes it
             unbiased, and noisy. It needs ``ess_threshold=1`` (whether to resample is a jump, which has no

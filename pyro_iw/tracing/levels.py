@@ -308,7 +308,8 @@ def collect_levels(
     per_particle = 1 if dims else max(numbers.values())
     layout = Layout((traces.num_particles,), dims, dims_of_plates(kept))
     above = _first_runs(above, per_particle)
-    top = sum_to_particles(above, layout, kept, outside, kl_weight, shared)
+    like = sites[0].log_prob  # nothing need be outside of the local plates
+    top = sum_to_particles(above, layout, kept, outside, kl_weight, shared, like=like)
     local, scales = {}, []
     for name, number in numbers.items():
         scale, inside = _split_local_scales(by_plate[name], cells[name], kept, shared)

@@ -278,6 +278,7 @@ def sum_to_particles(
     shares_scale: bool,
     rescored: list[Site] | None = None,
     before: tuple[Tensor, Tensor] | None = None,
+    like: Tensor | None = None,
 ) -> Particles:
     """Sum the sites' log densities within each cell.
 
@@ -290,10 +291,11 @@ def sum_to_particles(
         shares_scale: whether all sites share what their plates do not account for.
         rescored: the guide's sites at stopped values, where they are not those of ``sites``.
         before: as of :func:`collect`.
+        like: a tensor of the device and dtype to take where there are no sites.
     """
     if isinstance(scale, Tensor):
         scale = layout.without_particles().sum_to_cells(scale)
-    log_p, log_q, log_q_stopped = _log_densities(sites, layout, kl_weight, rescored, before)
+    log_p, log_q, log_q_stopped = _log_densities(sites, layout, kl_weight, rescored, before, like)
     return Particles(log_p, log_q, scale, kept, tuple(sites), kl_weight, log_q_stopped, layout, shares_scale)
 
 
@@ -316,6 +318,7 @@ def _log_densities(
     kl_weight: float,
     rescored: list[Site] | None = None,
     before: tuple[Tensor, Tensor] | None = None,
+    like: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p, log q and, if the guide was rescored, log q at stopped values, ``[*particles, *cells]``."""
     guide = [site for site in sites if site.role == "guide"]
@@ -323,7 +326,8 @@ def _log_densities(
     groups = [model, guide]
     if all(site.rescored is not None for site in guide):  # or where there are none
         groups.append([site.rescored_site() for site in guide] if rescored is None else rescored)
-    zero = sites[0].log_prob.new_zeros(()) if sites else torch.zeros(())
+    like = sites[0].log_prob if sites else like
+    zero = torch.zeros(()) if like is None else like.new_zeros(())
     starts = [*(before or (None, None)), None]
     totals = [
         _sum_sites(group, layout, kl_weight, zero, start)

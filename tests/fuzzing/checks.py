@@ -13,9 +13,10 @@ import pyro.poutine as poutine
 import torch
 
 from pyro_iw import ImportanceSampler, ImportanceWeightedELBO, LocallyEnhancedELBO
+from pyro_iw.bounds import IWAE
 from pyro_iw.sequences.protocol import Protocol, read_sequences
 
-from .bounds import BOUNDS, has_ovis
+from .bounds import BOUNDS, Formula, has_ovis, lme
 from .draw import make_pair
 from .families import DISCRETE
 from .filters import Loop, make_loss, make_steps
@@ -96,7 +97,7 @@ def check(seed: int, compiled: bool = False) -> Outcome:
     if seed % 3 == 0:
         check_filters(outcome)
     if pair.has_levels and r.random() < 0.3:
-        check_levels(outcome, pair, r)
+        r.choice([check_levels, check_levels, check_local_sampler])(outcome, pair, r)
     elif r.random() < 0.5:
         check_loss(outcome, pair, r, r.choice(WAYS))
     else:
@@ -208,6 +209,51 @@ def check_levels(outcome, pair, r):
             same(pair, f"d loss / d {name}", wanted * 0 if leaf.grad is None else leaf.grad, wanted, size)
 
     judge(outcome, pair, f"{loss!r}", estimator, compare)
+
+
+def check_local_sampler(outcome, pair, r):
+    """Weights on two levels and an expectation of local latents."""
+    S, L, over, noise = r.randint(2, 4), r.randint(1, 3), r.choice(pair.plates).name, r.randrange(2**31)
+    chunk_size, guide = r.randint(1, S), Recorder(pair.guide)
+    options = {"chunk_size": chunk_size, "local": over, "num_local": L}
+    sampler = ImportanceSampler(pair.model, guide, S, progress=False, **options)
+
+    @torch.no_grad()
+    def compare():
+        torch.manual_seed(noise)
+        marginal = sampler.log_marginal()
+        torch.manual_seed(noise)
+        guide.runs.clear()
+        samples = sampler()
+        particles = []
+        for size, (_, found) in zip(_chunks(S, chunk_size), guide.runs, strict=True):
+            particles += local_particles(found, size, L)
+        truth = Levels(pair, over, particles, 1.0)
+        size = sum(map(largest, truth.log_w))
+        log_w = truth.total(Formula(IWAE(L), lambda log_w: lme(log_w, (0, 1))), *truth.log_w)
+        same(pair, "log_weights", samples.log_weights, log_w, size)
+        same(pair, "log_marginal", marginal, torch.logsumexp(log_w, 0) - math.log(S), size)
+        local = torch.softmax(truth.log_w[1], 1)
+        above = torch.softmax(log_w, 0)
+        for i, name in enumerate(truth.cells):
+            above = above if name in truth.kept else above.unsqueeze(1 + i)
+        ess = (above * 1 / local.square().sum(1)).sum(0)
+        same(pair, "local_ess", samples.local_ess[over], ess, size * L)
+        inside = [n for n in samples.latents if samples.plate_of(n) and not samples.latents[n].event_dim]
+        for name in inside:
+            values = [one[name] for row in particles for one in row]
+            values = [one.reshape([1] * truth.rank + [*one.shape])[(0,) * one.dim()] for one in values]
+            drawn = torch.stack(values).to(local.dtype)
+            drawn = drawn.reshape(S, L, *drawn.shape[1:])
+            shape = [1] * truth.rank
+            for cell in truth.cells:
+                shape[truth.frames[cell].dim] = truth.frames[cell].size
+            weights = (above.unsqueeze(1) * local).reshape(S, L, *shape)
+            wanted = (weights * drawn).sum((0, 1))
+            got = samples.expectation(name)
+            same(pair, f"expectation of {name}", got, wanted.reshape(got.shape), largest(drawn))
+
+    judge(outcome, pair, f"ImportanceSampler({S}, {options})", "", compare)
 
 
 def check_filters(outcome):

@@ -760,3 +760,22 @@ def test_what_a_sampler_gives():
     sampler = sampler_of(pair, 10, 4)
     assert repr(sampler) == "ImportanceSampler(num_particles=10, local={'data': 4}, chunk_size=10)"
     assert isinstance(sampler(), HierarchicalSamples)
+
+
+def test_nothing_outside_of_the_local_plate():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.9))
+
+    torch.set_default_dtype(torch.float32)
+    samples = ImportanceSampler(model, guide, 3, local="data", num_local=4, progress=False)(
+        torch.tensor([0.5, -1.0], dtype=torch.float64)
+    )
+    assert samples.log_p.dtype == samples.local_ess["data"].dtype == torch.float64
+    wanted = (samples.weights.unsqueeze(-1) * samples.local["data"].ess).sum(0)
+    torch.testing.assert_close(samples.local_ess["data"], wanted, rtol=1e-12, atol=0)
