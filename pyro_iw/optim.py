@@ -324,8 +324,8 @@ def _warn_of_scheduler(
     if groups and any("initial_lr" in group for group in optimizer.param_groups):
         names = ", ".join(repr(name(param)) for group in groups for param in group["params"])
         warn(
-            f"Parameter(s) {names} have come after a scheduler was put on FusedOptim's optimizer, with "
-            "keywords that no group has which it moves, so it may leave their learning rate as it is or fail. "
+            f"Parameter(s) {names} have come after a scheduler was put on FusedOptim's optimizer, with other "
+            "keywords than the groups it moves, so it may leave their learning rate as it is, or fail. "
             "Make the scheduler after a step that uses all parameters."
         )
 

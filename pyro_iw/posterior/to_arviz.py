@@ -93,7 +93,7 @@ def to_arviz(
     Raises:
         ImportError: if ArviZ is missing.
         ValueError: if ``dims`` names an unknown site or has too many names for one, two variables have a dim
-            of one name and different sizes, ``coords`` names an unknown dim or has the wrong length, or a
+            of one name and different sizes, or one that is called as a variable, ``coords`` names an unknown dim or has the wrong length, or a
             cell has no living particle.
 
     Example:
@@ -318,6 +318,13 @@ def _constants(samples: ImportanceSamples, observed: Sequence[Tensor]) -> dict[s
 def _dataset(group: Variables, labels: Mapping[str, Any], samples: ImportanceSamples) -> Any:
     xarray = require("xarray", "arviz", "to_arviz")
     used = {dim for dims, _ in group.values() for dim in dims}
+    for name in sorted(used & group.keys()):
+        if name in _DRAWS:
+            raise ValueError(f"Site {name!r} has the name of a dim of all draws. Call it otherwise in the model.")
+        raise ValueError(
+            f"{name!r} is a variable, and by dims= a dim of {_having(name, group)} beside it. Give the dim "
+            "another name."
+        )
     coords: dict[str, Any] = {dim: labels[dim] for dim in used if dim in labels}
     for dims, array in group.values():
         if "chain" in dims:
@@ -331,6 +338,11 @@ def _dataset(group: Variables, labels: Mapping[str, Any], samples: ImportanceSam
         "num_particles": samples.num_particles,
     }
     return xarray.Dataset(dict(group), coords=coords, attrs=attributes)
+
+
+def _having(dim: str, group: Variables) -> str:
+    """The variables that have a dim."""
+    return ", ".join(repr(name) for name, (dims, _) in group.items() if dim in dims)
 
 
 def _container() -> Any:
