@@ -28,6 +28,9 @@ __all__ = ["khat_threshold", "pareto_smoothed", "warn_of_khat"]
 # Living particles of which a fifth, the tail, are the five that a fit takes.
 _FEWEST = 25
 
+# A tail within this share of the largest weight is one value: single precision tells no more.
+_ROUNDING = 1e-5
+
 # A log-weight this far below the largest is a weight of 0 beside it in float64.
 _UNDERFLOW = math.log(np.finfo(np.float64).tiny)
 
@@ -44,7 +47,14 @@ def warn_of_khat(khat: Tensor, num_particles: int) -> None:
     """Warn of cells whose weights have too heavy a tail, or one of which nothing is known (NaN)."""
     threshold = khat_threshold(num_particles)
     high = ~(khat <= threshold)
-    if bool(high.any()):
+    if num_particles < _FEWEST:
+        if bool(high.any()):
+            warn(
+                f"k̂ is not known of {num_particles} particles, so it cannot be told whether the guide misses "
+                f"mass of the posterior: draw {_FEWEST} or more.",
+                RuntimeWarning,
+            )
+    elif bool(high.any()):
         warn(
             f"k̂ exceeds {threshold:.2f} in {int(high.sum())} of {high.numel()} cell(s) (up to "
             f"{khat.max().item():.2f}): the guide misses mass of the posterior there, and estimates from "
@@ -108,9 +118,10 @@ def _smooth_living(smooth: Smoothing, table: np.ndarray) -> tuple[np.ndarray, np
     """Smoothed log-weights ``[cells, S]`` and the shapes k̂ ``[cells]`` of finite log-weights."""
     size = table.shape[1]
     length = math.floor(min(size / 5, 3 * math.sqrt(size)))
-    # As weights, of which those of log-weights that differ by a rounding error are the same.
+    # As shares of the largest weight. Of a guide that is exact all are 1 but for rounding, whose noise may
+    # seem to have a heavy tail.
     tail = np.exp(np.sort(table, 1)[:, size - length :] - table.max(1, keepdims=True))
-    distinct = tail[:, max(length // 4 - 1, 1)] > tail[:, 0]
+    distinct = (tail[:, max(length // 4 - 1, 1)] > tail[:, 0]) & (tail[:, 0] < 1 - _ROUNDING)
     khat = np.where(distinct, np.inf, -np.inf)
     if not distinct.any():
         return table, khat
