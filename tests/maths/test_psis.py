@@ -179,6 +179,26 @@ def test_an_exact_guide_in_single_precision_has_no_tail():
     assert (pareto_smoothed(log_w)[1] > 0.7).all()
 
 
+@pytest.mark.usefixtures("smoothing")
+@pytest.mark.parametrize(("size", "living"), [(1000, 12), (1000, 50), (40_000, 300)])
+def test_a_heavy_tail_above_weights_that_are_all_equal(size, living):
+    """As where a latent leaves the weights alone but for some of its values."""
+    log_w = torch.zeros(size, 3, dtype=torch.float64)
+    chosen = torch.randperm(size)[:living]
+    log_w[chosen] = 1.5 * -torch.rand(living, 3, dtype=torch.float64).log()
+    log_w[:, 2] = (log_w[:, 2] > 0.7).double()  # two values
+    smoothed, khat = pareto_smoothed(log_w)
+    assert khat[2] == -math.inf
+    for cell in range(2):
+        # Alone with as many equal weights as make them the tail.
+        count = 5 * living if living <= 45 else living**2 // 9
+        alone = torch.cat([torch.zeros(count - living, dtype=torch.float64), log_w[chosen, cell]])
+        values, shape = _psis_by_hand(alone)
+        assert khat[cell].item() == pytest.approx(shape.item(), abs=1e-6)
+        torch.testing.assert_close(smoothed[chosen, cell], values[count - living :], rtol=0, atol=1e-6)
+        assert (smoothed[:, cell] == 0).sum() == size - living
+
+
 def test_what_is_not_known_is_warned_of():
     with pytest.warns(RuntimeWarning, match=r"1 of 2 cell\(s\)"):
         warn_of_khat(torch.tensor([0.1, math.nan]), 1000)
