@@ -88,6 +88,8 @@ class FusedOptim(PyroOptim):
         self._known: set[Tensor] = set()
         # The options that the optimiser's groups began with, in their order.
         self._begun: list[dict[str, Any]] = []
+        # Those of the last step.
+        self._stepped: set[Tensor] = set()
         # Those that have had a gradient, which Pyro would fill with zeros.
         self._moved: set[Tensor] = set()
         #: What averages the gradients over ranks, None without ``process_group``.
@@ -120,6 +122,7 @@ class FusedOptim(PyroOptim):
             params = self.averaged(params, self._known, rates)
         if not params:
             return
+        self._stepped = params
         new = not params <= self._known
         if new:
             self._add(params - self._known)
@@ -176,7 +179,8 @@ class FusedOptim(PyroOptim):
                     f"optim_constructor has made a {type(alone).__name__} of parameters, not a "
                     "torch.optim.Optimizer. Pass an optimiser class, such as torch.optim.Adam."
                 )
-            saved = self._state_waiting_to_be_consumed.get(store.param_name(param))
+            name = store.param_name(param)
+            saved = None if name is None else self._state_waiting_to_be_consumed.get(name)
             if saved is not None:
                 group = {**saved["param_groups"][0], **_kernel(options)}
                 alone.load_state_dict({**saved, "param_groups": [group]})
@@ -244,16 +248,26 @@ class FusedOptim(PyroOptim):
     def get_state(self) -> dict[str, Any]:
         """State dicts by parameter name, each as that parameter's own optimiser would give it."""
         states = dict(self._state_waiting_to_be_consumed)
+        nameless = False
         if self.optimizer is not None:
             store = pyro.get_param_store()
             for group in self.optimizer.param_groups:
                 options = {key: value for key, value in group.items() if key != "params"}
                 for param in group["params"]:
+                    name = store.param_name(param)
+                    if name is None:  # of a store that was cleared, or one that never was in it
+                        nameless = nameless or param in self._stepped
+                        continue
                     state = self.optimizer.state.get(param)
-                    states[store.param_name(param)] = {
+                    states[name] = {
                         "state": {0: dict(state)} if state else {},
                         "param_groups": [{**options, "params": [0]}],
                     }
+        if nameless:
+            warn(
+                "Some parameters are not in the param store, so the optimiser's state, which goes by its "
+                "names, is without theirs. Do without module_local_params to have all of it in a checkpoint."
+            )
         return states
 
     def set_state(self, state_dict: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroModule, PyroParam
 from pyro.optim import PyroOptim
 
 from pyro_iw import IWAE_ELBO, FusedOptim
@@ -281,6 +282,35 @@ def test_sparse_gradients(options: dict[str, float]) -> None:
         found.append(table.weight.detach())
     torch.testing.assert_close(found[0], found[1])
     assert found[0][2, 0] < found[0][1, 0] < found[0][0, 0] == 1
+
+
+def test_the_state_of_parameters_without_a_name() -> None:
+    """Those of a store that was cleared are gone; those that modules keep for themselves are warned of."""
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+    train(optim, steps=1)
+    train(optim, steps=1)
+    named = optim.get_state()
+    assert named.keys() == {"loc", "weight", "scale", "shift"}
+
+    class Energy(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (PyroParam(torch.tensor(start)) for start in (1.0, 5.0))
+
+        def forward(self) -> None:
+            pyro.factor("energy", -(self.one**2 + self.two**2))
+
+    with pyro.settings.context(module_local_params=True):
+        pyro.clear_param_store()
+        energy = Energy()
+        svi = SVI(energy, lambda: None, optim, Trace_ELBO())
+        svi.step()
+        with pytest.warns(UserWarning, match="not in the param store"):
+            assert not optim.get_state()
+        with pytest.warns(UserWarning, match="not in the param store"):
+            optim.set_state({None: named["loc"]})  # as Pyro's optimisers write it
+        svi.step()
+    assert all(state["step"] == 1 for state in optim.optimizer.state.values())
 
 
 COMING_AND_GOING = [
