@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     measuring.add_common_arguments(parser)
     args = measuring.parse(parser, argv)
     if args.smoke:
-        args.particles, args.batch = [8, 64], 4
+        args.particles, args.batch = [64], 4
     args.particles = sorted(set(args.particles))
     return args
 

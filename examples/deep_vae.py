@@ -32,7 +32,7 @@ from pyro_iw import ImportanceWeightedELBO, active_units
 from pyro_iw.bounds import IWAE
 from shared import annealed, checkpoint, datasets, pictures
 from shared.datasets import ImageData, heldout_images
-from shared.deep.networks import DeepVAE, KLWarmup, layer_widths, schedule
+from shared.deep.networks import DeepVAE, KLWarmup, cut, layer_widths, schedule
 from shared.deep.training import Trainer
 from shared.evaluation import sampler_and_batches, seeded
 from shared.options import (
@@ -196,6 +196,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="factor on the schedule's 3280 epochs",
     )
     add(
+        "--stop-after",
+        type=positive_float,
+        metavar="EPOCHS",
+        help="stop there on the schedule, from where --resume with more can go on",
+    )
+    add(
         "--learning-rate",
         type=positive_float,
         default=1e-3,
@@ -266,6 +272,8 @@ def run(args: argparse.Namespace) -> dict:
     # After a switch, as in the paper, another 3^7 epochs at the last learning rate.
     first = 7 if args.switch_to else 0
     stages = schedule(trainer.steps_per_epoch, args.epochs_scale, args.learning_rate, first)
+    if args.stop_after is not None:
+        stages = cut(stages, max(1, round(args.stop_after * trainer.steps_per_epoch)))
 
     def save() -> None:
         state = {"settings": settings, "before_switch": metrics["before_switch"], "training": trainer.state()}

@@ -1,5 +1,6 @@
 """The front page as it is typed: in a process of its own, with nothing imported beforehand."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ sys.exit(failed or not tried)
 
 
 def test_every_snippet_runs_as_typed(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(README)], cwd=tmp_path, capture_output=True, text=True
-    )
+    environment = os.environ | {"PYTHONPATH": str(README.parent)}  # this package, if another is installed
+    command = [sys.executable, "-c", PROGRAM, str(README)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

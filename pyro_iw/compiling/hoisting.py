@@ -148,10 +148,13 @@ def _written(node: Any) -> Iterable[Any]:
     """The nodes whose memory an operation writes to."""
     if node.op != "call_function" or not isinstance(node.target, _Operation):
         return
-    arguments = schema_of(node.target).arguments
+    schema = schema_of(node.target)
+    arguments = schema.arguments
     given = [*zip(arguments, node.args, strict=False)]
     given += [(each, node.kwargs[each.name]) for each in arguments if each.name in node.kwargs]
-    training = next((value for argument, value in given if argument.name == "training"), True)
+    # PyTorch 2.4 records another operation in eval mode, which says so by its name alone.
+    may_train = not schema.name.endswith("_no_training")
+    training = next((value for argument, value in given if argument.name == "training"), may_train)
     for argument, value in given:
         # Batch normalisation's schema does not say that it updates these, in train mode.
         writes = argument.name in ("running_mean", "running_var") and training

@@ -38,7 +38,8 @@ def inductor(graph: Any, inputs: list[Tensor]) -> Callable[[list[Tensor]], Seque
     count = _keep_draws(graph)
     graph.recompile()
     # Eager's own draws from eager's own generators, at no cost that could be measured.
-    options: dict[str, Any] = {"fallback_random": True}
+    # Older releases of PyTorch (2.4 is one) move them next to where they are used, and so out of their order.
+    options: dict[str, Any] = {"fallback_random": True, "reorder_for_locality": False}
     exchanges = any(node.target is OPERATION for node in graph.graph.nodes)
     # A CUDA graph replays kernels, and not what ranks say to one another on the CPU.
     if not exchanges and any(tensor.device.type == "cuda" for tensor in inputs):

@@ -97,7 +97,15 @@ def traced(function: Callable[..., Any], inputs: Sequence[Tensor], decomposition
     It comes without a fake copy of each result, which takes most of the time and is of no use here.
     """
     with _replaced(proxy_tensor, "extract_val", lambda *args, **kwargs: None):
-        return proxy_tensor.make_fx(function, decompositions, "real")(*inputs)
+        try:
+            return proxy_tensor.make_fx(function, decompositions, "real")(*inputs)
+        except NotImplementedError as error:
+            if str(torch.Generator) not in str(error):
+                raise
+            raise NotImplementedError(
+                f"PyTorch {torch.__version__} cannot record draws from a torch.Generator, such as those of a "
+                "particle group's minibatches; PyTorch 2.13 can"
+            ) from error
 
 
 def without_validation() -> AbstractContextManager[None]:

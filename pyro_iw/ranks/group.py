@@ -276,7 +276,8 @@ class Group:
                 store.wait([keys[rank] for rank in others], _GRACE)
             missing = [rank for rank in others if not store.check([keys[rank]])]
         except (RuntimeError, AttributeError):  # it went with its process, or this PyTorch does not give it
-            return f"One of the ranks {_listed(others)} has ended or does not answer {said}."
+            who = "Rank" if len(others) == 1 else "One of the ranks"
+            return f"{who} {_listed(others)} has ended or does not answer {said}."
         if not missing:
             return f"An exchange between the ranks {_listed(self.world_ranks)} failed on all of them {said}."
         return (

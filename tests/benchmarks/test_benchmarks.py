@@ -56,7 +56,6 @@ def test_memory(tmp_path: Path) -> None:
     found = memory.main(["--smoke", "--out", str(tmp_path)])["results"]
     assert (tmp_path / "memory.json").exists()
     for way in ("PyTorch by hand", "ours"):
-        assert found[way][8]["bytes"] >= 0
         # At least the logits, and what the loss keeps for its backward pass.
         assert found[way][64]["bytes"] > 2 * 64 * 4 * 784 * 4
 

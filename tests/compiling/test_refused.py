@@ -12,11 +12,10 @@ import pyro.poutine as poutine
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_iw.compiling.inductor as inductor_module
 from helpers.cases import DataPlate, ScaledPerCell
-from helpers.compiled import Configured, compiled_programs, guide_of, model_of, refused
+from helpers.compiled import Configured, compiled_programs, guide_of, model_of, records_generators, refused
 from pyro_iw import IWAE_ELBO
 
 
@@ -88,15 +87,6 @@ REFUSED = {
     "counter": (Counter(), "changes as it runs"),
     "seed": (lambda z: z + 0 * torch.manual_seed(5).initial_seed(), "seeds a random generator"),
 }
-
-
-def records_generators():
-    """Whether this PyTorch can record an operation that is given a generator; 2.4 cannot."""
-    try:
-        make_fx(lambda x: x * torch.randn(4, generator=TORCH_GENERATOR))(torch.ones(4))
-    except NotImplementedError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("why", REFUSED)

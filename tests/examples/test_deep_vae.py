@@ -361,6 +361,17 @@ def test_resumed_is_uninterrupted(
     assert training(tmp_path) == expected
 
 
+def test_stopped_early_goes_on(uninterrupted: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+    """A run ends where it is told to, evaluated, and goes on to the bit to the end of the schedule."""
+    name = next(iter(CONFIGURATIONS))
+    argv = [*TINY, *CONFIGURATIONS[name], "--out", str(tmp_path)]
+    early = deep_vae.main([*argv, "--stop-after", "2"])
+    assert early["results"]["steps"] == early["history"][-1]["step"] == 6
+    deep_vae.main([*argv, "--resume"])
+    assert checkpoint.load(tmp_path / "checkpoint.pt", deep_vae.KIND)["training"]["step"] == 15
+    assert training(tmp_path) == uninterrupted(name)
+
+
 @pytest.mark.slow
 def test_resumed_is_uninterrupted_when_compiled(
     uninterrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

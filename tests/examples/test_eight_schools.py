@@ -123,13 +123,15 @@ def test_weights_give_the_exact_posterior() -> None:
 def test_nuts_gives_the_exact_posterior() -> None:
     _, mean, sd = exact()
     pyro.set_rng_seed(0)
-    draws, ess, _ = eight_schools.nuts(500)
+    draws, ess, _ = eight_schools.nuts(250)
     values = eight_schools.quantities(draws).double()
-    assert values.shape == (500, len(eight_schools.NAMES))
-    assert 50 < ess < 2000
+    assert values.shape == (250, len(eight_schools.NAMES))
+    assert 40 < ess < 1000
     # Five standard errors of the quantity that mixes worst.
     assert ((values.mean(0) - mean) / sd).abs().max() < 5 / ess**0.5
-    assert (values.std(0) / sd - 1).abs().max() < 0.4
+    off = values.std(0) / sd - 1
+    assert off.abs().max() < 0.4
+    assert off.mean().abs() < 0.15  # errors of the ten have both signs
 
 
 def test_quadrature_against_draws_from_the_prior() -> None:

@@ -10,6 +10,7 @@ from pyro.infer import SVI
 from pyro.nn import PyroModule
 from pyro.optim import Adam
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_iw import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO
 from pyro_iw.compiling.program import Program
@@ -30,6 +31,16 @@ LOSSES = {
     "resampled-piwae": lambda **kw: PIWAE_ELBO(M=2, K=3, backward_particles=2, **kw),
     "resampled-dreg": lambda **kw: MIWAE_ELBO(M=2, K=3, backward_particles=3, estimator="dreg", **kw),
 }
+
+
+def records_generators():
+    """Whether this PyTorch can record an operation that is given a generator; 2.4 cannot."""
+    generator = torch.Generator()
+    try:
+        make_fx(lambda x: x * torch.randn(4, generator=generator))(torch.ones(4))
+    except NotImplementedError:
+        return False
+    return True
 
 
 def compiled_programs(loss):

@@ -3,11 +3,12 @@
 import datetime
 import multiprocessing
 import os
+import re
 import tempfile
 import traceback
 from pathlib import Path
 
-__all__ = ["run_on_ranks"]
+__all__ = ["names_lost", "run_on_ranks"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, in the server that all processes are forked from: each then starts in milliseconds. The first
@@ -57,6 +58,15 @@ def run_on_ranks(function, size, *args, timeout=20, expect_errors=False):
     if failed and not expect_errors:
         raise AssertionError("\n".join(f"rank {rank}:\n{trace}" for rank, trace in failed))
     return [result if error is None else error for result, error, _ in results]
+
+
+def names_lost(message, rank):
+    """Whether an error names a rank that is gone, or, on a PyTorch that does not tell, all it may be."""
+    import torch.distributed as dist
+
+    if hasattr(dist.ProcessGroup, "get_group_store"):
+        return re.match(rf"Rank (\d+, )*{rank}\b.* did not come to an exchange with rank", message)
+    return re.match(rf"(Rank|One of the ranks) (\d+, )*{rank}\b.* has ended or does not answer", message)
 
 
 def _answer(pipe):

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 import torch.distributed as td
 from pyro.infer import SVI, Trace_ELBO
@@ -13,6 +14,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from pyro.optim import Adam, PyroOptim
 from torch import nn
+from torch.distributed import fsdp
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.ranks import run_on_ranks
@@ -257,8 +259,6 @@ def test_under_adversarial_svi():
 
 
 def sharded(rank):
-    from torch.distributed.fsdp import fully_shard
-
     pyro.settings.set(module_local_params=True)
     warnings.simplefilter("ignore")
 
@@ -266,10 +266,10 @@ def sharded(rank):
         model, guide = pair(N)
         elbo = IWAE_ELBO(K=4, **options)(model, guide)
         if shard_what == "inside":
-            fully_shard(model.net)
-            fully_shard(guide.net)
+            fsdp.fully_shard(model.net)
+            fsdp.fully_shard(guide.net)
         elif shard_what == "whole":
-            fully_shard(elbo)
+            fsdp.fully_shard(elbo)
         torch.manual_seed(rank)
         elbo(shard(rank)).backward()
         found = {name: param.grad for name, param in elbo.named_parameters()}
@@ -292,6 +292,7 @@ def sharded(rank):
     }
 
 
+@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="fully_shard came with PyTorch 2.6")
 def test_sharded_layers():
     for found in run_on_ranks(sharded, 2):
         for what, words in (("chunks", "chunk_size"), ("compile", "compile")):

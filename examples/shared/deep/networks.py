@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..networks import Encoder, mlp
 
-__all__ = ["DeepVAE", "KLWarmup", "Layer", "Stage", "layer_widths", "schedule"]
+__all__ = ["DeepVAE", "KLWarmup", "Layer", "Stage", "cut", "layer_widths", "schedule"]
 
 STAGES = 8
 
@@ -132,6 +132,11 @@ def schedule(
         length = max(1, round(scale * 3**i * steps_per_epoch))
         stages.append(Stage(start, start + length, learning_rate * 10 ** (-i / (STAGES - 1))))
     return stages
+
+
+def cut(stages: list[Stage], steps: int) -> list[Stage]:
+    """What of a schedule lies before a number of gradient steps."""
+    return [Stage(s.start, min(s.end, steps), s.learning_rate) for s in stages if s.start < steps]
 
 
 class KLWarmup:
