@@ -213,7 +213,7 @@ class FusedOptim(PyroOptim):
     def _leave_fused(self, param: Tensor) -> None:
         """Without a fused kernel, of which none takes a sparse gradient, where one was chosen here."""
         assert self.optimizer is not None
-        if self._get_optim_args(param).get("fused") is None:  # type: ignore[arg-type]
+        if self._get_optim_args(param).get("fused") is None:
             for group in self.optimizer.param_groups:
                 if group.get("fused") and any(param is other for other in group["params"]):
                     group["fused"] = False
