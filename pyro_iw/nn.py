@@ -37,9 +37,10 @@ class FoldBatch(nn.Module):
       particles as well as data wherever its input has particles, which makes one particle's density depend
       on the others: the losses warn of it, and it has to be in eval mode or give way to ``LayerNorm`` or
       ``GroupNorm``. Where the input has none, as in the encoder of a VAE, nothing is different.
-    - **Recurrent layers** have to be ``batch_first``. Their final states have the batch on dim 1, where the
-      leading dims take its place: ``nn.GRU`` gives ``[*leading, time, hidden]`` and ``[layers, *leading,
-      hidden]``, and ``h_n[-1]`` is the last layer's, as always. An initial state cannot be passed.
+    - **Recurrent layers**, attention and transformers have to be ``batch_first``. Final states of a recurrent
+      layer have the batch on dim 1, where the leading dims take its place: ``nn.GRU`` gives ``[*leading,
+      time, hidden]`` and ``[layers, *leading, hidden]``, and ``h_n[-1]`` is the last layer's, as always. An
+      initial state cannot be passed.
     - **Names** of parameters are the module's, after ``module.``, in ``named_parameters``, ``state_dict`` and
       Pyro's param store alike. ``load_state_dict`` also takes what was saved before the module was wrapped.
 
@@ -52,7 +53,7 @@ class FoldBatch(nn.Module):
             states of ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``.
 
     Raises:
-        ValueError: if ``event_dim`` or ``batch_dims`` is negative, or a recurrent layer not
+        ValueError: if ``event_dim`` or ``batch_dims`` is negative, or a recurrent layer or transformer not
             ``batch_first``; when called, if an argument has too few dims, leading dims do not broadcast, or
             the module changes the size of the batch; with the shapes.
         TypeError: if the module returns anything else than tensors.
@@ -77,11 +78,13 @@ class FoldBatch(nn.Module):
         batch_dims: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(module, nn.RNNBase):
-            if not module.batch_first:
-                raise ValueError(f"{type(module).__name__} has to have batch_first=True to be folded.")
-            if batch_dims is None:
-                batch_dims = (0, 1, 1) if isinstance(module, nn.LSTM) else (0, 1)
+        if _wants_time_first(module):
+            raise ValueError(
+                f"{type(module).__name__} has to have batch_first=True to be folded: else it takes the batch "
+                "for the steps of a sequence."
+            )
+        if isinstance(module, nn.RNNBase) and batch_dims is None:
+            batch_dims = (0, 1, 1) if isinstance(module, nn.LSTM) else (0, 1)
         self.module = module
         self.event_dim = _dims("event_dim", event_dim)
         self.batch_dims = _dims("batch_dims", 0 if batch_dims is None else batch_dims)
@@ -194,6 +197,17 @@ class FoldBatch(nn.Module):
         """What ``repr`` shows beside the module."""
         batch_dims = "" if self.batch_dims == 0 else f", batch_dims={self.batch_dims}"
         return f"event_dim={self.event_dim}{batch_dims}"
+
+
+def _wants_time_first(module: nn.Module) -> bool:
+    """Whether a module takes sequences with their steps on dim 0."""
+    if isinstance(module, nn.Sequential | nn.TransformerEncoder | nn.TransformerDecoder):
+        parts = module if isinstance(module, nn.Sequential) else module.layers
+        return any(map(_wants_time_first, parts))
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        module = module.self_attn
+    kinds = nn.RNNBase | nn.MultiheadAttention | nn.Transformer
+    return isinstance(module, kinds) and not module.batch_first
 
 
 def _dims(name: str, dims: int | Sequence[int]) -> int | tuple[int, ...]:

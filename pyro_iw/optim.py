@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from ._support.warn import warn
 from .ranks.gradients import AveragedGradients
 
 __all__ = ["FusedOptim", "averages", "full_state", "replace_state", "waiting_state"]
@@ -30,7 +31,8 @@ class FusedOptim(PyroOptim):
     scheduler of :mod:`torch.optim.lr_scheduler` goes on :attr:`optimizer`, once a step has made it.
     Parameters that appear later join as they come, and those that model and guide leave out in a step rest. A
     parameter that they use, but that the loss does not depend on, has a gradient of zero once it has had
-    another, as under Pyro: momentum and the running means of Adam move it on. A step leaves ``.grad`` at
+    another, as under Pyro: momentum and the running means of Adam move it on. Late ones with the keywords of
+    others go on at the learning rate that a scheduler has brought these to. A step leaves ``.grad`` at
     None, as :meth:`torch.optim.Optimizer.zero_grad` does, where Pyro leaves zeros.
 
     Arguments:
@@ -84,6 +86,10 @@ class FusedOptim(PyroOptim):
         # By device and dtype, whether a fused step has been found to run there.
         self._fuses: dict[tuple[str, torch.dtype], bool] = {}
         self._known: set[Tensor] = set()
+        # The options that the optimiser's groups began with, in their order.
+        self._begun: list[dict[str, Any]] = []
+        # Those of the last step.
+        self._stepped: set[Tensor] = set()
         # Those that have had a gradient, which Pyro would fill with zeros.
         self._moved: set[Tensor] = set()
         #: What averages the gradients over ranks, None without ``process_group``.
@@ -116,13 +122,17 @@ class FusedOptim(PyroOptim):
             params = self.averaged(params, self._known, rates)
         if not params:
             return
+        self._stepped = params
         new = not params <= self._known
         if new:
             self._add(params - self._known)
         for param in params:
             if param.grad is not None:
-                new = new or param not in self._moved
-                self._moved.add(param)
+                if param not in self._moved:
+                    new = True
+                    self._moved.add(param)
+                    if param.grad.is_sparse:
+                        self._leave_fused(param)
             elif param in self._moved:
                 param.grad = torch.zeros_like(param)
             if self.grad_clip[param] is not None:
@@ -139,24 +149,28 @@ class FusedOptim(PyroOptim):
             for group in self.optimizer.param_groups
             if params.isdisjoint(group["params"])
         ]
-        with _unfused(self.optimizer) if new else nullcontext():
-            self.optimizer.step(*args, **kwargs)
-        for group, options in resting:
-            group.update(options)
-        for param in params:
-            param.grad = None  # else SVI would fill it with zeros, one parameter at a time
-        for param, grad in others:
-            param.grad = grad
+        try:
+            with _unfused(self.optimizer) if new else nullcontext():
+                self.optimizer.step(*args, **kwargs)
+        finally:
+            for group, options in resting:
+                group.update(options)
+            for param in params:
+                param.grad = None  # else SVI would fill it with zeros, one parameter at a time
+            for param, grad in others:
+                param.grad = grad
 
     def _add(self, params: set[Tensor]) -> None:
-        """Take in new parameters, with the state that waits for them."""
+        """Take in new parameters, with the state that waits for them; all of them, or none after an error."""
         store = pyro.get_param_store()
         groups: list[dict[str, Any]] = []
         states: dict[Tensor, Any] = {}
+        clips: dict[Tensor, Any] = {}
+        joining: list[tuple[dict[str, Any], Tensor]] = []
+        begun = [] if self.optimizer is None else list(self._begun)
         # A set's order changes from run to run, that of names does not.
         for param in sorted(params, key=lambda param: store.param_name(param) or ""):
-            self._known.add(param)
-            self.grad_clip[param] = self._get_grad_clip(param)  # type: ignore[arg-type]
+            clips[param] = self._get_grad_clip(param)  # type: ignore[arg-type]
             options = self._options(param)
             # An optimiser of its own fills in defaults, and casts the state to the parameter's dtype.
             alone = self._make([param], **options)
@@ -165,26 +179,44 @@ class FusedOptim(PyroOptim):
                     f"optim_constructor has made a {type(alone).__name__} of parameters, not a "
                     "torch.optim.Optimizer. Pass an optimiser class, such as torch.optim.Adam."
                 )
-            saved = self._state_waiting_to_be_consumed.pop(store.param_name(param), None)
+            name = store.param_name(param)
+            saved = None if name is None else self._state_waiting_to_be_consumed.get(name)
             if saved is not None:
                 group = {**saved["param_groups"][0], **_kernel(options)}
                 alone.load_state_dict({**saved, "param_groups": [group]})
             states[param] = alone.state.get(param)  # some optimisers make it at once
             complete = alone.param_groups[0]
-            for group in groups:
-                if self._shares_groups and {**group, "params": None} == {**complete, "params": None}:
-                    group["params"].append(param)
-                    break
+            own = _beginning(complete)
+            there = [] if self.optimizer is None else self.optimizer.param_groups
+            mates = [group for group, begun in zip([*there, *groups], begun, strict=True) if begun == own]
+            if mates and self._shares_groups:
+                joining.append((mates[0], param))
             else:
                 groups.append({**complete, "params": [param]})
+                begun.append(own)
+        for group, param in joining:
+            group["params"].append(param)
         if self.optimizer is None:
             self.optimizer = self._make(groups, **options)
         else:
+            _warn_of_scheduler(self.optimizer, groups, store.param_name)
             for group in groups:
                 self.optimizer.add_param_group(group)
         for param, state in states.items():
             if state:
                 self.optimizer.state[param] = state
+            self._state_waiting_to_be_consumed.pop(store.param_name(param), None)
+        self.grad_clip.update(clips)
+        self._begun = begun
+        self._known |= params
+
+    def _leave_fused(self, param: Tensor) -> None:
+        """Without a fused kernel, of which none takes a sparse gradient, where one was chosen here."""
+        assert self.optimizer is not None
+        if self._get_optim_args(param).get("fused") is None:
+            for group in self.optimizer.param_groups:
+                if group.get("fused") and any(param is other for other in group["params"]):
+                    group["fused"] = False
 
     def _options(self, param: Tensor) -> dict[str, Any]:
         """The keywords for a parameter, with ``fused`` where it is for us to choose."""
@@ -216,16 +248,26 @@ class FusedOptim(PyroOptim):
     def get_state(self) -> dict[str, Any]:
         """State dicts by parameter name, each as that parameter's own optimiser would give it."""
         states = dict(self._state_waiting_to_be_consumed)
+        nameless = False
         if self.optimizer is not None:
             store = pyro.get_param_store()
             for group in self.optimizer.param_groups:
                 options = {key: value for key, value in group.items() if key != "params"}
                 for param in group["params"]:
+                    name = store.param_name(param)
+                    if name is None:  # of a store that was cleared, or one that never was in it
+                        nameless = nameless or param in self._stepped
+                        continue
                     state = self.optimizer.state.get(param)
-                    states[store.param_name(param)] = {
+                    states[name] = {
                         "state": {0: dict(state)} if state else {},
                         "param_groups": [{**options, "params": [0]}],
                     }
+        if nameless:
+            warn(
+                "Some parameters are not in the param store, so the optimiser's state, which goes by its "
+                "names, is without theirs. Do without module_local_params to have all of it in a checkpoint."
+            )
         return states
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
@@ -281,6 +323,25 @@ def _unfused(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for group in groups:
             group["fused"] = True
+
+
+def _beginning(group: dict[str, Any]) -> dict[str, Any]:
+    """The options that a group had before a scheduler moved its learning rate, without the parameters."""
+    options = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
+    return {**options, "lr": group["initial_lr"]} if "initial_lr" in group else options
+
+
+def _warn_of_scheduler(
+    optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]], name: Callable[[Tensor], Any]
+) -> None:
+    """Warn of new groups beside those that a scheduler moves."""
+    if groups and any("initial_lr" in group for group in optimizer.param_groups):
+        names = ", ".join(repr(name(param)) for group in groups for param in group["params"])
+        warn(
+            f"Parameter(s) {names} have come after a scheduler was put on FusedOptim's optimizer, with other "
+            "keywords than the groups it moves, so it may leave their learning rate as it is, or fail. "
+            "Make the scheduler after a step that uses all parameters."
+        )
 
 
 def _check_constructor(given: Any) -> None:

@@ -28,6 +28,9 @@ __all__ = ["khat_threshold", "pareto_smoothed", "warn_of_khat"]
 # Living particles of which a fifth, the tail, are the five that a fit takes.
 _FEWEST = 25
 
+# A tail within this share of the largest weight is one value: single precision tells no more.
+_ROUNDING = 1e-5
+
 # A log-weight this far below the largest is a weight of 0 beside it in float64.
 _UNDERFLOW = math.log(np.finfo(np.float64).tiny)
 
@@ -44,7 +47,14 @@ def warn_of_khat(khat: Tensor, num_particles: int) -> None:
     """Warn of cells whose weights have too heavy a tail, or one of which nothing is known (NaN)."""
     threshold = khat_threshold(num_particles)
     high = ~(khat <= threshold)
-    if bool(high.any()):
+    if num_particles < _FEWEST:
+        if bool(high.any()):
+            warn(
+                f"k̂ is not known of {num_particles} particles, so it cannot be told whether the guide misses "
+                f"mass of the posterior: draw {_FEWEST} or more.",
+                RuntimeWarning,
+            )
+    elif bool(high.any()):
         warn(
             f"k̂ exceeds {threshold:.2f} in {int(high.sum())} of {high.numel()} cell(s) (up to "
             f"{khat.max().item():.2f}): the guide misses mass of the posterior there, and estimates from "
@@ -108,23 +118,43 @@ def _smooth_living(smooth: Smoothing, table: np.ndarray) -> tuple[np.ndarray, np
     """Smoothed log-weights ``[cells, S]`` and the shapes k̂ ``[cells]`` of finite log-weights."""
     size = table.shape[1]
     length = math.floor(min(size / 5, 3 * math.sqrt(size)))
-    # As weights, of which those of log-weights that differ by a rounding error are the same.
+    # As shares of the largest weight. Of a guide that is exact all are 1 but for rounding, whose noise may
+    # seem to have a heavy tail.
     tail = np.exp(np.sort(table, 1)[:, size - length :] - table.max(1, keepdims=True))
-    distinct = tail[:, max(length // 4 - 1, 1)] > tail[:, 0]
-    khat = np.where(distinct, np.inf, -np.inf)
-    if not distinct.any():
-        return table, khat
-    chosen = table[distinct]
-    with np.errstate(all="ignore"):
-        values, shapes = smooth(chosen)
-    # Version 1 normalises its result; the lowest weight lies below the tail, so only that constant moved it.
-    low = chosen.argmin(1)[:, None]
-    values = values + np.take_along_axis(chosen - values, low, 1)
-    fitted = np.isfinite(shapes) & np.isfinite(values).all(1)  # a shape is given for weights of NaN, too
-    table, khat = table.copy(), khat.copy()
-    table[distinct] = np.where(fitted[:, None], values, chosen)
-    khat[distinct] = np.where(fitted, shapes, np.inf)
+    equal = tail[:, 0] >= 1 - _ROUNDING
+    level = ~equal & (tail[:, max(length // 4 - 1, 1)] <= tail[:, 0])
+    table, khat = table.copy(), np.full(len(table), -np.inf)
+    whole = ~equal & ~level
+    if whole.any():
+        table[whole], khat[whole] = _fitted(smooth, table[whole])
+    # Where the tail's foot is level, the weights above it are the tail, unless they are few values as well.
+    above = (tail > tail[:, :1]).sum(1)
+    different = (np.diff(tail, axis=1) > 0).sum(1)
+    for count in np.unique(above[level]):
+        rows = np.flatnonzero(level & (above == count) & (2 * different > count) & (count > 2))
+        if not len(rows):
+            continue
+        places = table[rows].argsort(1)[:, size - count - 1 :]  # the foot and what is above
+        chosen = np.take_along_axis(table[rows], places, 1)
+        # Of so many weights these are the tail that is fitted.
+        more = (5 * count if count <= 45 else math.ceil(count**2 / 9)) - count - 1
+        chosen = np.concatenate([np.repeat(chosen[:, :1], more, 1), chosen], 1)
+        values, khat[rows] = _fitted(smooth, chosen) if count > 4 else (chosen, np.inf)
+        changed = table[rows]
+        np.put_along_axis(changed, places, values[:, more:], 1)
+        table[rows] = changed
     return table, khat
+
+
+def _fitted(smooth: Smoothing, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same by ArviZ; as they are, with a shape of inf, where it has no fit."""
+    with np.errstate(all="ignore"):
+        values, shapes = smooth(table)
+    # Version 1 normalises its result; the lowest weight lies below the tail, so only that constant moved it.
+    low = table.argmin(1)[:, None]
+    values = values + np.take_along_axis(table - values, low, 1)
+    fitted = np.isfinite(shapes) & np.isfinite(values).all(1)  # a shape is given for weights of NaN, too
+    return np.where(fitted[:, None], values, table), np.where(fitted, shapes, np.inf)
 
 
 def _arviz() -> Smoothing:

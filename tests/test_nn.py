@@ -121,6 +121,31 @@ def test_recurrent_layers_are_refused_where_they_would_be_wrong() -> None:
         FoldBatch(nn.GRU(3, 6, batch_first=True), 2)(torch.randn(4, 7, 3), torch.randn(1, 4, 6))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_transformers(batch_first: bool) -> None:
+    """With the steps of a sequence on dim 0 they would attend from one datapoint to others."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=batch_first)
+    modules = [
+        layer,
+        nn.Sequential(nn.Identity(), layer),
+        nn.TransformerEncoder(layer, 1, enable_nested_tensor=False),
+        nn.TransformerDecoderLayer(4, 2, 8, dropout=0.0, batch_first=batch_first),
+        nn.MultiheadAttention(4, 2, batch_first=batch_first),
+    ]
+    x = torch.randn(2, 3, 5, 4)
+    for module in modules:
+        if not batch_first:
+            with pytest.raises(ValueError, match="batch_first=True"):
+                FoldBatch(module, 2)
+            continue
+        inputs = {nn.MultiheadAttention: 3, nn.TransformerDecoderLayer: 2}.get(type(module), 1)
+        y = FoldBatch(module, [2] * inputs)(*[x] * inputs)
+        alone = module(*[x[1, 2][None]] * inputs)
+        if isinstance(y, tuple):
+            y, alone = y[0], alone[0]
+        torch.testing.assert_close(y[1, 2], alone[0])
+
+
 def test_batch_norm_in_train_mode_is_that_of_all_rows() -> None:
     ours, theirs = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
     x = 3 + 2 * torch.randn(4, 5, 2, 3, 3)

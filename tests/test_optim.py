@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroModule, PyroParam
 from pyro.optim import PyroOptim
 
 from pyro_iw import IWAE_ELBO, FusedOptim
@@ -209,6 +210,107 @@ def test_with_a_scheduler_of_pytorch() -> None:
         svi.step(DATA)
         scheduler.step()
     assert optim.optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch),
+        lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 0.25, total_iters=2),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9),
+    ],
+)
+def test_a_scheduler_moves_late_parameters_too(make: Any) -> None:
+    optim = FusedOptim(torch.optim.SGD, {"lr": 0.1})
+    train(optim, steps=1, late=False)
+    scheduler = make(optim.optimizer)
+    for late in (False, True):
+        train(optim, steps=1, fresh=False, late=late)
+        scheduler.step()
+    (group,) = optim.optimizer.param_groups
+    assert len(group["params"]) == 4
+    assert group["lr"] == scheduler.get_last_lr()[0]
+
+
+def test_late_parameters_that_a_scheduler_does_not_know() -> None:
+    optim = FusedOptim(torch.optim.SGD, lambda name: {"lr": 0.02 if name == "shift" else 0.1})
+    train(optim, steps=1, late=False)
+    torch.optim.lr_scheduler.StepLR(optim.optimizer, 1)
+    with pytest.warns(UserWarning, match="'shift' have come after a scheduler"):
+        train(optim, steps=1, fresh=False)
+
+
+def test_nothing_is_half_done_after_an_error() -> None:
+    """A parameter without options holds up a step; the next one, with options, is the first."""
+    asked = []
+
+    def options(name: str) -> dict[str, float]:
+        asked.append(name)
+        if name == "shift" and asked.count(name) == 1:
+            raise KeyError(name)
+        return {"lr": 0.1}
+
+    optim = FusedOptim(torch.optim.Adam, options)
+    with pytest.raises(KeyError, match="shift"):
+        train(optim, steps=1)
+    pyro.clear_param_store()
+    assert_same(train(optim), train(PyroOptim(torch.optim.Adam, {"lr": 0.1})))
+    # An error in the step itself: gradients of this loss do not wait for the next one.
+    param = next(iter(pyro.get_param_store().named_parameters()))[1]
+    broken = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ZeroDivisionError):
+        broken([param], lambda: 1 / 0)
+    assert param.grad is None
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}])
+def test_sparse_gradients(options: dict[str, float]) -> None:
+    """No fused kernel takes them."""
+    found = []
+    for kind in (FusedOptim, PyroOptim):
+        pyro.clear_param_store()
+        table = torch.nn.Embedding.from_pretrained(torch.ones(4, 2), freeze=False, sparse=True)
+
+        def looked_up(table: torch.nn.Embedding = table) -> None:
+            pyro.module("table", table)
+            pyro.factor("energy", -(table(torch.tensor([1, 2, 2])) ** 2).sum())
+
+        svi = SVI(looked_up, lambda: None, kind(torch.optim.SGD, options), Trace_ELBO())
+        for _ in range(2):
+            svi.step()
+        found.append(table.weight.detach())
+    torch.testing.assert_close(found[0], found[1])
+    assert found[0][2, 0] < found[0][1, 0] < found[0][0, 0] == 1
+
+
+def test_the_state_of_parameters_without_a_name() -> None:
+    """Those of a store that was cleared are gone; those that modules keep for themselves are warned of."""
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1})
+    train(optim, steps=1)
+    train(optim, steps=1)
+    named = optim.get_state()
+    assert named.keys() == {"loc", "weight", "scale", "shift"}
+
+    class Energy(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (PyroParam(torch.tensor(start)) for start in (1.0, 5.0))
+
+        def forward(self) -> None:
+            pyro.factor("energy", -(self.one**2 + self.two**2))
+
+    with pyro.settings.context(module_local_params=True):
+        pyro.clear_param_store()
+        energy = Energy()
+        svi = SVI(energy, lambda: None, optim, Trace_ELBO())
+        svi.step()
+        with pytest.warns(UserWarning, match="not in the param store"):
+            assert not optim.get_state()
+        with pytest.warns(UserWarning, match="not in the param store"):
+            optim.set_state({None: named["loc"]})  # as Pyro's optimisers write it
+        svi.step()
+    assert all(state["step"] == 1 for state in optim.optimizer.state.values())
 
 
 COMING_AND_GOING = [

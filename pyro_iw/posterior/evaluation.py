@@ -23,7 +23,8 @@ from .._support.devices import wide
 from .._support.progress import progress_bar
 from ..bounds import IWAE
 from ..running import RunningBound, RunningLogMean
-from ..tracing.messages import is_auxiliary, latent_sites
+from ..tracing.messages import is_auxiliary, latent_sites, unmasked
+from ..tracing.paths import class_name
 from ..tracing.sites import Site
 from .local_weights import total_log_weights
 from .sampler import ImportanceSampler
@@ -205,7 +206,7 @@ def active_units(
         | Importance Weighted Autoencoders (Burda et al., 2016), appendix C, https://arxiv.org/abs/1509.00519
 
     Arguments:
-        guide: the guide; all batch dims of a site count as datapoints.
+        guide: the guide; all batch dims of a site count as datapoints, without the cells that it masks.
         batches: as in :meth:`ImportanceSampler.log_marginal_dataset`.
         threshold: a unit is active above this variance.
         to_args: likewise.
@@ -218,7 +219,7 @@ def active_units(
 
     Raises:
         ValueError: if there is no batch or only one datapoint, a site is unknown, lies in no plate, or has no
-            mean (a Categorical).
+            finite mean (a Categorical, a Cauchy).
 
     Example:
         >>> loader = torch.utils.data.DataLoader(data, batch_size=2)
@@ -277,6 +278,8 @@ class _Activity:
         """Add means ``[runs, datapoints, units]``."""
         means = means.cpu().double()
         runs, count = means.shape[:2]
+        if not count:  # all are masked
+            return
         each = means.mean(0)
         if runs > 1:
             self.within = self.within + (means.var(0) / runs).sum(0)
@@ -318,8 +321,17 @@ def _conditional_means(
             )
         if not fn.batch_shape:
             raise ValueError(f"Site {name!r} lies in no plate, so it does not vary over the data.")
-        mean = mean.expand(fn.batch_shape + fn.event_shape)
-        found[name] = mean.reshape(math.prod(fn.batch_shape), -1), fn.event_shape
+        mean = mean.expand(fn.batch_shape + fn.event_shape).reshape(math.prod(fn.batch_shape), -1)
+        kept = unmasked(name, fn.batch_shape, [latent[name]], mean.device)
+        mean = mean if kept is None else mean[kept.reshape(-1)]
+        bad = (~mean.isfinite()).any(1)
+        if bool(bad.any()):
+            raise ValueError(
+                f"The mean of site {name!r} ({class_name(fn)}) is NaN or infinite at {int(bad.sum())} of "
+                f"{len(bad)} datapoints, so its units have no activity. Look for a NaN in the data or the "
+                "parameters; of a distribution whose tails leave it no mean, name the other sites by sites=."
+            )
+        found[name] = mean, fn.event_shape
     return found, exact
 
 

@@ -11,7 +11,7 @@ from torch.distributions import biject_to
 from ..tracing.change_of_variables import change_of_variables, deltas, points
 from ..tracing.counterparts import check_guide, pattern_of
 from ..tracing.messages import is_delta, latent_sites
-from ..tracing.paths import class_name
+from ..tracing.paths import class_name, draws_hard_values
 from ..tracing.supports import is_circular, is_discrete
 from ..tracing.traces import Pair, PairTraces
 
@@ -53,6 +53,7 @@ def check_pair(pair: Pair, traces: PairTraces) -> list[str]:
     for trace in (traces.model, traces.guide):
         for name, site in latent_sites(trace).items():
             _refuse_angle(name, site["fn"])
+            _refuse_hard_values(name, site["fn"])
     names = list(deltas(traces))
     if names:
         aside = pattern_of(traces).unmatched
@@ -97,6 +98,15 @@ def _refuse_angle(name: str, fn: Any) -> None:
             "is not there. Sample it from dist.Uniform(-math.pi, math.pi) in the model, times the density by "
             "pyro.factor(..., angle.log_prob(value) + math.log(2 * math.pi)), or use ImportanceSampler with "
             "dist.VonMises in the guide."
+        )
+
+
+def _refuse_hard_values(name: str, fn: Any) -> None:
+    if draws_hard_values(fn):
+        raise ValueError(
+            f"Latent site {name!r} ({class_name(fn)}) is drawn at discrete values, between which Hamiltonian "
+            "Monte Carlo would move it. Use ImportanceSampler, or a Bernoulli or OneHotCategorical marked "
+            "infer={'enumerate': 'parallel'} in the model, to have it summed out."
         )
 
 

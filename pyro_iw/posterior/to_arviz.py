@@ -34,7 +34,8 @@ from __future__ import annotations
 
 import datetime
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,9 +93,10 @@ def to_arviz(
 
     Raises:
         ImportError: if ArviZ is missing.
-        ValueError: if ``dims`` names an unknown site or has too many names for one, two variables have a dim
-            of one name and different sizes, ``coords`` names an unknown dim or has the wrong length, or a
-            cell has no living particle.
+        ValueError: if prior or observed sites cannot be sampled, ``dims`` names an unknown site or has too
+            many names for one, two variables have a dim of one name and different sizes, a dim is called as a
+            variable beside it, ``coords`` names an unknown dim or has the wrong length, or a cell has no
+            living particle.
 
     Example:
         >>> samples = ImportanceSampler(model, guide, num_particles=2000)(data)
@@ -152,11 +154,13 @@ def to_arviz(
             for name, part in likelihood.items()
         }
     if predictive and data:
-        new = samples.rerun.sample_given(latents, data)
+        with _sampling("model's observed sites", "predictive"):
+            new = samples.rerun.sample_given(latents, data)
         groups["posterior_predictive"] = on_draws(new, data)
     if prior:
         unobserved: dict[str, Latent | Observed] = {**latents, **deterministic}
-        new = samples.rerun.sample_prior(num_samples, {**unobserved, **data})
+        with _sampling("model", "prior"):
+            new = samples.rerun.sample_prior(num_samples, {**unobserved, **data})
         groups |= {"prior": on_draws(new, unobserved), "prior_predictive": on_draws(new, data)}
     labels = names.labels(groups, coords or {})
     data_sets = {name: _dataset(group, labels, samples) for name, group in groups.items() if group}
@@ -318,6 +322,15 @@ def _constants(samples: ImportanceSamples, observed: Sequence[Tensor]) -> dict[s
 def _dataset(group: Variables, labels: Mapping[str, Any], samples: ImportanceSamples) -> Any:
     xarray = require("xarray", "arviz", "to_arviz")
     used = {dim for dims, _ in group.values() for dim in dims}
+    for name in sorted(used & group.keys()):
+        if name in _DRAWS:
+            raise ValueError(
+                f"Site {name!r} has the name of a dim of all draws. Call it otherwise in the model."
+            )
+        raise ValueError(
+            f"{name!r} is a variable, and by dims= a dim of {_having(name, group)} beside it. Give the dim "
+            "another name."
+        )
     coords: dict[str, Any] = {dim: labels[dim] for dim in used if dim in labels}
     for dims, array in group.values():
         if "chain" in dims:
@@ -331,6 +344,21 @@ def _dataset(group: Variables, labels: Mapping[str, Any], samples: ImportanceSam
         "num_particles": samples.num_particles,
     }
     return xarray.Dataset(dict(group), coords=coords, attrs=attributes)
+
+
+@contextmanager
+def _sampling(what: str, option: str) -> Iterator[None]:
+    """Says what to leave out where a distribution has a density alone (an improper prior)."""
+    try:
+        yield
+    except NotImplementedError as error:
+        reason = str(error).partition("\n")[0] or "a distribution has no sample()"
+        raise ValueError(f"The {what} cannot be sampled ({reason}). Pass {option}=False.") from error
+
+
+def _having(dim: str, group: Variables) -> str:
+    """The variables that have a dim."""
+    return ", ".join(repr(name) for name, (dims, _) in group.items() if dim in dims)
 
 
 def _container() -> Any:

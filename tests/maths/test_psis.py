@@ -90,7 +90,7 @@ def test_too_few_particles(log_w):
     smoothed, khat = pareto_smoothed(log_w)
     assert khat.item() == math.inf
     assert torch.equal(smoothed, log_w)
-    with pytest.warns(RuntimeWarning, match=r"1 of 1 cell\(s\) \(up to inf\)"):
+    with pytest.warns(RuntimeWarning, match=rf"k̂ is not known of {len(log_w)} particles"):
         warn_of_khat(khat, len(log_w))
 
 
@@ -168,6 +168,35 @@ def test_weights_equal_but_for_rounding_have_no_tail(error):
     assert khat.item() == -math.inf
     assert torch.equal(smoothed, log_w)
     warn_of_khat(khat, 1000)  # and warns of nothing
+
+
+@pytest.mark.usefixtures("smoothing")
+def test_an_exact_guide_in_single_precision_has_no_tail():
+    """A fit to a few rounding errors may say anything; a large weight among equal ones is none."""
+    log_w = 1e-7 * torch.randn(30, 500)
+    assert (pareto_smoothed(log_w)[1] == -math.inf).all()
+    log_w[0] = 5.0
+    assert (pareto_smoothed(log_w)[1] > 0.7).all()
+
+
+@pytest.mark.usefixtures("smoothing")
+@pytest.mark.parametrize(("size", "living"), [(1000, 12), (1000, 50), (40_000, 300)])
+def test_a_heavy_tail_above_weights_that_are_all_equal(size, living):
+    """As where a latent leaves the weights alone but for some of its values."""
+    log_w = torch.zeros(size, 3, dtype=torch.float64)
+    chosen = torch.randperm(size)[:living]
+    log_w[chosen] = 1.5 * -torch.rand(living, 3, dtype=torch.float64).log()
+    log_w[:, 2] = (log_w[:, 2] > 0.7).double()  # two values
+    smoothed, khat = pareto_smoothed(log_w)
+    assert khat[2] == -math.inf
+    for cell in range(2):
+        # Alone with as many equal weights as make them the tail.
+        count = 5 * living if living <= 45 else living**2 // 9
+        alone = torch.cat([torch.zeros(count - living, dtype=torch.float64), log_w[chosen, cell]])
+        values, shape = _psis_by_hand(alone)
+        assert khat[cell].item() == pytest.approx(shape.item(), abs=1e-6)
+        torch.testing.assert_close(smoothed[chosen, cell], values[count - living :], rtol=0, atol=1e-6)
+        assert (smoothed[:, cell] == 0).sum() == size - living
 
 
 def test_what_is_not_known_is_warned_of():

@@ -548,3 +548,26 @@ def test_an_angle_is_refused_and_the_advice_gives_the_evidence():
     exact = density.logsumexp(0) + math.log(2 * math.pi / 20_000)
     pyro.set_rng_seed(0)
     close(quiet(advised, None, 400, 40)(x), exact.float())
+
+
+def test_straight_through_draws_are_refused_and_the_advice_gives_the_evidence():
+    """Chains would move them between the values that the model knows."""
+    x, temperature, prob = torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.3)
+
+    def model(x, hard=True):
+        relaxed = dist.RelaxedBernoulliStraightThrough(temperature, prob)
+        summed = {} if hard else {"enumerate": "parallel"}
+        z = pyro.sample("z", relaxed if hard else dist.Bernoulli(prob), infer=summed)
+        y = pyro.sample("y", dist.Normal(z, 1.0))
+        pyro.sample("x", dist.Normal(y, 0.5), obs=x)
+
+    with pytest.raises(ValueError, match=r"'z' \(RelaxedBernoulliStraightThrough\) is drawn at discrete"):
+        quiet(model, None, 4, 10)(x)
+
+    def guide(x, hard=False):
+        pyro.sample("y", dist.Normal(0.5, 1.2))
+
+    means, scale = torch.tensor([0.0, 1.0]), 1.25**0.5
+    exact = (dist.Normal(means, scale).log_prob(x).exp() @ torch.stack([1 - prob, prob])).log()
+    pyro.set_rng_seed(0)
+    close(quiet(model, guide, 200, 20)(x, hard=False), exact)

@@ -276,3 +276,27 @@ class TestActiveUnits:
             active_units(guide, [])
         with pytest.raises(ValueError, match="num_samples must be at least 2"):
             active_units(guide, [X], num_samples=1)
+
+    def test_what_the_guide_masks_is_no_datapoint(self):
+        """Padded sequences, whose padding would seem the most active of all."""
+        x = torch.tensor([[0.0, 1.0, 50.0], [2.0, -60.0, 50.0], [70.0, -60.0, 50.0]])
+        kept = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+
+        def guide(rows, kept, by_distribution):
+            with pyro.plate("rows", len(rows), dim=-2), pyro.plate("steps", 3, dim=-1):
+                fn = dist.Normal(rows, 1.0)
+                with pyro.poutine.mask(mask=True if by_distribution else kept):
+                    pyro.sample("z", fn.mask(kept) if by_distribution else fn)
+
+        for by_distribution in (False, True):
+            batches = [(x[i : i + 1], kept[i : i + 1], by_distribution) for i in range(3)]
+            assert active_units(guide, batches)["z"].variances.item() == pytest.approx(1.0)  # of 0, 1 and 2
+
+    @pytest.mark.parametrize("fn", [dist.HalfCauchy(X[:, 0].exp()), dist.StudentT(X[:, 0] + 5, X[:, 0] / 0)])
+    def test_a_mean_that_is_not_finite(self, fn):
+        def guide():
+            with pyro.plate("data", len(X)):
+                pyro.sample("z", fn)
+
+        with pytest.raises(ValueError, match=r"The mean of site 'z' \(\w+\) is NaN or infinite at"):
+            active_units(guide, [()])

@@ -425,6 +425,26 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             samples.to_arviz(**{"num_samples": 10, **options})
 
+    def test_names_that_are_taken(self, samples):
+        """Of a variable for a dim, and of ArviZ's dims for a site."""
+        with pytest.raises(ValueError, match="'mu' is a variable, and by dims= a dim of 'eta' beside it"):
+            samples.to_arviz(num_samples=10, dims={"eta": ["mu"]}, log_likelihood=False)
+        data = samples.to_arviz(num_samples=10, dims={"eta": ["school_2"]})
+        assert sizes(data["posterior"]["eta"])["school_2"] == 3
+        named_draw = ImportanceSampler(*[lambda: pyro.sample("draw", dist.Normal(0.0, 1.0))] * 2, 30)()
+        with pytest.raises(ValueError, match="Site 'draw' has the name of a dim"):
+            named_draw.to_arviz(num_samples=10)
+
+    def test_a_prior_that_cannot_be_sampled(self):
+        def model(y):
+            mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+        samples = ImportanceSampler(model, lambda y: pyro.sample("mu", dist.Normal(y, 1.0)), 30)(Y[0])
+        with pytest.raises(ValueError, match=r"ImproperUniform.*Pass prior=False"):
+            samples.to_arviz(num_samples=10)
+        assert "prior" not in groups(samples.to_arviz(num_samples=10, prior=False))
+
     def test_a_guide_that_misses_mass(self):
         def model():
             pyro.sample("z", dist.Normal(0.0, 1.0))
