@@ -14,7 +14,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -110,7 +110,7 @@ def _run_step(past: Past, t: int, following: Tensor, size: int) -> tuple[Particl
     state._num_particles = size * count
     values = {name: _values(latent, following, known, size) for name, latent in past.latents[t + 1].items()}
     for part, attributes in zip(past.pair, past.attributes[t], strict=True):
-        _set_attributes(part, attributes, Copies())
+        _attributes(part).update(_copied(Copies(), attributes))
     dim = -1 - known.nesting
     plate = pyro.plate(PARTICLE_PLATE, size * count, dim=dim)
     with GivenValues(values):
@@ -164,36 +164,30 @@ def _check_markov(past: Past, t: int, state: FilterState, count: int, size: int)
 
 @contextmanager
 def _attributes_restored(pair: Protocol) -> Iterator[None]:
-    """Put the attributes of model and guide back at the end."""
-    before = attributes_of(Copies(), *pair)
+    """Put the attributes of model and guide back at the end: the very same objects, which others may hold."""
+    before = [dict(_attributes(part)) for part in pair]
     try:
         yield
     finally:
         for part, attributes in zip(pair, before, strict=True):
-            _set_attributes(part, attributes, lambda value: value)
+            _attributes(part).update(attributes)
 
 
 def attributes_of(copies: Copies, *parts: Any) -> list[dict[str, Any]]:
     """What is stored in objects now, buffers included: copies of containers and tensors, parameters aside."""
-    return [
-        {
-            name: value if name in _LEARNT else map_leaves(lambda leaf: _copy(copies, leaf), value)
-            for name, value in _attributes(part).items()
-        }
-        for part in parts
-    ]
+    return [_copied(copies, _attributes(part)) for part in parts]
 
 
-def _set_attributes(part: Any, attributes: dict[str, Any], copy: Callable[[Any], Any]) -> None:
-    for name, value in attributes.items():
-        _attributes(part)[name] = (
-            value if name in _LEARNT else map_leaves(lambda leaf: _copy(copy, leaf), value)
-        )
+def _copied(copies: Copies, attributes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value if name in _LEARNT else map_leaves(lambda leaf: _copy(copies, leaf), value)
+        for name, value in attributes.items()
+    }
 
 
-def _copy(copy: Callable[[Any], Any], leaf: Any) -> Any:
+def _copy(copies: Copies, leaf: Any) -> Any:
     """What steps may write into: no parameters, which are themselves and not their values."""
-    return leaf if isinstance(leaf, Tensor) and leaf.requires_grad else copy(leaf)
+    return leaf if isinstance(leaf, Tensor) and leaf.requires_grad else copies(leaf)
 
 
 def _attributes(part: Any) -> dict[str, Any]:

@@ -262,10 +262,13 @@ def test_steps_that_write_into_what_there_is(where) -> None:
     draws = []
     for kept in ("new", where):
         torch.manual_seed(0)
-        filtered = ParticleFilter(Clock(kept), ClockGuide(), 20)(
-            torch.tensor([0.5, -1.0, 2.0, 1.0, -3.0, 4.0])
-        )
+        clock = Clock(kept)
+        filtered = ParticleFilter(clock, ClockGuide(), 20)(torch.tensor([0.5, -1.0, 2.0, 1.0, -3.0, 4.0]))
+        held = clock.buffer, clock.attribute, clock.past, clock._forward_hooks
         draws.append(filtered.smooth(50)["z"])
+        now = clock.buffer, clock.attribute, clock.past, clock._forward_hooks
+        assert all(one is other for one, other in zip(held, now, strict=True))  # others may hold them
+        assert len(clock.past) == clock.attribute == clock.buffer == 6
     assert torch.equal(*draws)
 
 
