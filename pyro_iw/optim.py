@@ -88,8 +88,8 @@ class FusedOptim(PyroOptim):
         self._known: set[Tensor] = set()
         # The options that the optimiser's groups began with, in their order.
         self._begun: list[dict[str, Any]] = []
-        # Those of the last step.
-        self._stepped: set[Tensor] = set()
+        # Those that were never in the param store.
+        self._nameless: set[Tensor] = set()
         # Those that have had a gradient, which Pyro would fill with zeros.
         self._moved: set[Tensor] = set()
         #: What averages the gradients over ranks, None without ``process_group``.
@@ -122,7 +122,6 @@ class FusedOptim(PyroOptim):
             params = self.averaged(params, self._known, rates)
         if not params:
             return
-        self._stepped = params
         new = not params <= self._known
         if new:
             self._add(params - self._known)
@@ -187,9 +186,11 @@ class FusedOptim(PyroOptim):
             states[param] = alone.state.get(param)  # some optimisers make it at once
             complete = alone.param_groups[0]
             own = _beginning(complete)
-            there = [] if self.optimizer is None else self.optimizer.param_groups
-            mates = [group for group, begun in zip([*there, *groups], begun, strict=True) if begun == own]
-            if mates and self._shares_groups:
+            mates: list[dict[str, Any]] = []
+            if self._shares_groups:
+                there = [] if self.optimizer is None else self.optimizer.param_groups
+                mates = [group for group, first in zip([*there, *groups], begun, strict=True) if first == own]
+            if mates:
                 joining.append((mates[0], param))
             else:
                 groups.append({**complete, "params": [param]})
@@ -205,7 +206,10 @@ class FusedOptim(PyroOptim):
         for param, state in states.items():
             if state:
                 self.optimizer.state[param] = state
-            self._state_waiting_to_be_consumed.pop(store.param_name(param), None)
+            name = store.param_name(param)
+            self._state_waiting_to_be_consumed.pop(name, None)
+            if name is None:
+                self._nameless.add(param)
         self.grad_clip.update(clips)
         self._begun = begun
         self._known |= params
@@ -255,8 +259,8 @@ class FusedOptim(PyroOptim):
                 options = {key: value for key, value in group.items() if key != "params"}
                 for param in group["params"]:
                     name = store.param_name(param)
-                    if name is None:  # of a store that was cleared, or one that never was in it
-                        nameless = nameless or param in self._stepped
+                    if name is None:  # never in the store, or in one that was cleared
+                        nameless = nameless or param in self._nameless
                         continue
                     state = self.optimizer.state.get(param)
                     states[name] = {

@@ -291,6 +291,10 @@ def test_the_state_of_parameters_without_a_name() -> None:
     train(optim, steps=1)
     named = optim.get_state()
     assert named.keys() == {"loc", "weight", "scale", "shift"}
+    pyro.clear_param_store()  # as to go back to a checkpoint
+    optim.set_state(named)
+    assert optim.get_state().keys() == named.keys()
+    optim = FusedOptim(torch.optim.Adam, {"lr": 0.1})
 
     class Energy(PyroModule):
         def __init__(self) -> None:
