@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pyro.poutine.messenger import Messenger
+from pyro import poutine
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
@@ -74,7 +74,8 @@ def evaluate_over_ranks(
         torch.manual_seed(seed_of(seed, "data", group.rank))
         watched = loader if known is not None else _Fingerprint(loader)
         with group.meeting("data_group, the log evidence of each rank's part") as brought:
-            with _Parameters() as parameters:
+            # A handler of another kind would keep the evaluation from being compiled.
+            with poutine.trace(param_only=True) as parameters:
                 part = evaluate(watched, group)
             count = 0 if part is None else len(part.values)
             if known is not None and count != len(known):
@@ -87,7 +88,8 @@ def evaluate_over_ranks(
     finally:
         state.restore()
     mark = watched.mark if isinstance(watched, _Fingerprint) else None
-    told = group.hear((None if part is None else _on_cpu(part), known, mark, parameters.checksums()))
+    sums = {name: checksum(site["value"]) for name, site in parameters.trace.nodes.items()}
+    told = group.hear((None if part is None else _on_cpu(part), known, mark, sums))
     there = [(each, places) for each, places, *_ in told if each is not None]
     if not there:
         raise ValueError(NO_BATCH)
@@ -187,20 +189,6 @@ def _warn_of_other_parameters(said: Sequence[Mapping[str, int]], group: Group) -
                 "guide alone uses may differ, such as parameters fitted to a rank's own datapoints.)"
             )
             return
-
-
-class _Parameters(Messenger):
-    """Notes the parameters that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._found: dict[str, Tensor] = {}
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        self._found.setdefault(msg["name"], msg["value"])
-
-    def checksums(self) -> dict[str, int]:
-        return {name: checksum(value) for name, value in self._found.items()}
 
 
 class _Fingerprint:

@@ -233,6 +233,9 @@ def many_evaluations(rank):
     for _ in range(80):
         result = sampler.log_marginal_dataset([x], **mine)
         by_data.append((result.mean, result.monte_carlo_error))
+    compiled = ImportanceSampler(model, guide, 4, compile=True, progress=False)
+    compiled.log_marginal_dataset([x], **mine)
+    assert compiled._compiler._new  # at the second request it is compiled
     shared = ImportanceSampler(model, guide, 400, chunk_size=200, **world())
     for _ in range(8):
         value, error, _ = shared.evidence(X.repeat(50))
