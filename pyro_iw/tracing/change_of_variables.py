@@ -372,9 +372,9 @@ def _wrong_density(names: Sequence[str], given: Sequence[str], excess: float) ->
 
 def _beyond_circle(name: str, fn: Any) -> str:
     return (
-        f"Guide site {name!r} is a Delta that goes to any real number, but the prior ({class_name(fn)}) is "
-        "an angle from -pi to pi, whose density repeats itself beyond: the model counts the same angles "
-        f"again there, so bound and evidence may be too high, without limit. {own_support(name, fn)}"
+        f"Guide site {name!r} is a Delta that goes beyond -pi and pi, but the prior ({class_name(fn)}) is an "
+        "angle between them, whose density repeats itself outside: the model counts the same angles again "
+        f"there, so bound and evidence may be too high, without limit. {own_support(name, fn)}"
     )
 
 

@@ -375,7 +375,7 @@ def test_a_guide_that_makes_an_angle_of_a_real_number_is_named(auto) -> None:
     def model():
         pyro.sample("z", dist.VonMises(torch.tensor(0.0), 0.05))
 
-    with pytest.warns(UserWarning, match=r"'z' is a Delta that goes to any real number, but .* \(VonMises\)"):
+    with pytest.warns(UserWarning, match=r"'z' is a Delta that goes beyond -pi and pi, but .* \(VonMises\)"):
         IWAE_ELBO(8).loss(model, auto(model))
     with pytest.warns(UserWarning, match=r"Give 'z' a guide with the prior's support: dist.VonMises, or"):
         ImportanceSampler(model, auto(model), 8).log_marginal()
