@@ -86,8 +86,8 @@ class FusedOptim(PyroOptim):
         # By device and dtype, whether a fused step has been found to run there.
         self._fuses: dict[tuple[str, torch.dtype], bool] = {}
         self._known: set[Tensor] = set()
-        # The options that the optimiser's groups began with, in their order.
-        self._begun: list[dict[str, Any]] = []
+        # The options that the optimiser's groups began with, by their first parameter.
+        self._begun: dict[Tensor, dict[str, Any]] = {}
         # Those that were never in the param store.
         self._nameless: set[Tensor] = set()
         # Those that have had a gradient, which Pyro would fill with zeros.
@@ -166,7 +166,7 @@ class FusedOptim(PyroOptim):
         states: dict[Tensor, Any] = {}
         clips: dict[Tensor, Any] = {}
         joining: list[tuple[dict[str, Any], Tensor]] = []
-        begun = [] if self.optimizer is None else list(self._begun)
+        begun = {} if self.optimizer is None else dict(self._begun)
         # A set's order changes from run to run, that of names does not.
         for param in sorted(params, key=lambda param: store.param_name(param) or ""):
             clips[param] = self._get_grad_clip(param)  # type: ignore[arg-type]
@@ -189,12 +189,12 @@ class FusedOptim(PyroOptim):
             mates: list[dict[str, Any]] = []
             if self._shares_groups:
                 there = [] if self.optimizer is None else self.optimizer.param_groups
-                mates = [group for group, first in zip([*there, *groups], begun, strict=True) if first == own]
+                mates = [g for g in [*there, *groups] if g["params"] and begun.get(g["params"][0]) == own]
             if mates:
                 joining.append((mates[0], param))
             else:
                 groups.append({**complete, "params": [param]})
-                begun.append(own)
+                begun[param] = own
         for group, param in joining:
             group["params"].append(param)
         if self.optimizer is None:
