@@ -88,7 +88,8 @@ def evaluate_over_ranks(
     finally:
         state.restore()
     mark = watched.mark if isinstance(watched, _Fingerprint) else None
-    sums = {name: checksum(site["value"]) for name, site in parameters.trace.nodes.items()}
+    nodes: dict[str, Any] = parameters.trace.nodes
+    sums = {name: checksum(site["value"]) for name, site in nodes.items()}
     told = group.hear((None if part is None else _on_cpu(part), known, mark, sums))
     there = [(each, places) for each, places, *_ in told if each is not None]
     if not there:
