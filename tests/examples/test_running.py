@@ -137,13 +137,16 @@ def test_an_error_in_the_first_step_is_no_divergence() -> None:
 
 
 @pytest.fixture
-def default_sigterm() -> Iterator[None]:
+def default_signals() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
+    # A process that was started in the background may ignore it.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.signal(signal.SIGINT, interrupt)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.usefixtures("default_sigterm")
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("example", "part"), [(demo, "train_one"), (eight_schools, "run"), (mk_grid, "run")])
 def test_a_signal_ends_in_one_line(
