@@ -164,10 +164,10 @@ def format_table(lines: list[dict[str, Any]], iwae_particles: int, nll_particles
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def draw(groups: list[list[Run]]) -> Figure:
+def draw(groups: list[list[Run]], epochs_only: bool = False) -> Figure:
     """The NLL during training, over epochs, and over the seconds that training took."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(8 if epochs_only else 11, 4.6), layout="constrained")
+    left, *others = figure.subplots(1, 1 if epochs_only else 2, sharey=True, squeeze=False)[0]
     for i, runs in enumerate(groups):
         for run in runs:
             history = run.history
@@ -175,7 +175,8 @@ def draw(groups: list[list[Run]]) -> Figure:
             style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "linewidth": 1.4}
             label = run.name if run is runs[0] else None
             left.plot([record["epoch"] for record in history], curve, label=label, **style)
-            right.plot(np.cumsum([record["seconds"] for record in history]), curve, **style)
+            for right in others:
+                right.plot(np.cumsum([record["seconds"] for record in history]), curve, **style)
     # The first steps fall from far above: what is to be seen comes after them.
     history = [record for runs in groups for run in runs for record in run.history]
     settled = [run.history[len(run.history) // 3 :] for runs in groups for run in runs]
@@ -188,9 +189,10 @@ def draw(groups: list[list[Run]]) -> Figure:
     left.xaxis.set_major_formatter("{x:g}")
     left.xaxis.set_minor_formatter(NullFormatter())
     left.set_xlabel("epoch")
-    right.set_xlabel("seconds of training")
+    for right in others:
+        right.set_xlabel("seconds of training")
     left.set_ylabel("held-out NLL [nats per datapoint]")
-    for axes in (left, right):
+    for axes in (left, *others):
         axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize=8)
     return figure
@@ -200,6 +202,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = new_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that deep_vae.py wrote")
     parser.add_argument("--out", type=Path, default=Path("results/comparison"), help="folder for the results")
+    parser.add_argument(
+        "--epochs-only", action="store_true", help="no curves over seconds, for runs of several machines"
+    )
     args = parser.parse_args(argv)
     try:
         groups = group([Run.read(path) for path in args.runs])
@@ -209,7 +214,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "comparison.json", lines)
         write_bytes(args.out / "comparison.md", f"{table}\n".encode())
-        draw(groups).savefig(args.out / "learning_curves.png", dpi=100)
+        draw(groups, args.epochs_only).savefig(args.out / "learning_curves.png", dpi=100)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{table}\nTables and the learning curves are in {args.out}/.")
