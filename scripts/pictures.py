@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
 MNIST = "--data mnist --data-dir data --epochs-scale 0.0025 --learning-rate 5e-3 --test-size 1000 --compile"
+LONG = "--data mnist --data-dir data --epochs-scale 0.02 --learning-rate 3e-3 --test-size 2000 --compile"
 
 
 class Picture(NamedTuple):
@@ -45,9 +46,9 @@ class Picture(NamedTuple):
     page: str | None = None
 
 
-def deep(loss: str, out: str) -> str:
-    """A run on a four-hundredth of the schedule of Burda et al."""
-    return f"python examples/deep_vae.py {loss} {MNIST} --out results/{out}"
+def deep(loss: str, out: str, options: str = MNIST) -> str:
+    """A run on a part of the schedule of Burda et al."""
+    return f"python examples/deep_vae.py {loss} {options} --out results/{out}"
 
 
 PICTURES = {
@@ -89,6 +90,20 @@ PICTURES = {
         ),
         "results/comparison/learning_curves.png",
         50,
+    ),
+    "mnist_long": Picture(
+        (
+            deep("--loss elbo -K 1", "long-vae", LONG),
+            deep("--loss iwae -K 5", "long-iwae-5", f"{LONG} --stop-after 40"),
+            deep("--loss iwae -K 50", "long-iwae-50", f"{LONG} --stop-after 40"),
+            deep("--loss miwae -M 8 -K 8", "long-miwae", f"{LONG} --stop-after 40"),
+            deep("--loss piwae -M 8 -K 8", "long-piwae", f"{LONG} --stop-after 40"),
+            deep("--layers 2 --loss iwae -K 50", "long-2-iwae-50", f"{LONG} --stop-after 40"),
+            "python examples/compare_runs.py results/long-vae results/long-iwae-5 results/long-iwae-50 "
+            "results/long-miwae results/long-piwae results/long-2-iwae-50 --epochs-only",
+        ),
+        "results/comparison/learning_curves.png",
+        300,
     ),
     "pixel_vae": Picture(("python examples/pixel_vae.py",), "results/pixel-vae/pixel_vae.png", 7),
     "radon": Picture(("python examples/radon.py",), "results/radon/radon.png", 5),
