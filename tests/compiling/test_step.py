@@ -44,7 +44,7 @@ def test_resampled_steps_through_inductor():
 
 
 @pytest.mark.parametrize(
-    "name", ["iwae", *[pytest.param(name, marks=pytest.mark.slow) for name in ("ciwae-dreg", "piwae", "rws")]]
+    "name", ["iwae", *[pytest.param(name, marks=pytest.mark.slow) for name in ("ciwae-dreg", "rws")]]
 )
 @pytest.mark.usefixtures("inductor")
 def test_a_hundred_steps_of_a_vae_through_inductor(name):
