@@ -10,8 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +24,13 @@ __all__ = [
     "Rates",
     "Work",
     "add_common_arguments",
-    "matmul_precision",
     "measure_rates",
     "positive_int",
     "prepare",
     "progress",
     "run_blocks",
     "save",
+    "set_matmul_precision",
     "synchronize",
     "table",
     "work_of",
@@ -88,7 +87,7 @@ def prepare(args: argparse.Namespace) -> None:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # on a GPU the default would be TF32
-    torch.set_float32_matmul_precision("highest")
+    set_matmul_precision("float32")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -284,16 +283,9 @@ def work_of(vae: models.VAE, batch: int, particles: int) -> Work:
     return Work(flops, moved * size)
 
 
-@contextmanager
-def matmul_precision(name: str) -> Iterator[None]:
-    """A scope in which float32 matrix products on a GPU may take TensorFloat32, if that is the name."""
-    before = torch.get_float32_matmul_precision()
-    if name == "tf32":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def set_matmul_precision(name: str) -> None:
+    """Have float32 matrix products on a GPU take TensorFloat32 if that is the name, else all digits."""
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
 
 
 def measure_rates(device: torch.device, smoke: bool = False) -> Rates:
@@ -316,8 +308,9 @@ def measure_rates(device: torch.device, smoke: bool = False) -> Rates:
     single = product_rate(torch.float32)
     if device.type != "cuda":
         return Rates(single, moved)
-    with matmul_precision("tf32"):
-        tf32 = product_rate(torch.float32)
+    set_matmul_precision("tf32")
+    tf32 = product_rate(torch.float32)
+    set_matmul_precision("float32")
     return Rates(single, moved, tf32, product_rate(torch.bfloat16))
 
 

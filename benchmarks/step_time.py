@@ -269,7 +269,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             torch.compiler.reset()
             x = images(batch, pixels, args.device)
             case = Case(model, x, particles, options, learning_rate=LEARNING_RATE, precision=precision)
-            with pyro.validation_enabled(validation == "on"), measuring.matmul_precision(precision):
+            measuring.set_matmul_precision(precision)
+            with pyro.validation_enabled(validation == "on"):
                 result = run_case(case, args, rates)
             print(show(result, validation), flush=True)
             results.append({**result, "validation": validation})

@@ -18,6 +18,9 @@ __all__ = ["DECOMPOSITIONS", "inductor", "replayed"]
 
 _aten = torch.ops.aten
 
+#: Where an operation that looks at values keeps a step from being recorded as a CUDA graph.
+_RECORDED_ON = ("cuda",)
+
 # Inductor's own draws of float64 compare with float32 numbers, where eager ones compare with float64 ones.
 library.define("bernoulli(Tensor p) -> Tensor", tags=[torch.Tag.nondeterministic_seeded])
 library.impl("bernoulli", lambda p: torch.bernoulli(p), "CompositeExplicitAutograd")
@@ -144,7 +147,7 @@ def _tanh(x: Tensor) -> Tensor:
 
 def _normal(mean: Tensor, std: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Draws as PyTorch makes them, which before looks on a GPU whether a scale is negative."""
-    if mean.device.type != "cuda" or generator is not None:
+    if mean.device.type not in _RECORDED_ON or generator is not None:
         return NotImplemented
     shape = torch.broadcast_shapes(mean.shape, std.shape)
     return mean + std * torch.randn(shape, dtype=mean.dtype, device=mean.device)
@@ -154,7 +157,7 @@ def _multinomial(
     probs: Tensor, num_samples: int, replacement: bool = False, *, generator: torch.Generator | None = None
 ) -> Tensor:
     """One draw, as PyTorch makes it, which before looks on a GPU whether a probability is negative."""
-    if probs.device.type != "cuda" or generator is not None or num_samples != 1:
+    if probs.device.type not in _RECORDED_ON or generator is not None or num_samples != 1:
         return NotImplemented
     return (probs / torch.empty_like(probs).exponential_()).argmax(-1, keepdim=True)
 

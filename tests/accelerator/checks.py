@@ -57,10 +57,8 @@ simulated = pytest.mark.skipif(accelerator.IS_REAL, reason="a matter of the simu
 
 @pytest.fixture(scope="module", autouse=True)
 def device():
-    accelerator.register()
-    pyro.enable_validation(False)  # which looks at values
-    yield
-    pyro.enable_validation(True)
+    with accelerator.in_use(), pyro.validation_enabled(False):  # which looks at values
+        yield
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Operations that a recording takes in its own form, and draws, which are eager's own."""
 
+import math
 import random
 
 import numpy as np
@@ -204,3 +205,40 @@ def test_recording_leaves_the_random_states_alone():
     assert compiled_programs(loss)
     assert random.getstate() == python
     assert np.array_equal(np.random.get_state()[1], numpy)  # noqa: NPY002
+
+
+@pytest.mark.parametrize("size", [3, 40])
+def test_draws_without_a_look_are_pytorchs_own(size, monkeypatch):
+    """What stands in on a GPU for operations that look at values, on the same noise."""
+    monkeypatch.setattr(inductor_module, "_RECORDED_ON", ("cpu",))
+    mean, std, probs = torch.randn(size, 5), torch.rand(5), torch.rand(size, 7)
+    for operation, args in (
+        (torch.ops.aten.normal.Tensor_Tensor, (mean, std.expand(size, 5))),
+        (torch.ops.aten.normal.Tensor_Tensor, (mean[:, :1], std.expand(size, 5))),
+        (torch.ops.aten.multinomial.default, (probs, 1, True)),
+    ):
+        torch.manual_seed(3)
+        expected = operation(*args)
+        torch.manual_seed(3)
+        torch.testing.assert_close(inductor_module.DECOMPOSITIONS[operation](*args), expected)
+        after = torch.rand(())
+        torch.manual_seed(3)
+        operation(*args)
+        assert torch.equal(after, torch.rand(()))
+    several = inductor_module.DECOMPOSITIONS[torch.ops.aten.multinomial.default](probs, 2, True)
+    assert several is NotImplemented
+
+
+def test_what_a_replay_gives_is_kept(monkeypatch):
+    """The memory that a program returns is its own, and written to again."""
+    monkeypatch.setattr(
+        torch.compiler, "cudagraph_mark_step_begin", lambda: None
+    )  # which needs a GPU's parts
+    own = [torch.tensor([1.0, -0.0, math.nan]), torch.tensor([1, 2]), torch.ones((), dtype=torch.float64)]
+    kept = inductor_module.replayed(lambda inputs: own, [])
+    expected = [tensor.clone() for tensor in own]
+    for tensor in own:
+        tensor.zero_()
+    for tensor, other in zip(kept, expected, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=0, atol=0, equal_nan=True)
+        assert tensor.dtype == other.dtype

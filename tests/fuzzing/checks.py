@@ -211,6 +211,15 @@ def check_levels(outcome, pair, r):
     judge(outcome, pair, f"{loss!r}", estimator, compare)
 
 
+def _drawn(sampler, guide, noise):
+    """The evidence, and samples on the same noise; the guide's recorded runs are those of the latter."""
+    torch.manual_seed(noise)
+    marginal = sampler.log_marginal()
+    torch.manual_seed(noise)
+    guide.runs.clear()
+    return marginal, sampler()
+
+
 def check_local_sampler(outcome, pair, r):
     """Weights on two levels and an expectation of local latents."""
     S, L, over, noise = r.randint(2, 4), r.randint(1, 3), r.choice(pair.plates).name, r.randrange(2**31)
@@ -220,11 +229,7 @@ def check_local_sampler(outcome, pair, r):
 
     @torch.no_grad()
     def compare():
-        torch.manual_seed(noise)
-        marginal = sampler.log_marginal()
-        torch.manual_seed(noise)
-        guide.runs.clear()
-        samples = sampler()
+        marginal, samples = _drawn(sampler, guide, noise)
         particles = []
         for size, (_, found) in zip(_chunks(S, chunk_size), guide.runs, strict=True):
             particles += local_particles(found, size, L)
@@ -292,11 +297,7 @@ def check_sampler(outcome, pair, r):
 
     @torch.no_grad()
     def compare():
-        torch.manual_seed(noise)
-        marginal = sampler.log_marginal()
-        torch.manual_seed(noise)
-        guide.runs.clear()
-        samples = sampler()
+        marginal, samples = _drawn(sampler, guide, noise)
         sizes = _chunks(S, options["chunk_size"]) if vectorize else [1] * S
         particles = guide.particles(sizes, vectorize)
         truth = Reference(pair, particles, keep=keep)

@@ -1,7 +1,7 @@
 """A simulated accelerator: tensors that say they lie on a device of their own and compute on the CPU.
 
 The device is PyTorch's private-use backend under the name ``sim``, registered from Python. That cannot be
-undone, so :func:`register` belongs into a process of its own. The tensors
+undone, so :func:`in_use` belongs into a process of its own. The tensors
 
 * refuse to be mixed with those of the CPU, as CUDA's do; a CPU tensor without dims is a number to most
   operations,
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from .host_noise import HostNoise
 
-__all__ = ["DEVICE", "IS_REAL", "NAME", "Counts", "counting", "is_supported", "module", "register"]
+__all__ = ["DEVICE", "IS_REAL", "NAME", "Counts", "counting", "in_use", "is_supported", "module"]
 
 NAME = os.environ.get("PYRO_IW_DEVICE", "sim")
 IS_REAL = NAME != "sim"
@@ -161,11 +161,19 @@ def is_supported() -> bool:
     return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 
-def register() -> None:
-    """Make ``sim`` a device of this process, or a real one draw the CPU's noise, for good."""
+@contextmanager
+def in_use():
+    """While it lasts a real device draws the CPU's noise; ``sim`` is there from then on."""
     if IS_REAL:
-        HostNoise(NAME, _WAITING, _note).__enter__()
-        return
+        with HostNoise(NAME, _WAITING, _note):
+            yield
+    else:
+        _register()
+        yield
+
+
+def _register() -> None:
+    """Make ``sim`` a device of this process, for good."""
 
     class Hook(torch._C._acc.PrivateUse1Hooks):
         def is_available(self):
